@@ -1,0 +1,1 @@
+"""Checkpoint families: tables and short tensor functions, no I/O."""

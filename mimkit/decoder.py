@@ -1,0 +1,63 @@
+"""The light transformer that predicts masked units from the latent of the visible ones (MAE, section 3)."""
+
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mimkit.units import Grid, UnitMask, gather
+
+
+def sincos_positions(dim: int, grid: Grid) -> Tensor:
+    """(gh gw) -> (n d): MAE's fixed sine-cosine table, half the channels for the column, half for the row."""
+    frequencies = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequencies for axis in (columns, rows)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+class Decoder(nn.Module):
+    """Latent + mask tokens -> pixels of the masked units.
+
+    The sequence is the prefix tokens (position zero), the visible units and one mask token for each unit to predict;
+    attention does not mind their order, so nothing is shuffled back, and a unit nobody asks for costs nothing.
+
+    Args:
+        in_dim: width of the encoder's latent, `encoder.out_dim`.
+        unit_size, in_chans: what a prediction has: unit_size ** 2 * in_chans values, laid out (p q c).
+        dim, depth, num_heads: 512, 8, 16 in MAE; HiViT takes a depth of 6.
+    """
+
+    def __init__(
+        self, in_dim: int, unit_size: int, in_chans: int = 3, dim: int = 512, depth: int = 8, num_heads: int = 16
+    ):
+        super().__init__()
+        self.in_dim, self.dim = in_dim, dim
+        self.embed = nn.Linear(in_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        self.norm = norm(dim)
+        self.pred = nn.Linear(dim, unit_size**2 * in_chans)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent: Tensor, units: UnitMask, grid: Grid) -> Tensor:
+        """(b k+v in_dim), places (b v) and (b m) of the grid (gh gw) -> (b m p*q*c)"""
+        positions = sincos_positions(self.dim, grid).to(latent)[None]
+        x = self.embed(latent)
+        v, m = units.visible.shape[1], units.masked.shape[1]
+        visible = x[:, -v:] + gather(positions, units.visible)
+        masked = self.mask_token + gather(positions, units.masked)
+        x = torch.cat([x[:, :-v], visible, masked.to(x.dtype)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x[:, -m:]))
+
+    def no_weight_decay(self) -> set[str]:
+        """The mask token."""
+        return {"mask_token"}

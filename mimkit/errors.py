@@ -1,0 +1,43 @@
+"""What a user did, said in one sentence instead of a traceback."""
+
+import errno
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class UserError(ValueError):
+    """Something the user gave does not fit. The message names the value, what was expected, and what to do."""
+
+
+def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
+    """Decorate an entry point: a wrong file, flag, shape or a full disk ends it with a sentence and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            message, code = str(error), 2
+        except KeyboardInterrupt as interrupt:
+            message, code = str(interrupt) or "Interrupted.", 130
+        except BrokenPipeError:
+            message, code = "The reader of the output went away.", 141
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                hint = "the disk is full: free some space, or choose another place"
+            elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                hint = "it cannot be written or read: choose another place, or change its permissions"
+            elif error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT):
+                hint = f"{error.strerror}: check the path"
+            else:
+                raise
+            message, code = f"{error.filename or 'writing'}: {hint}.", 2
+        print(f"mimkit: {message}", file=sys.stderr)
+        sys.exit(code)
+
+    return wrapped

@@ -1,0 +1,4 @@
+"""The networks. Importing this package registers them with timm."""
+
+from mimkit.models.hivit import HiViT as HiViT
+from mimkit.models.vit import UnitViT as UnitViT

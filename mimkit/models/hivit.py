@@ -1,0 +1,415 @@
+"""HiViT: a hierarchical vision transformer in which nothing crosses a mask unit before the main stage.
+
+Zhang et al., "HiViT: A Simpler and More Efficient Design of Hierarchical Vision Transformer", ICLR 2023.
+Two stem stages of MLP blocks work inside each unit of 4 x 4 patches, two merges turn the unit into one token, and the
+main stage is a plain ViT. So units can be dropped as pixels, before anything is computed for them. Names of parameters
+are those of the released checkpoints.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, gen_relative_position_index, resample_abs_pos_embed, resample_patch_embed, to_2tuple
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from mimkit.decoder import sincos_positions
+from mimkit.errors import UserError
+from mimkit.units import Grid, gather, serialize, unit_grid
+
+SIDE = 4  # patches along a side of a mask unit: two merges of 2 x 2 leave one token
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping convolution and norm, unit by unit."""
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, units: Tensor) -> Tensor:
+        """(b v c p p) -> (b v ih iw d)"""
+        p = self.patch_size
+        # the convolution's kernel is its stride, so it is a matrix product over patches
+        patches = rearrange(units, "b v c (ih p) (iw q) -> b v ih iw (c p q)", p=p, q=p)
+        return self.norm(F.linear(patches, self.proj.weight.flatten(1), self.proj.bias))
+
+
+class StemBlock(nn.Module):
+    """An MLP with a residual: no attention, nothing crosses a unit."""
+
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b v ih iw d) -> (b v ih iw d)"""
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Merge(nn.Module):
+    """2 x 2 neighbours to one of twice the width. The order (dx dy d) is that of the released weights."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=1e-6)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b v 2ih 2iw d) -> (b v ih iw 2d)"""
+        x = rearrange(x, "b v (ih dy) (iw dx) d -> b v ih iw (dx dy d)", dy=2, dx=2)
+        return self.reduction(self.norm(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, with a relative position bias (Swin's table) where there is a grid."""
+
+    def __init__(self, dim: int, num_heads: int, grid: Grid | None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        if grid:
+            offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(b n d), bias (h n n) or None -> (b n d)"""
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        x = F.scaled_dot_product_attention(q, k, v) if bias is None else F.scaled_dot_product_attention(q, k, v, bias)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class Block(nn.Module):
+    """An ordinary pre-norm ViT block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, grid: Grid | None):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, grid)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(b n d), bias (h n n) or None -> (b n d)"""
+        x = x + self.drop_path(self.attn(self.norm1(x), bias))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class HiViT(nn.Module):
+    """HiViT in its two forms.
+
+    Supervised (the default): relative position bias in every main block, learnt positions, mean pool, `fc_norm`, head.
+    Unit form (`unit_form=True`, for masked pre-training): no relative bias, fixed sin-cos positions, no head and no
+    `fc_norm`, and a final `norm` on what `encode_units` returns. `multi_scale=True` (unit form only) returns the
+    features before each merge beside the main output, 7 x embed_dim in all (HiViT's `hifeat` pre-training).
+
+    Args:
+        img_size: input in pixels, one number or (height, width), multiples of `unit_size` = 4 x `patch_size`. Other
+            sizes run too: position and relative-bias tables are then resampled from this size.
+        embed_dim: width of the main stage; the stems have a quarter and a half of it.
+        depths: MLP blocks in the first stem stage, in the second, attention blocks in the main stage.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 512,
+        depths: tuple[int, int, int] = (4, 4, 20),
+        num_heads: int = 8,
+        stem_mlp_ratio: float = 3.0,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+        unit_form: bool = False,
+        multi_scale: bool = False,
+    ):
+        super().__init__()
+        if multi_scale and not unit_form:
+            raise UserError("multi_scale=True is an output for a decoder, of the unit form: pass unit_form=True too.")
+        self.in_chans, self.num_classes, self.unit_form, self.multi_scale = in_chans, num_classes, unit_form, multi_scale
+        self.unit_size = SIDE * patch_size
+        self.grid = unit_grid(*to_2tuple(img_size), self.unit_size)
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.out_dim = 7 * embed_dim if multi_scale else embed_dim  # 16/4 + 4/2 + 1 = 7 widths a unit
+        self.num_prefix_tokens = 0
+        self.grad_checkpointing = False
+
+        dims = (embed_dim // 4, embed_dim // 2, embed_dim)
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        bias_grid = None if unit_form else self.grid
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dims[0])
+        self.absolute_pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], embed_dim))
+        self.blocks = nn.ModuleList()
+        self.feature_info: list[dict[str, Any]] = []
+        for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            if stage:
+                self.blocks.append(Merge(dims[stage - 1]))
+            for _ in range(depth):
+                stem = StemBlock(dim, stem_mlp_ratio, next(rates)) if stage < 2 else None
+                self.blocks.append(stem or Block(dim, num_heads, mlp_ratio, next(rates), bias_grid))
+            module = f"blocks.{len(self.blocks) - 1}"
+            self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**stage, "module": module})
+        if not unit_form:
+            self.register_buffer("relative_position_index", gen_relative_position_index(self.grid), persistent=False)
+
+        self.norm = nn.LayerNorm(self.out_dim, eps=1e-6) if unit_form else nn.Identity()
+        self.fc_norm = nn.Identity() if unit_form else nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Xavier-uniform projections, as MAE: unlike a fixed deviation it also suits widths of 32."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.unit_form:
+            self.absolute_pos_embed.requires_grad_(False).copy_(sincos_positions(self.embed_dim, self.grid)[None])
+        else:
+            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+
+    # Forward ---------------------------------------------------------------------------------------------------------
+
+    def positions(self, grid: Grid) -> Tensor:
+        """(gh gw) -> (1 n d), resampled when the grid is not the one built for."""
+        return resample_abs_pos_embed(self.absolute_pos_embed, list(grid), list(self.grid), num_prefix_tokens=0)
+
+    def relative_bias(self, block: Block, grid: Grid) -> Tensor | None:
+        """The relative position bias (h n n) of a main block, resampled likewise; None in the unit form."""
+        if self.unit_form:
+            return None
+        index = self.relative_position_index if grid == self.grid else gen_relative_position_index(grid)
+        table = resample_bias_table(block.attn.relative_position_bias_table, self.grid, grid)
+        return rearrange(table[index.to(table.device)], "n k h -> h n k")
+
+    def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
+        return checkpoint(block, *args) if self.grad_checkpointing and self.training else block(*args)
+
+    def stages(self, units: Tensor, index: Tensor | None, grid: Grid, last: int = 2) -> list[Tensor]:
+        """Units (b v c p p) at places index (b v) of a grid (None: all of them, in order) ->
+        the last state of each stage up to `last`: [(b v 4 4 d/4), (b v 2 2 d/2), (b v 1 1 d)]"""
+        x = self.patch_embed(units)
+        outputs: list[Tensor] = []
+        for block in self.blocks:
+            if isinstance(block, Block):
+                x = self._run(block, x, self.relative_bias(block, grid))
+                continue
+            if isinstance(block, Merge):
+                outputs.append(x)
+                if len(outputs) > last:
+                    return outputs
+            x = self._run(block, x)
+            if isinstance(block, Merge) and len(outputs) == 2:  # one token a unit: the main stage begins
+                x = rearrange(x, "b v 1 1 d -> b v d")
+                x = x + (self.positions(grid) if index is None else gather(self.positions(grid), index))
+        return [*outputs, rearrange(x, "b v d -> b v 1 1 d")]
+
+    def encode_units(self, units: Tensor, index: Tensor, grid: Grid) -> Tensor:
+        """Units (b v c p p) at places index (b v) of the grid (gh gw) -> latent (b v out_dim)"""
+        if not self.unit_form:
+            raise UserError("A supervised HiViT has a relative position bias and cannot skip units: pass unit_form=True.")
+        outputs = self.stages(units, index, grid)[0 if self.multi_scale else -1 :]
+        return self.norm(torch.cat([x.flatten(2) for x in outputs], dim=-1))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(b c H W) -> (b n d): tokens of the main stage"""
+        grid = unit_grid(x.shape[-2], x.shape[-1], self.unit_size)
+        return rearrange(self.stages(serialize(x, self.unit_size), None, grid)[-1], "b n 1 1 d -> b n d")
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(b n d) -> (b classes), or (b d) before the classifier"""
+        x = self.head_drop(self.fc_norm(x.mean(dim=1) if self.global_pool else x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b c H W) -> (b classes)"""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """(b c H W) -> maps (b d gh gw) at 1, 2 and 4 patches a step; before them the tokens (b n d), unless maps only.
+
+        timm's contract. No norm follows the stages, so `norm` changes nothing; maps alone stop at the last one asked for.
+        """
+        if output_fmt != "NCHW":
+            raise UserError(f"HiViT's maps come as NCHW, not {output_fmt!r}: pass output_fmt='NCHW'.")
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        gh, gw = grid = unit_grid(x.shape[-2], x.shape[-1], self.unit_size)
+        outputs = self.stages(serialize(x, self.unit_size), None, grid, last if intermediates_only else 2)
+        maps = [rearrange(outputs[i], "b (gh gw) ih iw d -> b d (gh ih) (gw iw)", gh=gh, gw=gw) for i in take]
+        return maps if intermediates_only else (rearrange(outputs[-1], "b n 1 1 d -> b n d"), maps)
+
+    # timm's other contracts ------------------------------------------------------------------------------------------
+
+    @property
+    def merges(self) -> list[int]:
+        """Indices of the two merges in `blocks`."""
+        return [i for i, block in enumerate(self.blocks) if isinstance(block, Merge)]
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen maps do not need; -> their indices."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        if last < 2:  # the merge stays: it is where a stage's map is taken
+            self.blocks = self.blocks[: self.merges[last] + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0)
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head. global_pool: 'avg', or '' for tokens."""
+        if global_pool not in (None, "avg", ""):
+            raise UserError(f"HiViT pools by 'avg' or not at all (''), not by {global_pool!r}.")
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Position and relative-bias tables."""
+        return {n for n, _ in self.named_parameters() if n.endswith(("absolute_pos_embed", "position_bias_table"))}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for timm's layer decay: every block is one, a merge belongs to the block before it."""
+        merges = [(rf"^blocks\.{i}\.", (i - 1,)) for i in self.merges]
+        return {
+            "stem": r"^absolute_pos_embed|^patch_embed",
+            "blocks": r"^blocks" if coarse else [*merges, (r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+
+# Tables of another size ----------------------------------------------------------------------------------------------
+
+
+def resample_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """((2gh-1 2gw-1) h) for the grid `old` -> the same for the grid `new`."""
+    if old == new:
+        return table
+    maps = rearrange(table, "(y x) h -> 1 h y x", y=2 * old[0] - 1)
+    maps = F.interpolate(maps, size=(2 * new[0] - 1, 2 * new[1] - 1), mode="bicubic")
+    return rearrange(maps, "1 h y x -> (y x) h")
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], model: HiViT) -> dict[str, Tensor]:
+    """Fit a checkpoint of another input or patch size to the model: tables and the embedding's kernel follow."""
+    n = state["absolute_pos_embed"].shape[1]
+    _, height, width = model.pretrained_cfg["input_size"]  # of the checkpoint: gives the shape of its grid
+    gh = round((n * height / width) ** 0.5)
+    old = (gh, n // gh)
+    if old != model.grid:
+        for name, tensor in state.items():
+            if name == "absolute_pos_embed":
+                state[name] = resample_abs_pos_embed(tensor, list(model.grid), list(old), num_prefix_tokens=0)
+            elif name.endswith("relative_position_bias_table"):
+                state[name] = resample_bias_table(tensor, old, model.grid)
+    kernel = state["patch_embed.proj.weight"]
+    state["patch_embed.proj.weight"] = resample_patch_embed(kernel, [model.patch_embed.patch_size] * 2)
+    return state
+
+
+# Sizes ---------------------------------------------------------------------------------------------------------------
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"hivit_{size}": {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": None,
+            "crop_pct": 0.9,
+            "interpolation": "bicubic",
+            "fixed_input_size": False,
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": "apache-2.0",
+        }
+        for size in ("nano", "t", "s", "b", "b24", "l")
+    }
+)
+
+
+def _hivit(
+    variant: str, pretrained: bool, dim: int, depths: tuple[int, int, int], heads: int, kwargs: dict[str, Any]
+) -> HiViT:
+    return build_model_with_cfg(
+        HiViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2), "feature_cls": "getter"},
+        **{"embed_dim": dim, "depths": depths, "num_heads": heads} | kwargs,
+    )
+
+
+@register_model
+def hivit_nano(pretrained: bool = False, **kwargs: Any) -> HiViT:
+    """For tests and demonstrations on a CPU: ours, not the paper's."""
+    return _hivit("hivit_nano", pretrained, 128, (1, 1, 4), 4, kwargs)
+
+
+@register_model
+def hivit_t(pretrained: bool = False, **kwargs: Any) -> HiViT:
+    """HiViT-T (paper, table 2)."""
+    return _hivit("hivit_t", pretrained, 384, (2, 2, 10), 6, kwargs)
+
+
+@register_model
+def hivit_s(pretrained: bool = False, **kwargs: Any) -> HiViT:
+    """HiViT-S (paper, table 2)."""
+    return _hivit("hivit_s", pretrained, 384, (4, 4, 20), 6, kwargs)
+
+
+@register_model
+def hivit_b(pretrained: bool = False, **kwargs: Any) -> HiViT:
+    """HiViT-B (paper, table 2; the released MAE weights)."""
+    return _hivit("hivit_b", pretrained, 512, (4, 4, 20), 8, kwargs)
+
+
+@register_model
+def hivit_b24(pretrained: bool = False, **kwargs: Any) -> HiViT:
+    """The 'base' row of the official README's table: 24 main blocks, not 20."""
+    return _hivit("hivit_b24", pretrained, 512, (4, 4, 24), 8, kwargs)
+
+
+@register_model
+def hivit_l(pretrained: bool = False, **kwargs: Any) -> HiViT:
+    """HiViT-L, as in mmpretrain."""
+    return _hivit("hivit_l", pretrained, 768, (4, 4, 40), 12, kwargs)

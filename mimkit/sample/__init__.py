@@ -1,0 +1,1 @@
+"""A small real data set: see make.py."""

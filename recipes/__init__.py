@@ -1,0 +1,1 @@
+"""Scripts that people copy and edit."""
