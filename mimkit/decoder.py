@@ -34,6 +34,14 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.in_dim, self.dim = in_dim, dim
+        self.config = {
+            "in_dim": in_dim,
+            "unit_size": unit_size,
+            "in_chans": in_chans,
+            "dim": dim,
+            "depth": depth,
+            "num_heads": num_heads,
+        }
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         norm = partial(nn.LayerNorm, eps=1e-6)

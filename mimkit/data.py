@@ -1,0 +1,480 @@
+"""Images from anywhere -> batches that depend on nothing but (seed, epoch, index of the image).
+
+A source is a table of rows read through `datasets`. Every random choice about an image (its crop, flip and mask noise)
+is drawn from (seed, epoch, index), never from the state of a worker or a process, and the order of rows is a pure
+function too: so a run can be resumed at any step, and any number of workers gives the same batches.
+"""
+
+import glob
+import heapq
+import os
+import random
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torchvision.transforms import InterpolationMode, v2
+
+from mimkit.errors import UserError
+from mimkit.images import EXTENSIONS, decode
+
+Size = tuple[int, int]
+Index = int | tuple[int, int]  # of an image: its row, or (shard, row) in a stream
+Transform = Callable[[Any], Any]
+TRAIN, TEST = ("train", "training"), ("test", "val", "validation", "valid", "eval")
+WINDOW = 2048  # rows among which a stream is shuffled, beside the shuffle of its shards
+
+
+def parse_size(size: int | str) -> Size:
+    """224 or '224' or '256x512' (height x width) -> (height, width)"""
+    sides = str(size).lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise UserError(f"An image size of {size!r} is neither a number nor HEIGHTxWIDTH: write 224 or 256x512.")
+    return int(sides[0]), int(sides[-1])
+
+
+class NoPartError(UserError):
+    """The data has no such part."""
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """Rows of images, by index or as a stream."""
+
+    name: str
+    rows: Any  # datasets.Dataset or datasets.IterableDataset; the image column as {"bytes", "path"}
+    image: str  # name of the image column
+    label: str | None  # name of the label column
+    length: int
+
+    @property
+    def streaming(self) -> bool:
+        """Whether rows come in order only."""
+        return isinstance(self.rows, datasets.IterableDataset)
+
+
+def open_source(data: str, train: bool = True, streaming: bool = False) -> Source:
+    """Open what `--data` names.
+
+    Args:
+        data: 'sample' (Fashion-MNIST, in the package); a folder of images, with or without class folders; a parquet or
+            .tar (webdataset) file, a folder or a glob of them; or the name of a set on the hub.
+        train: the training part, else the test part: files or folders named train, test, val, validation. What has no
+            parts is all training, and has no test part.
+        streaming: read rows in order, without preparing the whole set first.
+    """
+    path = Path(data).expanduser()
+    if data == "sample":
+        path = Path(str(resources.files("mimkit.sample")))
+    files = sorted(glob.glob(str(path))) if glob.has_magic(data) else [str(path)] if path.is_file() else []
+    if path.is_dir():
+        files = sorted(str(f) for f in path.rglob("*") if f.suffix in (".parquet", ".tar"))
+    if not files and not path.exists():
+        return _open_hub(data, train, streaming)
+    if not files:
+        return _open_folder(data, path, train, streaming)
+    kinds = {Path(f).suffix for f in files}
+    if kinds not in ({".parquet"}, {".tar"}):
+        raise UserError(f"--data {data}: files of {', '.join(sorted(kinds))}; pass .parquet or .tar files, or a folder.")
+    files = _part(files, train, lambda f: os.path.relpath(f, path) if path.is_dir() else Path(f).name)
+    if not files:
+        raise NoPartError(f"--data {data} has no {'training' if train else 'test'} part among its files.")
+    kind = "parquet" if kinds == {".parquet"} else "webdataset"
+    rows = _load(data, kind, data_files=files, split="train", streaming=streaming)
+    return _source(data, rows, sum(map(_count, files)) if streaming else len(rows))
+
+
+def _part(names: Sequence[str], train: bool, key: Callable[[str], str]) -> list[str]:
+    """Of the files or folders that name a part (train-00.parquet, val/), those of this part; all, when none does."""
+
+    def part(name: str) -> bool | None:
+        words = "".join(c if c.isalpha() else " " for c in key(name).lower()).split()
+        return True if set(words) & set(TRAIN) else False if set(words) & set(TEST) else None
+
+    parts = [part(name) for name in names]
+    if len(names) == 1:
+        return list(names) if train else []
+    if train and True not in parts:
+        return [n for n, p in zip(names, parts, strict=True) if p is None]
+    return [n for n, p in zip(names, parts, strict=True) if p is train]
+
+
+def _count(file: str) -> int:
+    """Rows in a parquet file or samples in a tar."""
+    if file.endswith(".parquet"):
+        return pq.read_metadata(file).num_rows
+    with tarfile.open(file) as tar:
+        return len({member.name.rsplit("/", 1)[0] + Path(member.name).name.split(".")[0] for member in tar})
+
+
+def _load(data: str, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--data {data} cannot be read ({reason}): check that its files are whole.") from error
+
+
+def _open_hub(data: str, train: bool, streaming: bool) -> Source:
+    if data.startswith((".", "/", "~")) or data.count("/") > 1 or Path(data).suffix in (".parquet", ".tar"):
+        raise UserError(f"--data {data}: there is no such file or folder; check the path.")
+    try:
+        splits = datasets.get_dataset_split_names(data)
+        found = [s for s in (TRAIN if train else TEST) if s in splits]
+        rows = datasets.load_dataset(data, split=found[0], streaming=streaming) if found else None
+    except Exception as error:
+        raise UserError(
+            f"--data {data} is no file or folder here, and could not be fetched from the hub "
+            f"({str(error).splitlines()[0]}): check the path, or without a network pass 'sample', a folder of images, "
+            "or parquet or .tar files."
+        ) from error
+    if rows is None:
+        raise NoPartError(f"--data {data} has the parts {', '.join(splits)}: none for {'training' if train else 'testing'}.")
+    info = rows.info.splits.get(found[0]) if rows.info.splits else None
+    if streaming and not info:
+        raise UserError(f"--data {data} does not say how long it is, which a stream needs: pass --streaming false.")
+    return _source(data, rows, info.num_examples if streaming else len(rows))
+
+
+def _open_folder(data: str, path: Path, train: bool, streaming: bool) -> Source:
+    """Images below a folder, also through links; hidden files and folders are not looked at."""
+    folders = sorted(f.name for f in path.iterdir() if f.is_dir())
+    named = [f for f in folders if f.lower() in (*TRAIN, *TEST)]
+    roots = [path / f for f in _part(named, train, str)] if named else [path] if train else []
+    files = []
+    for root in roots:
+        for folder, below, names in os.walk(root, followlinks=True):
+            below[:] = [f for f in below if not f.startswith(".")]
+            files += [(root, f"{folder}/{f}") for f in names if not f.startswith(".") and Path(f).suffix.lower() in EXTENSIONS]
+    if not files:
+        if not train:
+            raise NoPartError(f"--data {data} has no test part: a folder in it named test or val, with images.")
+        raise UserError(f"--data {data} has no images: pass a folder with image files, such as .jpg or .png.")
+    files.sort()
+    columns: dict[str, list[Any]] = {"image": [file for _, file in files]}
+    inside = [os.path.relpath(file, root).split(os.sep) for root, file in files]
+    features = {"image": datasets.Image(decode=False)}
+    if all(len(parts) > 1 for parts in inside):
+        classes = {name: i for i, name in enumerate(sorted({parts[0] for parts in inside}))}
+        columns["label"] = [classes[parts[0]] for parts in inside]
+        features["label"] = datasets.ClassLabel(names=list(classes))
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    length = len(rows)
+    return _source(data, rows.to_iterable_dataset(num_shards=min(64, length)) if streaming else rows, length)
+
+
+def _source(name: str, rows: Any, length: int) -> Source:
+    """Find the columns: the first of images, and one of labels."""
+    features = rows.features or {}
+    images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
+    if not images:
+        raise UserError(f"--data {name} has no column of images among {', '.join(features) or 'none'}: add one.")
+    if not length:
+        raise UserError(f"--data {name} has no images: it is empty.")
+    labels = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel) or c in ("label", "labels", "cls")]
+    rows = rows.select_columns([images[0], *labels[:1]]).cast_column(images[0], datasets.Image(decode=False))
+    return Source(name, rows, images[0], labels[0] if labels else None, length)
+
+
+def open_labelled(data: str) -> tuple[Source, Source]:
+    """The training and the test part, both with labels; every fifth image is the test part where there is none."""
+    train = open_source(data)
+    if train.label is None:
+        raise UserError(f"--data {data} has no labels, which this needs: pass class folders, or a set with a label column.")
+    try:
+        test = open_source(data, train=False)
+    except NoPartError:
+        held_out = np.arange(train.length) % 5 == 0
+        parts = [train.rows.select(np.flatnonzero(part)) for part in (~held_out, held_out)]
+        train, test = (Source(data, rows, train.image, train.label, len(rows)) for rows in parts)
+    if len(set(train.rows[train.label])) < 2:
+        raise UserError(f"--data {data} has one class only: telling classes apart needs at least 2.")
+    return train, test
+
+
+# One image -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Inside, every usual generator is a function of the key alone; afterwards they are as they were."""
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        words = np.random.SeedSequence(key).generate_state(3)
+        random.seed(int(words[0]))
+        np.random.seed(words[1])
+        torch.manual_seed(int(words[2]))
+        yield
+    random.setstate(before[0])
+    np.random.set_state(before[1])
+
+
+def train_transform(size: Size, scale: tuple[float, float] = (0.2, 1.0)) -> Transform:
+    """MAE's augmentation: a random resized crop, bicubic, and a flip (MAE, appendix A.1)."""
+    crop = v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+
+
+def eval_transform(size: Size) -> Transform:
+    """Scale until the input is covered, and cut out its centre."""
+
+    def transform(image: Any) -> Any:
+        height, width = v2.functional.get_size(image)
+        scale = max(size[0] / height, size[1] / width)
+        scaled = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
+        image = v2.functional.resize(image, scaled, InterpolationMode.BICUBIC, antialias=True)
+        return v2.functional.center_crop(image, list(size))
+
+    return transform
+
+
+class View(NamedTuple):
+    """One image as a network sees it."""
+
+    image: Tensor | None  # (c H W), uint8 or float32; None when it cannot be decoded
+    noise: Tensor  # (n) for the mask
+    label: int
+    bad: str  # which image it is, and why it cannot be decoded
+
+
+@dataclass
+class Viewer:
+    """A row -> a view of it, drawn from (seed, epoch, index).
+
+    Args:
+        units: mask units in an image, the length of its noise; 0 for none.
+        fields: names of the image and the label column.
+    """
+
+    transform: Transform
+    in_chans: int
+    units: int
+    seed: int
+    fields: tuple[str, str | None]
+
+    def __call__(self, row: dict[str, Any], epoch: int, index: Index) -> View:
+        file = row[self.fields[0]] or {"bytes": None, "path": None}
+        label = row[self.fields[1]] if self.fields[1] else -1
+        key = (index,) if isinstance(index, int) else index
+        with seeded(self.seed, epoch, *key):
+            noise = torch.rand(self.units)
+            try:
+                data = file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
+                image = self.transform(decode(data, self.in_chans))
+                if isinstance(image, Image.Image):
+                    image = v2.functional.pil_to_tensor(image)
+            except Exception as error:  # readers raise whatever they like on a broken file
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                where = file["path"] or f"image {':'.join(map(str, key))}"
+                return View(None, noise, -1, f"{where} ({reason})")
+        return View(image, noise, int(label), "")
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Views, stacked. The place of a bad image is taken by a good one of the same batch."""
+
+    images: Tensor  # (b c H W), uint8 or float32
+    noise: Tensor  # (b n)
+    labels: Tensor  # (b), -1 without
+    bad: list[str]  # images that could not be decoded
+    epoch: int = 0
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move what the network needs."""
+        return self._replace(**{f: getattr(self, f).to(device, non_blocking=True) for f in ("images", "noise", "labels")})
+
+
+def to_input(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:
+    """(b c H W) uint8, or float32 in 0-1 -> what a network takes; one mean and deviation serve any channels."""
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    shift, scale = (torch.tensor(list(x), device=images.device)[:, None, None] for x in (mean, std))
+    return (images - shift) / scale
+
+
+def collate(views: list[View], epoch: int = 0) -> Batch:
+    """[(c H W), ...] -> (b c H W), with as many images as views, or none when all are bad"""
+    good = [view for view in views if view.image is not None]
+    filled = [v if v.image is not None else good[i % len(good)] for i, v in enumerate(views) if good]
+    return Batch(
+        torch.stack([view.image for view in filled if view.image is not None]) if good else torch.empty(0),
+        torch.stack([view.noise for view in views]),
+        torch.tensor([view.label for view in filled]),
+        [view.bad for view in views if view.bad],
+        epoch,
+    )
+
+
+class Rows(Dataset[View]):
+    """(epoch, index) -> view, of a source with rows by index."""
+
+    def __init__(self, source: Source, viewer: Viewer):
+        self.source, self.viewer = source, viewer
+
+    def __getitem__(self, place: tuple[int, int]) -> View:
+        epoch, index = place
+        return self.viewer(self.source.rows[index], epoch, index)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which images make which step, whoever computes it: step s of an epoch is rows [s B, (s + 1) B) of its order.
+
+    Args:
+        length: images in an epoch, the rest of a last partial batch left out.
+        batch_size: images in a step, over all processes and accumulated parts.
+        steps, start: the run ends before step `steps`, and begins (or goes on) at `start`.
+        rank, world: this process of so many.
+        parts: parts that a step is accumulated from.
+    """
+
+    length: int
+    batch_size: int
+    steps: int
+    seed: int = 0
+    start: int = 0
+    rank: int = 0
+    world: int = 1
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.batch_size % (self.world * self.parts):
+            raise UserError(
+                f"--batch-size {self.batch_size} cannot be shared by {self.world} processes x {self.parts} accumulation "
+                f"steps: choose a multiple of {self.world * self.parts}."
+            )
+        if self.length < self.batch_size:
+            raise UserError(
+                f"--batch-size {self.batch_size} is more than the {self.length} images there are: choose a smaller one."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch."""
+        return self.length // self.batch_size
+
+    @property
+    def share(self) -> int:
+        """Images of one forward pass of one process."""
+        return self.batch_size // (self.world * self.parts)
+
+
+class Order(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) for one process: each epoch is its own permutation, drawn from (seed, epoch)."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return (self.plan.steps - self.plan.start) * self.plan.parts
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        plan, drawn = self.plan, -1
+        for step in range(plan.start, plan.steps):
+            epoch, k = divmod(step, plan.steps_per_epoch)
+            if epoch != drawn:
+                order, drawn = np.random.default_rng([plan.seed, epoch]).permutation(plan.length), epoch
+            batch = order[k * plan.batch_size : (k + 1) * plan.batch_size]
+            for part in batch.reshape(plan.parts, plan.world, plan.share)[:, plan.rank]:
+                yield [(epoch, int(index)) for index in part]
+
+
+class Stream(IterableDataset[Batch]):
+    """Batches for one process from rows that come in order.
+
+    Shards are permuted by (seed, epoch). Inside, a row moves back by up to `WINDOW` places, a number drawn from (seed,
+    epoch, shard, row), so the order is a pure function as well. Every worker reads all rows and decodes only its own.
+    """
+
+    def __init__(self, source: Source, viewer: Viewer, plan: Plan):
+        self.source, self.viewer, self.plan = source, viewer, plan
+
+    def shuffled(self, epoch: int) -> Iterator[tuple[Index, dict[str, Any]]]:
+        """((shard, row), row) of an epoch."""
+        rows, shards = self.source.rows, self.source.rows.num_shards
+        window: list[tuple[float, int, int, dict[str, Any]]] = []
+        place = 0
+        for shard in map(int, np.random.default_rng([self.plan.seed, epoch]).permutation(shards)):
+            delays = np.random.default_rng([self.plan.seed, epoch, shard])
+            for row, content in enumerate(rows.shard(shards, shard)):
+                heapq.heappush(window, (place + WINDOW * delays.random(), shard, row, content))
+                place += 1
+                while window[0][0] < place:
+                    yield window[0][1:3], heapq.heappop(window)[3]
+        while window:
+            yield window[0][1:3], heapq.heappop(window)[3]
+
+    def __iter__(self) -> Iterator[Batch]:
+        plan, info = self.plan, get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        made = 0
+        for epoch in range(plan.start // plan.steps_per_epoch, -(-plan.steps // plan.steps_per_epoch)):
+            rows = self.shuffled(epoch)
+            first = epoch * plan.steps_per_epoch
+            for step in range(first, min(plan.steps, first + plan.steps_per_epoch)):
+                for _ in range(plan.parts):
+                    chunks = [list(islice(rows, plan.share)) for _ in range(plan.world)]
+                    if step < plan.start:
+                        continue
+                    chunk = chunks[plan.rank]
+                    if len(chunk) < plan.share:
+                        return  # shorter than it said: the run tells
+                    if made % workers == worker:
+                        yield collate([self.viewer(row, epoch, index) for index, row in chunk], epoch)
+                    made += 1
+
+
+def cpu_count() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def train_loader(source: Source, viewer: Viewer, plan: Plan, workers: int) -> DataLoader[Any]:
+    """All batches of a run, from its first step to its last, on one set of workers."""
+    common: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    if source.streaming:
+        return DataLoader(Stream(source, viewer, plan), batch_size=None, **common)
+    return DataLoader(Rows(source, viewer), batch_sampler=Order(plan), collate_fn=collate, **common)
+
+
+def eval_loader(
+    source: Source, size: Size, in_chans: int, images: int | None = None, batch_size: int = 256, workers: int = 0
+) -> DataLoader[Any]:
+    """Images in order, uncropped, with labels; evenly spread ones where fewer are wanted."""
+    viewer = Viewer(eval_transform(size), in_chans, 0, 0, (source.image, source.label))
+    chosen = np.linspace(0, source.length - 1, min(images or source.length, source.length)).astype(int)
+    places: Any = [(0, int(i)) for i in chosen]
+    return DataLoader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate, num_workers=workers)
+
+
+def guarded(batches: Iterable[Batch], limit: float, log: Callable[[str], None]) -> Iterator[Batch]:
+    """Pass batches on, name each bad image once, and stop when there are more than `limit` of them."""
+    bad: dict[str, None] = {}
+    for batch in batches:
+        for image in batch.bad:
+            if image not in bad:
+                bad[image] = None
+                log(f"cannot decode {image}: skipped ({len(bad)} so far)")
+        if len(bad) > limit or not len(batch.images):
+            raise UserError(
+                f"{len(bad)} images cannot be decoded, more than --max-bad allows, such as {next(iter(bad))}: "
+                "remove or mend them, or raise --max-bad."
+            )
+        yield batch

@@ -1,0 +1,153 @@
+"""Around a masked pre-training run: where its weights come from, how it is watched, what it leaves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import checkpoint_filter_fn as fit_vit
+from torch import nn
+
+from mimkit import evaluation
+from mimkit.checkpoint import load_strictly, read_decoder, read_weights, write_decoder, write_model
+from mimkit.converters.mae import split
+from mimkit.data import Size, Source, eval_loader, open_labelled, to_input
+from mimkit.errors import UserError
+from mimkit.mae import MAE
+from mimkit.models.hivit import HiViT
+from mimkit.models.hivit import checkpoint_filter_fn as fit_hivit
+from mimkit.models.vit import UnitViT
+from mimkit.training import Run
+from mimkit.visualize import curves, reconstructions
+
+
+def create(name: str, **options: Any) -> nn.Module:
+    """timm.create_model, whose errors are a sentence. A folder that timm can read is taken with its weights."""
+    if (Path(name) / "config.json").is_file():
+        name = f"local-dir:{name}"
+    try:
+        return timm.create_model(name, pretrained=name.startswith("local-dir:"), **options)
+    except UserError:
+        raise
+    except RuntimeError as error:
+        if "Unknown model" not in str(error):
+            raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        near = timm.list_models(f"*{name[:5]}*")[:5] or timm.list_models("hivit_*")
+        raise UserError(f"--model {name} is not known to timm or mimkit: try {', '.join(near)}.") from error
+    except (TypeError, AssertionError) as error:
+        raise UserError(f"--model {name} does not take these options ({error}): choose another model.") from error
+
+
+def as_timm(encoder: nn.Module) -> nn.Module:
+    """The timm model that a unit encoder is, or holds."""
+    return encoder.vit if isinstance(encoder, UnitViT) else encoder
+
+
+def as_unit_encoder(model: nn.Module) -> nn.Module:
+    """A timm model as an encoder that can skip units."""
+    return model if isinstance(model, HiViT) else UnitViT(model)
+
+
+def colours(in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the channels: those given, ImageNet's for RGB, one of each for any other number."""
+    default = {3: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}.get(in_chans, ((0.5,) * in_chans, (0.25,) * in_chans))
+    chosen = [list(given or fallback) for given, fallback in zip((mean, std), default, strict=True)]
+    for name, values in zip(("mean", "std"), chosen, strict=True):
+        if len(values) != in_chans:
+            raise UserError(f"--{name} has {len(values)} values for {in_chans} channels: give one for each.")
+    return chosen[0], chosen[1]
+
+
+def initialise(mae: MAE, source: str) -> str:
+    """Go on from released weights: a run of mimkit, or a file or folder of an encoder, with or without its decoder.
+
+    Returns:
+        What was taken, in words.
+    """
+    folder = Path(source)
+    if (folder / "encoder").is_dir():
+        encoder, decoder = read_weights(folder / "encoder"), read_weights(folder / "decoder")
+    else:
+        encoder, decoder = split(read_weights(folder))
+    model = as_timm(mae.encoder)
+    try:
+        encoder = (fit_hivit if isinstance(model, HiViT) else fit_vit)(encoder, model)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"--init {source} does not hold a {type(model).__name__} ({error}): check --model.") from error
+    load_strictly(model, encoder, source)
+    if not decoder:
+        return f"encoder from {source}; it has no decoder, which starts at random"
+    load_strictly(mae.decoder, decoder, source)
+    return f"encoder and decoder from {source}"
+
+
+def export(run: Run, mae: MAE, size: Size, mean: list[float], std: list[float]) -> None:
+    """Write encoder/ (timm's layout) and decoder/ into the run's directory."""
+    if run.accelerator.is_main_process:
+        model = as_timm(mae.encoder)
+        shape = (model.in_chans, *size)
+        write_model(model, run.folder / "encoder", input_size=shape, mean=mean, std=std, interpolation="bicubic", crop_pct=1.0)
+        write_decoder(mae.decoder, run.folder / "decoder", mask_ratio=mae.mask_ratio, norm_targets=mae.norm_targets)
+    run.accelerator.wait_for_everyone()
+
+
+def load_run(folder: Path) -> tuple[MAE, dict[str, Any]]:
+    """-> the MAE of a run's encoder/ and decoder/, and its encoder's pretrained_cfg (input_size, mean, std)"""
+    if not (folder / "encoder" / "config.json").is_file():
+        raise UserError(f"--run {folder} holds no encoder/: pass the directory of a run that has saved a checkpoint.")
+    decoder, method = read_decoder(folder / "decoder")
+    model = create(str(folder / "encoder"))
+    return MAE(as_unit_encoder(model), decoder, **method).eval(), model.pretrained_cfg
+
+
+class Watch:
+    """kNN accuracy of an encoder on at most 10,000 + 2,000 labelled images, on the main process."""
+
+    def __init__(self, run: Run, data: str, size: Size, mean: list[float], std: list[float], required: bool):
+        self.run, self.size, self.colours = run, size, (mean, std)
+        self.parts: tuple[Source, Source] | None = None
+        try:
+            self.parts = open_labelled(data) if run.accelerator.is_main_process else None
+        except UserError as error:
+            if required:
+                raise
+            run.print(f"no kNN: {error}")
+
+    def __call__(self, step: int, encoder: nn.Module, when: str) -> None:
+        """Measure, print and log."""
+        if self.parts:
+            limits = (10_000, 2_000)
+            model = as_timm(encoder)
+            train, test = evaluation.extract_parts(model, self.parts, self.size, *self.colours, images=limits, log=self.run.print)
+            found = evaluation.knn(train, test)
+            words = ", ".join(f"{accuracy:.1f} % (k = {k})" for k, accuracy in found.items())
+            self.run.print(f"kNN {when}: {words}, {len(train.y)} + {len(test.y)} images")
+            self.run.log(step, **{f"knn_{k}": accuracy for k, accuracy in found.items()})
+        self.run.accelerator.wait_for_everyone()
+
+
+def finish(run: Run, mae: MAE, source: Source, size: Size, mean: list[float], std: list[float]) -> None:
+    """The pictures, and what to do next."""
+    if not run.accelerator.is_main_process:
+        return
+    curves(run.metrics(), run.folder / "curves.png")
+    if not source.streaming:
+        loader = eval_loader(source, size, as_timm(mae.encoder).in_chans, images=8)
+        images = to_input(next(iter(loader)).images.to(run.accelerator.device), mean, std)
+        reconstructions(mae, images, mean, std, run.folder / "reconstructions.png")
+    run.print(
+        f"\nwrote {run.folder}/: curves.png, reconstructions.png, metrics.jsonl, config.yaml, checkpoints/, decoder/ and\n"
+        f"encoder/, which timm loads after `import mimkit` (without pretrained=True its weights would be random):\n"
+        f'    timm.create_model("local-dir:{run.folder}/encoder", pretrained=True)\n'
+        f"next: mimkit probe --model {run.folder}/encoder --data {run.options.data}\n"
+        f"      mimkit reconstruct --run {run.folder} --images FOLDER --out picture.png"
+    )
+
+
+def describe(mae: MAE, images: int, lr: float) -> str:
+    """One line on a network and its learning rate."""
+    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (mae.encoder, mae.decoder)]
+    name = as_timm(mae.encoder).pretrained_cfg["architecture"]
+    return f"{name}: encoder {sizes[0]:.2f} M + decoder {sizes[1]:.2f} M parameters; lr {lr:.3g}; {images:,} images"
+

@@ -1,0 +1,305 @@
+"""Run: everything about a training run but the loop.
+
+Accelerator, seeds, run directory, progress, metrics and checkpoints. The loop stays in the recipe:
+
+    run = Run("mae_hivit", options, ...)
+    model, optimizer = run.prepare(model, optimizer)
+    for step, parts in run.steps(loader):
+        for batch in parts:
+            with run.accumulate(model): ...
+        run.end_step(step)
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mimkit.checkpoint import load_strictly, replacing
+from mimkit.data import Batch, Plan, cpu_count, guarded
+from mimkit.errors import UserError
+
+KEEP = 2  # checkpoints
+LOG_EVERY = 20  # steps between readings of what is accumulated on the device
+MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "knn_every", "max_bad"}  # when a run is resumed
+
+
+def resolve_precision(precision: str) -> str:
+    """'auto' -> what the device does well: bf16 on GPUs that have it, else fp16; fp32 on a CPU.
+
+    A CPU gets bf16 only when asked: where it lacks the instructions bf16 takes three times as long, and where it has
+    them the casts of small networks eat the gain (docs/training.md has the figures).
+    """
+    if precision not in ("auto", "fp32", "bf16", "fp16"):
+        raise UserError(f"--precision {precision} is unknown: choose auto, fp32, bf16 or fp16.")
+    if precision != "auto":
+        return precision
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+
+
+class Run:
+    """A training run in its directory.
+
+    Args:
+        name: of the recipe; the directory is runs/NAME unless `options.out` says otherwise.
+        options: a flat dataclass with at least out, resume, seed, precision, grad_accum_steps and track.
+
+    The directory holds config.yaml, metrics.jsonl and checkpoints/step-N (the last two).
+    """
+
+    def __init__(self, name: str, options: Any):
+        self.options = options
+        options.precision = resolve_precision(options.precision)
+        cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        trackers = [options.track] if options.track else []
+        self.folder = Path(options.out or f"runs/{name}")
+        try:
+            self.accelerator = Accelerator(
+                mixed_precision={"fp32": "no"}.get(options.precision, options.precision),
+                gradient_accumulation_steps=options.grad_accum_steps,
+                kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and world > 1 else [],
+                log_with=trackers,
+                project_dir=str(self.folder),
+            )
+        except (ImportError, ValueError) as error:
+            raise UserError(f"accelerate cannot start ({error}): check --track {options.track} and --precision.") from error
+        if self.accelerator.distributed_type not in (
+            DistributedType.NO,
+            DistributedType.MULTI_CPU,
+            DistributedType.MULTI_GPU,
+        ):
+            raise UserError(f"{self.accelerator.distributed_type.value} is not supported yet: launch without it.")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if cpu and torch.get_num_threads() == 1:  # accelerate launch sets one thread where it finds no GPU
+            torch.set_num_threads(max(1, cpu_count() // local))
+        self.console = Console(quiet=not self.accelerator.is_main_process, highlight=False, soft_wrap=True)
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.folder = self._choose_folder(name)
+        set_seed(options.seed)
+
+    # The directory ---------------------------------------------------------------------------------------------------
+
+    def _choose_folder(self, name: str) -> Path:
+        """The main process chooses; a run that is there is never written over."""
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = str(self._free_folder(name))
+            except UserError as error:
+                found[1] = str(error)
+        broadcast_object_list(found)
+        if found[1]:
+            raise UserError(found[1])
+        return Path(found[0])
+
+    def _free_folder(self, name: str) -> Path:
+        options, folder = self.options, self.folder
+        if options.resume not in (None, "auto"):
+            if not checkpoints(Path(options.resume)):
+                raise UserError(f"--resume {options.resume} holds no checkpoint: pass a run's directory, or 'auto'.")
+            return Path(options.resume)
+        if not options.out:  # runs/NAME, runs/NAME-2, ...: the last one to go on with, else the first free one
+            taken = 0
+            while (taken_name := Path(f"runs/{name}{f'-{taken + 1}' if taken else ''}")).exists():
+                folder, taken = taken_name, taken + 1
+            return folder if options.resume and taken else taken_name
+        if folder.is_file():
+            raise UserError(f"--out {folder} is a file: choose a folder.")
+        if not options.resume and (folder / "metrics.jsonl").exists():
+            raise UserError(f"--out {folder} holds a run already: pass --resume auto to go on, or another folder.")
+        return folder
+
+    def write_config(self) -> None:
+        """config.yaml: every option as it was resolved. A resumed run must have the same ones."""
+        path, config = self.folder / "config.yaml", json.loads(json.dumps(dataclasses.asdict(self.options)))
+        if self.options.resume and path.exists():
+            before = yaml.safe_load(path.read_text())
+            changed = [k for k in config if k in before and before[k] != config[k] and k not in MAY_CHANGE]
+            if changed:
+                raise UserError(
+                    f"{path} has other options than this run ("
+                    + ", ".join(f"{k}: {before[k]} there, {config[k]} here" for k in changed)
+                    + "): go on with the same ones, or start a new run with --out."
+                )
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump(config, sort_keys=False))
+            if self.options.track:
+                flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
+                self.accelerator.init_trackers(self.folder.name, flat)
+
+    # Setting up ------------------------------------------------------------------------------------------------------
+
+    def plan(self, length: int, batch_size: int, epochs: int) -> Plan:
+        """Which images make which step, from where this run begins or goes on."""
+        world, rank, parts = self.accelerator.num_processes, self.accelerator.process_index, self.options.grad_accum_steps
+        plan = Plan(length, batch_size, 0, self.options.seed, 0, rank, world, parts)
+        saved = checkpoints(self.folder) if self.options.resume else []
+        start = int(saved[-1].name.removeprefix("step-")) if saved else 0
+        self.data_plan = dataclasses.replace(plan, steps=epochs * plan.steps_per_epoch, start=start)
+        return self.data_plan
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Place both on the device and share them; go on from the last checkpoint when the run is resumed."""
+        self.model, self.optimizer = model, optimizer
+        prepared, wrapped = self.accelerator.prepare(model, optimizer)
+        if self.data_plan.start:
+            self.load(checkpoints(self.folder)[-1])
+        self._trim_metrics()
+        return prepared, wrapped
+
+    def accumulate(self, model: nn.Module) -> Any:
+        """accelerate's context: gradients are synchronised and applied at the last part of a step only."""
+        return self.accelerator.accumulate(model)
+
+    # Going through the data ------------------------------------------------------------------------------------------
+
+    def steps(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
+        """(step, its parts on the device), with the progress shown and every generator seeded by (seed, step, rank)."""
+        plan, rank = self.data_plan, self.accelerator.process_index
+        limit = getattr(self.options, "max_bad", 0.0) * plan.length / plan.world
+        self.waited, self.since, self.since_step = 0.0, time.perf_counter(), plan.start
+        batches = guarded(loader, limit, self.print)
+        text = "{task.fields[text]}"
+        with Progress(TextColumn("pre-training"), BarColumn(), TextColumn(text), console=self.console) as self.bar:
+            self.task = self.bar.add_task("", total=plan.steps, completed=plan.start, text="")
+            self.bar.live.auto_refresh = self.console.is_terminal
+            self.started, done = time.perf_counter(), plan.start
+            try:
+                for step in range(plan.start, plan.steps):
+                    torch.manual_seed(int(np.random.SeedSequence([self.options.seed, step, rank]).generate_state(1)[0]))
+                    yield step, self._parts(batches)
+                    done = step + 1
+            except KeyboardInterrupt:
+                saved = checkpoints(self.folder)
+                raise KeyboardInterrupt(
+                    f"Interrupted after step {done}; the last checkpoint is "
+                    + (f"{saved[-1]}: go on with --out {self.folder} --resume auto." if saved else "not written yet.")
+                ) from None
+
+    def _parts(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for _ in range(self.data_plan.parts):
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                raise UserError("The data ended before the run did: it has fewer images than it said; check its files.")
+            yield batch.to(self.accelerator.device)
+
+    def record(self, **values: Tensor) -> None:
+        """Add up on the device; nothing is read before `end_step` logs it."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.count += 1
+
+    def end_step(self, step: int) -> None:
+        """Now and then: read the recorded values, show and log them."""
+        done, plan = step + 1, self.data_plan
+        if done % LOG_EVERY and done != plan.steps:
+            return
+        means = {k: self.accelerator.reduce(v / self.count, "mean").item() for k, v in self.sums.items()}
+        now = time.perf_counter()
+        elapsed, steps = now - self.since, done - self.since_step
+        rate = steps * plan.batch_size / elapsed
+        left = (now - self.started) / (done - plan.start) * (plan.steps - done)
+        shown = {
+            **means,
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "images_per_s": round(rate, 1),
+            "waiting": round(self.waited / elapsed, 4),
+        }
+        self.log(step=done, epoch=done / plan.steps_per_epoch, **shown)
+        numbers = " · ".join(f"{k} {v:.4f}" for k, v in means.items())
+        text = f"step {done}/{plan.steps} · {numbers} · {rate:.0f} images/s · waiting {shown['waiting']:.0%} · "
+        text += f"{int(left // 60)}:{int(left % 60):02d} left"
+        self.bar.update(self.task, completed=done, text=text)
+        if not self.console.is_terminal and (done % (5 * LOG_EVERY) == 0 or done == plan.steps):
+            self.print(text)
+        self.sums, self.count, self.waited, self.since, self.since_step = {}, 0, 0.0, now, done
+
+    def due(self, step: int, epochs: float) -> bool:
+        """Whether `step` is the last one of every so many epochs (0: never), or of the run."""
+        every = max(1, round(epochs * self.data_plan.steps_per_epoch))
+        return epochs > 0 and ((step + 1) % every == 0 or step + 1 == self.data_plan.steps)
+
+    # Telling ---------------------------------------------------------------------------------------------------------
+
+    def print(self, *text: Any) -> None:
+        """On the main process only."""
+        self.console.print(*text, markup=False)
+
+    def log(self, step: int, **values: float) -> None:
+        """A line of metrics.jsonl, and the trackers."""
+        if self.accelerator.is_main_process:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(values, step=step)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """What has been logged."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def _trim_metrics(self) -> None:
+        """Forget what was logged after the checkpoint that the run goes on from."""
+        if self.accelerator.is_main_process:
+            kept = [line for line in self.metrics() if line["step"] <= self.data_plan.start and self.data_plan.start]
+            (self.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save(self, step: int) -> None:
+        """Write checkpoints/step-N, N steps being done, beside and renamed; keep the last ones."""
+        if self.accelerator.is_main_process:
+            with replacing(self.folder / "checkpoints" / f"step-{step + 1:08d}") as folder:
+                save_file(self.model.state_dict(), folder / "model.safetensors")
+                state = self.optimizer.state_dict()
+                tensors = {f"{i}.{k}": v for i, values in state["state"].items() for k, v in values.items()}
+                save_file(tensors, folder / "optimizer.safetensors")
+                scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
+                own = {"step": step + 1, "param_groups": state["param_groups"], "scaler": scaler}
+                (folder / "state.json").write_text(json.dumps(own, indent=1))
+            for old in checkpoints(self.folder)[:-KEEP]:
+                for file in old.iterdir():
+                    file.unlink()
+                old.rmdir()
+        self.accelerator.wait_for_everyone()
+
+    def load(self, folder: Path) -> None:
+        """Weights, optimiser and scaler from a checkpoint; the rest of a run's state is a function of its step."""
+        try:
+            weights, moments = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
+            own = json.loads((folder / "state.json").read_text())
+        except Exception as error:  # safetensors' errors, JSON's and the system's
+            raise UserError(f"{folder} is torn ({error}): remove it, to go on from the checkpoint before.") from error
+        load_strictly(self.model, weights, folder)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in moments.items():
+            i, key = name.split(".", 1)
+            state.setdefault(int(i), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+        if self.accelerator.scaler and own["scaler"]:
+            self.accelerator.scaler.load_state_dict(own["scaler"])
+        self.print(f"going on from {folder}")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoints of a run, the last one last."""
+    return sorted((run / "checkpoints").glob("step-*"))

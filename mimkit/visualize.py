@@ -1,0 +1,94 @@
+"""Pictures: what a masked autoencoder sees and makes of it, and how its training went."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from einops import rearrange
+from torch import Tensor
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+from mimkit.checkpoint import replacing_file  # noqa: E402
+from mimkit.mae import MAE  # noqa: E402
+from mimkit.units import Grid, UnitMask, gather, scatter, serialize, unit_grid, unserialize  # noqa: E402
+
+
+def unnormalise_from_visible(prediction: Tensor, units: Tensor, mask: UnitMask, grid: Grid) -> Tensor:
+    """Normalised predictions (b m p*q*c) -> pixels, by statistics that only visible units have a say in.
+
+    Mean and deviation of a masked unit are an average over the visible ones (b n c p p is read at `mask.visible` only),
+    weighted by the inverse fourth power of their distance in the grid.
+    """
+    visible = gather(units, mask.visible).flatten(2)
+    var, mean = torch.var_mean(visible, dim=-1)
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], -1).to(prediction)[None]
+    distance = torch.cdist(gather(places, mask.masked), gather(places, mask.visible))
+    weight = distance**-4 / (distance**-4).sum(-1, keepdim=True)  # (b m v)
+    mean, deviation = (weight @ x[..., None] for x in (mean, var.sqrt()))
+    return prediction * deviation + mean
+
+
+@torch.no_grad()
+def reconstruct(mae: MAE, images: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Network inputs (b c H W) -> (as given, masked units grey, masked units predicted), all (b c H W)"""
+    training = mae.training
+    mae.eval()
+    generator = torch.Generator().manual_seed(seed)
+    output = mae(images, generator=generator)
+    mae.train(training)
+    p = mae.encoder.unit_size
+    grid = unit_grid(images.shape[-2], images.shape[-1], p)
+    units = serialize(images, p)
+    prediction = output.prediction.float()
+    if mae.norm_targets:
+        prediction = unnormalise_from_visible(prediction, units, output.units, grid)
+    filled = rearrange(prediction, "b m (p q c) -> b m c p q", p=p, q=p)
+    hidden = scatter(torch.zeros_like(units), output.units.visible, gather(units, output.units.visible))
+    made = scatter(hidden, output.units.masked, filled)
+    return images, unserialize(hidden, grid), unserialize(made, grid)
+
+
+def reconstructions(mae: MAE, images: Tensor, mean: Sequence[float], std: Sequence[float], file: Path) -> None:
+    """Write a picture: original, masked, reconstruction, a row for each; channels beyond three are left out."""
+    shift, scale = (torch.tensor(list(x))[:, None, None] for x in (mean, std))
+    rows = [(x.cpu() * scale + shift).clamp(0, 1) for x in reconstruct(mae, images)]
+    how = (
+        "predictions are normalised; brightness and contrast come from visible units only"
+        if mae.norm_targets
+        else "pixels as predicted"
+    )
+    names = ("original", f"masked ({mae.mask_ratio:.0%})", "reconstruction")
+    figure, axes = plt.subplots(3, len(images), figsize=(1.5 * len(images) + 0.6, 5.4), squeeze=False)
+    for name, pictures, line in zip(names, rows, axes, strict=True):
+        for picture, axis in zip(pictures, line, strict=True):
+            shown = picture[:3] if len(picture) >= 3 else picture[:1]
+            axis.imshow(rearrange(shown, "c h w -> h w c"), cmap="gray", vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        line[0].set_ylabel(name)
+    figure.suptitle(f"Reconstruction: {how}", fontsize=10)
+    _write(figure, file)
+
+
+def curves(metrics: list[dict[str, float]], file: Path) -> None:
+    """Write a picture of the loss, the learning rate and, where measured, kNN accuracy."""
+    names = [n for n in ("loss", "lr", "knn_10") if any(n in line for line in metrics)]
+    figure, axes = plt.subplots(1, max(1, len(names)), figsize=(4 * max(1, len(names)), 3), squeeze=False)
+    for name, axis in zip(names, axes[0], strict=False):
+        points = [(line["step"], line[name]) for line in metrics if name in line]
+        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 10 else None)
+        axis.set_title({"knn_10": "kNN accuracy, % (k = 10)"}.get(name, name))
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    _write(figure, file)
+
+
+def _write(figure: plt.Figure, file: Path) -> None:
+    figure.tight_layout()
+    with replacing_file(file) as temporary:
+        figure.savefig(temporary, dpi=100)
+    plt.close(figure)
