@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from timm.models import load_state_dict, save_for_hf
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ def read_weights(path: str | Path) -> State:
         raise
     except Exception as error:  # torch, safetensors and pickle raise a dozen kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{path} cannot be read as weights ({reason}): it is torn, or holds more than tensors.") from error
+        raise UserError(f"{path} cannot be read as weights ({reason}): it is torn, or not only tensors.") from error
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import InterpolationMode, v2
 
@@ -90,7 +90,7 @@ def open_source(data: str, train: bool = True, streaming: bool = False) -> Sourc
         return _open_folder(data, path, train, streaming)
     kinds = {Path(f).suffix for f in files}
     if kinds not in ({".parquet"}, {".tar"}):
-        raise UserError(f"--data {data}: files of {', '.join(sorted(kinds))}; pass .parquet or .tar files, or a folder.")
+        raise UserError(f"--data {data}: {', '.join(sorted(kinds))} files; pass .parquet or .tar files, or a folder.")
     files = _part(files, train, lambda f: os.path.relpath(f, path) if path.is_dir() else Path(f).name)
     if not files:
         raise NoPartError(f"--data {data} has no {'training' if train else 'test'} part among its files.")
@@ -144,11 +144,13 @@ def _open_hub(data: str, train: bool, streaming: bool) -> Source:
             "or parquet or .tar files."
         ) from error
     if rows is None:
-        raise NoPartError(f"--data {data} has the parts {', '.join(splits)}: none for {'training' if train else 'testing'}.")
-    info = rows.info.splits.get(found[0]) if rows.info.splits else None
-    if streaming and not info:
+        raise NoPartError(
+            f"--data {data} has the parts {', '.join(splits)}: none for {'training' if train else 'testing'}."
+        )
+    length = rows.info.splits[found[0]].num_examples if streaming and rows.info.splits else 0
+    if streaming and not length:
         raise UserError(f"--data {data} does not say how long it is, which a stream needs: pass --streaming false.")
-    return _source(data, rows, info.num_examples if streaming else len(rows))
+    return _source(data, rows, length if streaming else len(rows))
 
 
 def _open_folder(data: str, path: Path, train: bool, streaming: bool) -> Source:
@@ -160,7 +162,9 @@ def _open_folder(data: str, path: Path, train: bool, streaming: bool) -> Source:
     for root in roots:
         for folder, below, names in os.walk(root, followlinks=True):
             below[:] = [f for f in below if not f.startswith(".")]
-            files += [(root, f"{folder}/{f}") for f in names if not f.startswith(".") and Path(f).suffix.lower() in EXTENSIONS]
+            files += [
+                (root, f"{folder}/{f}") for f in names if not f.startswith(".") and Path(f).suffix.lower() in EXTENSIONS
+            ]
     if not files:
         if not train:
             raise NoPartError(f"--data {data} has no test part: a folder in it named test or val, with images.")
@@ -195,7 +199,7 @@ def open_labelled(data: str) -> tuple[Source, Source]:
     """The training and the test part, both with labels; every fifth image is the test part where there is none."""
     train = open_source(data)
     if train.label is None:
-        raise UserError(f"--data {data} has no labels, which this needs: pass class folders, or a set with a label column.")
+        raise UserError(f"--data {data} has no labels, and this needs them: pass class folders, or a label column.")
     try:
         test = open_source(data, train=False)
     except NoPartError:
@@ -299,14 +303,9 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """Move what the network needs."""
-        return self._replace(**{f: getattr(self, f).to(device, non_blocking=True) for f in ("images", "noise", "labels")})
-
-
-def to_input(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:
-    """(b c H W) uint8, or float32 in 0-1 -> what a network takes; one mean and deviation serve any channels."""
-    images = images.float() / 255 if images.dtype == torch.uint8 else images
-    shift, scale = (torch.tensor(list(x), device=images.device)[:, None, None] for x in (mean, std))
-    return (images - shift) / scale
+        return self._replace(
+            **{f: getattr(self, f).to(device, non_blocking=True) for f in ("images", "noise", "labels")}
+        )
 
 
 def collate(views: list[View], epoch: int = 0) -> Batch:
@@ -320,6 +319,19 @@ def collate(views: list[View], epoch: int = 0) -> Batch:
         [view.bad for view in views if view.bad],
         epoch,
     )
+
+
+class Normalise(nn.Module):
+    """(b c H W) uint8, or float32 in 0-1 -> what a network takes, computed where its buffers are."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b c H W) -> (b c H W), float32"""
+        return ((images.float() / 255 if images.dtype == torch.uint8 else images) - self.mean) / self.std
 
 
 class Rows(Dataset[View]):
@@ -357,8 +369,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_size % (self.world * self.parts):
             raise UserError(
-                f"--batch-size {self.batch_size} cannot be shared by {self.world} processes x {self.parts} accumulation "
-                f"steps: choose a multiple of {self.world * self.parts}."
+                f"--batch-size {self.batch_size} cannot be shared by {self.world} processes x {self.parts} "
+                f"accumulation steps: choose a multiple of {self.world * self.parts}."
             )
         if self.length < self.batch_size:
             raise UserError(

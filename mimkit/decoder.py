@@ -1,6 +1,7 @@
 """The light transformer that predicts masked units from the latent of the visible ones (MAE, section 3)."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -9,12 +10,12 @@ from torch import Tensor, nn
 from mimkit.units import Grid, UnitMask, gather
 
 
-def sincos_positions(dim: int, grid: Grid) -> Tensor:
+def sincos_positions(dim: int, grid: Grid, device: torch.device | None = None) -> Tensor:
     """(gh gw) -> (n d): MAE's fixed sine-cosine table, half the channels for the column, half for the row."""
-    frequencies = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    frequencies = 10000 ** -(torch.arange(dim // 4, device=device) / (dim / 4))
+    rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
     angles = [axis.flatten()[:, None] * frequencies for axis in (columns, rows)]
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
 
 
 class Decoder(nn.Module):
@@ -44,7 +45,7 @@ class Decoder(nn.Module):
         }
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.ModuleList(Block(dim, num_heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
         self.norm = norm(dim)
         self.pred = nn.Linear(dim, unit_size**2 * in_chans)
@@ -56,7 +57,7 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor, units: UnitMask, grid: Grid) -> Tensor:
         """(b k+v in_dim), places (b v) and (b m) of the grid (gh gw) -> (b m p*q*c)"""
-        positions = sincos_positions(self.dim, grid).to(latent)[None]
+        positions = sincos_positions(self.dim, grid, latent.device)[None]
         x = self.embed(latent)
         v, m = units.visible.shape[1], units.masked.shape[1]
         visible = x[:, -v:] + gather(positions, units.visible)

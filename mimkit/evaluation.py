@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimkit.data import Batch, Size, Source, eval_loader, guarded, to_input
+from mimkit.data import Batch, Normalise, Size, Source, eval_loader, guarded
 from mimkit.errors import UserError
 
 
@@ -20,25 +20,24 @@ class Features(NamedTuple):
 
 
 @torch.no_grad()
-def extract(model: nn.Module, batches: Iterable[Batch], mean: Iterable[float], std: Iterable[float]) -> Features:
+def extract(model: Any, batches: Iterable[Batch], normalise: Normalise) -> Features:
     """Pooled features, before the classifier, of any timm model; its mode is kept."""
     training, device = model.training, next(model.parameters()).device
+    normalise = normalise.to(device)
     model.eval()
     found = []
     for batch in batches:
-        images = to_input(batch.images.to(device), mean, std)
-        x = model.forward_head(model.forward_features(images), pre_logits=True)
+        x = model.forward_head(model.forward_features(normalise(batch.images.to(device))), pre_logits=True)
         found.append((x.float().flatten(1).cpu(), batch.labels))
     model.train(training)
     return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def extract_parts(
-    model: nn.Module,
+    model: Any,
     parts: Iterable[Source],
     size: Size,
-    mean: Iterable[float],
-    std: Iterable[float],
+    normalise: Normalise,
     images: Iterable[int | None] = (None, None),
     workers: int = 0,
     max_bad: float = 0.01,
@@ -49,8 +48,7 @@ def extract_parts(
         extract(
             model,
             guarded(eval_loader(part, size, model.in_chans, n, workers=workers), max_bad * part.length, log),
-            mean,
-            std,
+            normalise,
         )
         for part, n in zip(parts, images, strict=True)
     ]

@@ -27,9 +27,9 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
         return to_tensor(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
     if data.startswith(TIFF) and in_chans not in (1, 3):
         return to_tensor(tifffile.imread(io.BytesIO(data)), in_chans)
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-    image = ImageOps.exif_transpose(image)
+    with Image.open(io.BytesIO(data)) as file:
+        file.load()
+    image: Image.Image = ImageOps.exif_transpose(file)
     if in_chans not in (1, 3):
         return to_tensor(np.asarray(image), in_chans)
     if image.mode.startswith(("I", "F")):  # 16-bit and floating-point grey, which PIL would clip to 8 bits

@@ -86,7 +86,7 @@ class MAE(nn.Module):
     def forward(
         self, images: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
     ) -> MAEOutput:
-        """Images (b c H W); mask noise (b n), or the generator that draws it -> loss (), prediction (b m p*q*c), units"""
+        """Images (b c H W); mask noise (b n), or its generator -> loss (), prediction (b m p*q*c), units"""
         p = self.encoder.unit_size
         grid = unit_grid(images.shape[-2], images.shape[-1], p)
         mask = sample_mask(len(images), grid[0] * grid[1], self.mask_ratio, generator, noise)

@@ -38,12 +38,12 @@ def parse_recipe(options: type[T], description: str, small: str, argv: list[str]
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     shipped = presets()
-    argv = [a if a.startswith("--config=") or a.partition("=")[0] != "--config" else a for a in argv]
-    for i, word in enumerate(argv):
-        name = argv[i + 1] if word == "--config" and i + 1 < len(argv) else word.removeprefix("--config=")
-        if name in shipped and not Path(name).exists() and word.startswith("--config"):
-            at = i + 1 if word == "--config" else i
-            argv[at] = str(shipped[name]) if word == "--config" else f"--config={shipped[name]}"
+    for i, word in enumerate(argv):  # the name of a preset becomes its path
+        if word.startswith("--config="):
+            name = word.removeprefix("--config=")
+            argv[i] = f"--config={shipped.get(name, name)}"
+        elif i and argv[i - 1] == "--config":
+            argv[i] = str(shipped.get(word, word))
     if not any(word.split("=")[0] in ("--config", "--model", "--help", "-h") for word in argv):
         argv = ["--config", str(shipped[small]), *argv]
     parser = HyphenParser(description=f"{description}\n\nPresets for --config: {', '.join(shipped)}.")

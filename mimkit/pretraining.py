@@ -12,9 +12,9 @@ from torch import nn
 from mimkit import evaluation
 from mimkit.checkpoint import load_strictly, read_decoder, read_weights, write_decoder, write_model
 from mimkit.converters.mae import split
-from mimkit.data import Size, Source, eval_loader, open_labelled, to_input
+from mimkit.data import Normalise, Size, Source, eval_loader, open_labelled
 from mimkit.errors import UserError
-from mimkit.mae import MAE
+from mimkit.mae import MAE, UnitEncoder
 from mimkit.models.hivit import HiViT
 from mimkit.models.hivit import checkpoint_filter_fn as fit_hivit
 from mimkit.models.vit import UnitViT
@@ -22,7 +22,7 @@ from mimkit.training import Run
 from mimkit.visualize import curves, reconstructions
 
 
-def create(name: str, **options: Any) -> nn.Module:
+def create(name: str, **options: Any) -> Any:
     """timm.create_model, whose errors are a sentence. A folder that timm can read is taken with its weights."""
     if (Path(name) / "config.json").is_file():
         name = f"local-dir:{name}"
@@ -39,24 +39,29 @@ def create(name: str, **options: Any) -> nn.Module:
         raise UserError(f"--model {name} does not take these options ({error}): choose another model.") from error
 
 
-def as_timm(encoder: nn.Module) -> nn.Module:
+def as_timm(encoder: Any) -> Any:
     """The timm model that a unit encoder is, or holds."""
     return encoder.vit if isinstance(encoder, UnitViT) else encoder
 
 
-def as_unit_encoder(model: nn.Module) -> nn.Module:
+def as_unit_encoder(model: nn.Module) -> UnitEncoder:
     """A timm model as an encoder that can skip units."""
     return model if isinstance(model, HiViT) else UnitViT(model)
 
 
-def colours(in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[list[float], list[float]]:
-    """Mean and deviation of the channels: those given, ImageNet's for RGB, one of each for any other number."""
-    default = {3: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}.get(in_chans, ((0.5,) * in_chans, (0.25,) * in_chans))
-    chosen = [list(given or fallback) for given, fallback in zip((mean, std), default, strict=True)]
-    for name, values in zip(("mean", "std"), chosen, strict=True):
-        if len(values) != in_chans:
-            raise UserError(f"--{name} has {len(values)} values for {in_chans} channels: give one for each.")
-    return chosen[0], chosen[1]
+def colours(in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalise:
+    """By the mean and deviation given; ImageNet's for RGB, .5 and .25 for any other number of channels, by default."""
+    rgb = in_chans == 3
+    values = {
+        "mean": list(mean or (IMAGENET_DEFAULT_MEAN if rgb else [0.5] * in_chans)),
+        "std": list(std or (IMAGENET_DEFAULT_STD if rgb else [0.25] * in_chans)),
+    }
+    for name, numbers in values.items():
+        if len(numbers) != in_chans or (name == "std" and min(numbers) <= 0):
+            raise UserError(
+                f"--{name} {numbers} does not fit {in_chans} channels: give one number for each (std above 0)."
+            )
+    return Normalise(**values)
 
 
 def initialise(mae: MAE, source: str) -> str:
@@ -72,7 +77,7 @@ def initialise(mae: MAE, source: str) -> str:
         encoder, decoder = split(read_weights(folder))
     model = as_timm(mae.encoder)
     try:
-        encoder = (fit_hivit if isinstance(model, HiViT) else fit_vit)(encoder, model)
+        encoder = fit_hivit(encoder, model) if isinstance(model, HiViT) else fit_vit(encoder, model)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"--init {source} does not hold a {type(model).__name__} ({error}): check --model.") from error
     load_strictly(model, encoder, source)
@@ -82,12 +87,20 @@ def initialise(mae: MAE, source: str) -> str:
     return f"encoder and decoder from {source}"
 
 
-def export(run: Run, mae: MAE, size: Size, mean: list[float], std: list[float]) -> None:
+def export(run: Run, mae: MAE, size: Size, normalise: Normalise) -> None:
     """Write encoder/ (timm's layout) and decoder/ into the run's directory."""
     if run.accelerator.is_main_process:
         model = as_timm(mae.encoder)
         shape = (model.in_chans, *size)
-        write_model(model, run.folder / "encoder", input_size=shape, mean=mean, std=std, interpolation="bicubic", crop_pct=1.0)
+        write_model(
+            model,
+            run.folder / "encoder",
+            input_size=shape,
+            mean=normalise.mean.flatten().tolist(),
+            std=normalise.std.flatten().tolist(),
+            interpolation="bicubic",
+            crop_pct=1.0,
+        )
         write_decoder(mae.decoder, run.folder / "decoder", mask_ratio=mae.mask_ratio, norm_targets=mae.norm_targets)
     run.accelerator.wait_for_everyone()
 
@@ -104,8 +117,8 @@ def load_run(folder: Path) -> tuple[MAE, dict[str, Any]]:
 class Watch:
     """kNN accuracy of an encoder on at most 10,000 + 2,000 labelled images, on the main process."""
 
-    def __init__(self, run: Run, data: str, size: Size, mean: list[float], std: list[float], required: bool):
-        self.run, self.size, self.colours = run, size, (mean, std)
+    def __init__(self, run: Run, data: str, size: Size, normalise: Normalise, required: bool):
+        self.run, self.size, self.normalise = run, size, normalise
         self.parts: tuple[Source, Source] | None = None
         try:
             self.parts = open_labelled(data) if run.accelerator.is_main_process else None
@@ -114,12 +127,14 @@ class Watch:
                 raise
             run.print(f"no kNN: {error}")
 
-    def __call__(self, step: int, encoder: nn.Module, when: str) -> None:
+    def __call__(self, step: int, encoder: Any, when: str) -> None:
         """Measure, print and log."""
         if self.parts:
             limits = (10_000, 2_000)
             model = as_timm(encoder)
-            train, test = evaluation.extract_parts(model, self.parts, self.size, *self.colours, images=limits, log=self.run.print)
+            train, test = evaluation.extract_parts(
+                model, self.parts, self.size, self.normalise, images=limits, log=self.run.print
+            )
             found = evaluation.knn(train, test)
             words = ", ".join(f"{accuracy:.1f} % (k = {k})" for k, accuracy in found.items())
             self.run.print(f"kNN {when}: {words}, {len(train.y)} + {len(test.y)} images")
@@ -127,18 +142,18 @@ class Watch:
         self.run.accelerator.wait_for_everyone()
 
 
-def finish(run: Run, mae: MAE, source: Source, size: Size, mean: list[float], std: list[float]) -> None:
+def finish(run: Run, mae: MAE, source: Source, size: Size, normalise: Normalise) -> None:
     """The pictures, and what to do next."""
     if not run.accelerator.is_main_process:
         return
     curves(run.metrics(), run.folder / "curves.png")
     if not source.streaming:
         loader = eval_loader(source, size, as_timm(mae.encoder).in_chans, images=8)
-        images = to_input(next(iter(loader)).images.to(run.accelerator.device), mean, std)
-        reconstructions(mae, images, mean, std, run.folder / "reconstructions.png")
+        images = normalise(next(iter(loader)).images.to(run.accelerator.device))
+        reconstructions(mae, images, normalise, run.folder / "reconstructions.png")
     run.print(
-        f"\nwrote {run.folder}/: curves.png, reconstructions.png, metrics.jsonl, config.yaml, checkpoints/, decoder/ and\n"
-        f"encoder/, which timm loads after `import mimkit` (without pretrained=True its weights would be random):\n"
+        f"\nwrote {run.folder}/: curves.png, reconstructions.png, metrics.jsonl, config.yaml, checkpoints/, decoder/\n"
+        f"and encoder/, which timm loads after `import mimkit` (without pretrained=True its weights would be random):\n"
         f'    timm.create_model("local-dir:{run.folder}/encoder", pretrained=True)\n'
         f"next: mimkit probe --model {run.folder}/encoder --data {run.options.data}\n"
         f"      mimkit reconstruct --run {run.folder} --images FOLDER --out picture.png"
@@ -147,7 +162,6 @@ def finish(run: Run, mae: MAE, source: Source, size: Size, mean: list[float], st
 
 def describe(mae: MAE, images: int, lr: float) -> str:
     """One line on a network and its learning rate."""
-    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (mae.encoder, mae.decoder)]
+    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (as_timm(mae.encoder), mae.decoder)]
     name = as_timm(mae.encoder).pretrained_cfg["architecture"]
     return f"{name}: encoder {sizes[0]:.2f} M + decoder {sizes[1]:.2f} M parameters; lr {lr:.3g}; {images:,} images"
-

@@ -67,18 +67,19 @@ class Run:
         options.precision = resolve_precision(options.precision)
         cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
         world = int(os.environ.get("WORLD_SIZE", 1))
-        trackers = [options.track] if options.track else []
         self.folder = Path(options.out or f"runs/{name}")
         try:
             self.accelerator = Accelerator(
                 mixed_precision={"fp32": "no"}.get(options.precision, options.precision),
                 gradient_accumulation_steps=options.grad_accum_steps,
                 kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and world > 1 else [],
-                log_with=trackers,
+                log_with=[options.track] if options.track else None,
                 project_dir=str(self.folder),
             )
         except (ImportError, ValueError) as error:
-            raise UserError(f"accelerate cannot start ({error}): check --track {options.track} and --precision.") from error
+            raise UserError(
+                f"accelerate cannot start ({error}): check --track {options.track} and --precision."
+            ) from error
         if self.accelerator.distributed_type not in (
             DistributedType.NO,
             DistributedType.MULTI_CPU,
@@ -149,8 +150,8 @@ class Run:
 
     def plan(self, length: int, batch_size: int, epochs: int) -> Plan:
         """Which images make which step, from where this run begins or goes on."""
-        world, rank, parts = self.accelerator.num_processes, self.accelerator.process_index, self.options.grad_accum_steps
-        plan = Plan(length, batch_size, 0, self.options.seed, 0, rank, world, parts)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        plan = Plan(length, batch_size, 0, self.options.seed, 0, rank, world, self.options.grad_accum_steps)
         saved = checkpoints(self.folder) if self.options.resume else []
         start = int(saved[-1].name.removeprefix("step-")) if saved else 0
         self.data_plan = dataclasses.replace(plan, steps=epochs * plan.steps_per_epoch, start=start)

@@ -78,7 +78,9 @@ def sample_mask(
     if noise is None:
         noise = torch.rand(b, n, generator=generator, device=generator.device if generator else None)
     if tuple(noise.shape) != (b, n):
-        raise UserError(f"Mask noise of shape {tuple(noise.shape)} does not fit {b} images of {n} units: pass ({b}, {n}).")
+        raise UserError(
+            f"Mask noise of shape {tuple(noise.shape)} does not fit {b} images of {n} units: pass ({b}, {n})."
+        )
     v = int(n * (1 - ratio) + 1e-6) if 0 <= ratio <= 1 else 0  # 10 * (1 - .9) is .999...: a whole unit all the same
     if v < 1:
         raise UserError(

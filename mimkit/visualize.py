@@ -1,6 +1,5 @@
 """Pictures: what a masked autoencoder sees and makes of it, and how its training went."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -9,11 +8,12 @@ from einops import rearrange
 from torch import Tensor
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from mimkit.checkpoint import replacing_file  # noqa: E402
-from mimkit.mae import MAE  # noqa: E402
-from mimkit.units import Grid, UnitMask, gather, scatter, serialize, unit_grid, unserialize  # noqa: E402
+from mimkit.checkpoint import replacing_file
+from mimkit.data import Normalise
+from mimkit.mae import MAE
+from mimkit.units import Grid, UnitMask, gather, scatter, serialize, unit_grid, unserialize
 
 
 def unnormalise_from_visible(prediction: Tensor, units: Tensor, mask: UnitMask, grid: Grid) -> Tensor:
@@ -52,10 +52,9 @@ def reconstruct(mae: MAE, images: Tensor, seed: int = 0) -> tuple[Tensor, Tensor
     return images, unserialize(hidden, grid), unserialize(made, grid)
 
 
-def reconstructions(mae: MAE, images: Tensor, mean: Sequence[float], std: Sequence[float], file: Path) -> None:
+def reconstructions(mae: MAE, images: Tensor, normalise: Normalise, file: Path) -> None:
     """Write a picture: original, masked, reconstruction, a row for each; channels beyond three are left out."""
-    shift, scale = (torch.tensor(list(x))[:, None, None] for x in (mean, std))
-    rows = [(x.cpu() * scale + shift).clamp(0, 1) for x in reconstruct(mae, images)]
+    rows = [(x * normalise.std + normalise.mean).clamp(0, 1).cpu() for x in reconstruct(mae, images)]
     how = (
         "predictions are normalised; brightness and contrast come from visible units only"
         if mae.norm_targets

@@ -10,7 +10,7 @@ Read `mimkit/mae.py` for the method.
 
 from dataclasses import dataclass
 
-from mimkit.data import Viewer, cpu_count, open_source, parse_size, to_input, train_loader, train_transform
+from mimkit.data import Viewer, cpu_count, open_source, parse_size, train_loader, train_transform
 from mimkit.decoder import Decoder
 from mimkit.errors import one_sentence
 from mimkit.mae import MAE
@@ -59,7 +59,7 @@ class Options:
         compile: use torch.compile.
         grad_checkpointing: recompute activations to save memory.
         save_every: epochs between checkpoints; one is written at the end.
-        knn_every: epochs between measurements of kNN accuracy; 0 measures at the beginning and the end if there are labels.
+        knn_every: epochs between measurements of kNN accuracy; 0: at both ends, where there are labels.
         track: tensorboard, wandb or trackio.
     """
 
@@ -106,12 +106,13 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the options, train, leave the run's directory."""
     options = parse_recipe(Options, __doc__ or "", small="mae_hivit_small", argv=argv)
     size = parse_size(options.img_size)
-    mean, std = colours(options.in_chans, options.mean, options.std)
+    normalise = colours(options.in_chans, options.mean, options.std)
     options.lr = options.lr or options.blr * options.batch_size / 256
     source = open_source(options.data, streaming=options.streaming)
     run = Run("mae_hivit", options)
+    normalise.to(run.accelerator.device)
     plan = run.plan(source.length, options.batch_size, options.epochs)
-    watch = Watch(run, options.data, size, mean, std, required=options.knn_every > 0)
+    watch = Watch(run, options.data, size, normalise, required=options.knn_every > 0)
 
     encoder = create(
         options.model,
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         schedule.step_update(step)
         for batch in parts:
             with run.accumulate(model):
-                loss = model(to_input(batch.images, mean, std), batch.noise).loss
+                loss = model(normalise(batch.images), batch.noise).loss
                 run.accelerator.backward(loss)
                 stepper.step()
                 stepper.zero_grad()
@@ -158,8 +159,8 @@ def main(argv: list[str] | None = None) -> None:
             watch(step + 1, encoder, f"after {step + 1} steps")
         if run.due(step, options.save_every):
             run.save(step)
-            export(run, mae, size, mean, std)
-    finish(run, mae, source, size, mean, std)
+            export(run, mae, size, normalise)
+    finish(run, mae, source, size, normalise)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, gen_relative_position_index, resample_abs_pos_embed, resample_patch_embed, to_2tuple
+from timm.layers import (
+    DropPath,
+    Mlp,
+    gen_relative_position_index,
+    resample_abs_pos_embed,
+    resample_patch_embed,
+    to_2tuple,
+)
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -120,6 +127,10 @@ class HiViT(nn.Module):
         depths: MLP blocks in the first stem stage, in the second, attention blocks in the main stage.
     """
 
+    relative_position_index: Tensor
+    pretrained_cfg: dict[str, Any]
+    global_pool: str
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -140,9 +151,11 @@ class HiViT(nn.Module):
         super().__init__()
         if multi_scale and not unit_form:
             raise UserError("multi_scale=True is an output for a decoder, of the unit form: pass unit_form=True too.")
-        self.in_chans, self.num_classes, self.unit_form, self.multi_scale = in_chans, num_classes, unit_form, multi_scale
+        height, width = to_2tuple(img_size)
+        self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
+        self.unit_form, self.multi_scale = unit_form, multi_scale
         self.unit_size = SIDE * patch_size
-        self.grid = unit_grid(*to_2tuple(img_size), self.unit_size)
+        self.grid = unit_grid(height, width, self.unit_size)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.out_dim = 7 * embed_dim if multi_scale else embed_dim  # 16/4 + 4/2 + 1 = 7 widths a unit
         self.num_prefix_tokens = 0
@@ -195,9 +208,11 @@ class HiViT(nn.Module):
         """The relative position bias (h n n) of a main block, resampled likewise; None in the unit form."""
         if self.unit_form:
             return None
-        index = self.relative_position_index if grid == self.grid else gen_relative_position_index(grid)
+        index = self.relative_position_index
+        if grid != self.grid:
+            index = gen_relative_position_index(grid, device=index.device)
         table = resample_bias_table(block.attn.relative_position_bias_table, self.grid, grid)
-        return rearrange(table[index.to(table.device)], "n k h -> h n k")
+        return rearrange(table[index], "n k h -> h n k")
 
     def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
         return checkpoint(block, *args) if self.grad_checkpointing and self.training else block(*args)
@@ -224,7 +239,9 @@ class HiViT(nn.Module):
     def encode_units(self, units: Tensor, index: Tensor, grid: Grid) -> Tensor:
         """Units (b v c p p) at places index (b v) of the grid (gh gw) -> latent (b v out_dim)"""
         if not self.unit_form:
-            raise UserError("A supervised HiViT has a relative position bias and cannot skip units: pass unit_form=True.")
+            raise UserError(
+                "A supervised HiViT has a relative position bias, so it cannot skip units: pass unit_form=True."
+            )
         outputs = self.stages(units, index, grid)[0 if self.multi_scale else -1 :]
         return self.norm(torch.cat([x.flatten(2) for x in outputs], dim=-1))
 
@@ -253,7 +270,7 @@ class HiViT(nn.Module):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """(b c H W) -> maps (b d gh gw) at 1, 2 and 4 patches a step; before them the tokens (b n d), unless maps only.
 
-        timm's contract. No norm follows the stages, so `norm` changes nothing; maps alone stop at the last one asked for.
+        timm's contract. No norm follows the stages, so `norm` changes nothing; maps only stop at the last one needed.
         """
         if output_fmt != "NCHW":
             raise UserError(f"HiViT's maps come as NCHW, not {output_fmt!r}: pass output_fmt='NCHW'.")
@@ -369,13 +386,14 @@ default_cfgs = generate_default_cfgs(
 def _hivit(
     variant: str, pretrained: bool, dim: int, depths: tuple[int, int, int], heads: int, kwargs: dict[str, Any]
 ) -> HiViT:
-    return build_model_with_cfg(
+    build: Any = build_model_with_cfg
+    return build(
         HiViT,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": (0, 1, 2), "feature_cls": "getter"},
-        **{"embed_dim": dim, "depths": depths, "num_heads": heads} | kwargs,
+        **({"embed_dim": dim, "depths": depths, "num_heads": heads} | kwargs),
     )
 
 

@@ -17,8 +17,8 @@ class UnitViT(nn.Module):
     Positions and prefix tokens come from the ViT's own `_pos_embed`, run on an empty map.
 
     Args:
-        vit: a timm `VisionTransformer`, best built with `num_classes=0, fc_norm=False` (its final norm is then used) and
-            `dynamic_img_size=True` where the input size varies.
+        vit: a timm `VisionTransformer`, best built with `num_classes=0, fc_norm=False` (its final norm is then used),
+            and with `dynamic_img_size=True` where the input size varies.
         fixed_positions: replace its learnt position table by MAE's fixed sin-cos one (MAE, section 3).
     """
 
@@ -29,12 +29,13 @@ class UnitViT(nn.Module):
                 f"{type(vit).__name__} is not a plain timm VisionTransformer, whose tokens can be dropped before the "
                 "first block: choose one such as vit_base_patch16_224, or a HiViT."
             )
-        if not (isinstance(vit.patch_embed, PatchEmbed) and vit.patch_embed.proj.kernel_size == vit.patch_embed.proj.stride):
+        embed = vit.patch_embed
+        if not (isinstance(embed, PatchEmbed) and embed.proj.kernel_size == embed.proj.stride):
             raise UserError(
-                f"This ViT embeds images by a {type(vit.patch_embed).__name__}, which looks across patches, so that they "
-                "cannot be dropped as pixels: choose a ViT with a plain patch embedding, such as vit_base_patch16_224."
+                f"This ViT embeds images by a {type(embed).__name__}, which looks across patches, so they cannot be "
+                "dropped as pixels: choose a ViT with a plain patch embedding, such as vit_base_patch16_224."
             )
-        height, width = vit.patch_embed.patch_size
+        height, width = embed.patch_size
         if height != width:
             raise UserError(f"Patches of {height} x {width} px are not square: choose a ViT with square patches.")
         self.vit = vit
@@ -43,7 +44,7 @@ class UnitViT(nn.Module):
             if unused is not None:
                 unused.requires_grad_(False)
         if fixed_positions and vit.pos_embed is not None:
-            table = sincos_positions(vit.embed_dim, vit.patch_embed.grid_size)
+            table = sincos_positions(vit.embed_dim, embed.grid_size)
             with torch.no_grad():
                 vit.pos_embed.zero_().requires_grad_(False)[0, -len(table) :] = table
 
@@ -52,8 +53,8 @@ class UnitViT(nn.Module):
         vit, embed = self.vit, self.vit.patch_embed
         if not vit.dynamic_img_size and grid != embed.grid_size:
             raise UserError(
-                f"A grid of {grid[0]} x {grid[1]} patches is not the {embed.grid_size[0]} x {embed.grid_size[1]} that this "
-                "ViT was built for: build it with that img_size, or with dynamic_img_size=True."
+                f"A grid of {grid} patches is not the {embed.grid_size} that this ViT was built for: build it with "
+                "that img_size, or with dynamic_img_size=True."
             )
         x = embed.norm(F.linear(units.flatten(2), embed.proj.weight.flatten(1), embed.proj.bias))
         empty = x.new_zeros(1, *grid, x.shape[-1])

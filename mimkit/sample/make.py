@@ -32,7 +32,9 @@ def main(package: str) -> None:
         subprocess.run(["dpkg", "-x", package, folder], check=True)
         for part, (prefix, count) in PARTS.items():
             read = [
-                gzip.decompress((Path(folder) / "usr/share/datasets/fashion-mnist" / f"{prefix}-{kind}-ubyte.gz").read_bytes())
+                gzip.decompress(
+                    (Path(folder) / "usr/share/datasets/fashion-mnist" / f"{prefix}-{kind}-ubyte.gz").read_bytes()
+                )
                 for kind in ("images-idx3", "labels-idx1")
             ]
             images = np.frombuffer(read[0], np.uint8, offset=16).reshape(-1, 28, 28)[:count]
