@@ -324,6 +324,9 @@ def collate(views: list[View], epoch: int = 0) -> Batch:
 class Normalise(nn.Module):
     """(b c H W) uint8, or float32 in 0-1 -> what a network takes, computed where its buffers are."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])

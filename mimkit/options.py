@@ -1,17 +1,18 @@
 """Flags and YAML for flat dataclasses and plain functions, through jsonargparse, with hyphens in the flags."""
 
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser
+import jsonargparse
 
 T = TypeVar("T")
 
 
-class HyphenParser(ArgumentParser):
+class HyphenParser(jsonargparse.ArgumentParser):
     """`batch_size` is written --batch-size on the command line and batch_size in YAML."""
 
     def add_argument(self, *names: Any, **kwargs: Any) -> Any:
@@ -46,23 +47,24 @@ def parse_recipe(options: type[T], description: str, small: str, argv: list[str]
             argv[i] = str(shipped.get(word, word))
     if not any(word.split("=")[0] in ("--config", "--model", "--help", "-h") for word in argv):
         argv = ["--config", str(shipped[small]), *argv]
-    parser = HyphenParser(description=f"{description}\n\nPresets for --config: {', '.join(shipped)}.")
+    summary = description.strip().splitlines()[0]
+    parser = HyphenParser(description=f"{summary} Presets for --config: {', '.join(shipped)}.")
     parser.add_argument("--config", action="config", help="YAML file, or the name of a preset")
     parser.add_class_arguments(options)
     values = parser.parse_args(argv)
     return options(**{k: v for k, v in values.items() if k != "config"})
 
 
-def run_command(commands: dict[str, Callable[..., None]], description: str, version: str) -> None:
+def run_command(functions: list[Callable[..., None]], description: str, version: str) -> None:
     """Parse `mimkit COMMAND --flags` and call the function of that name."""
-    parser = HyphenParser(prog="mimkit", description=description)
-    parser.add_argument("--version", action="version", version=version)
-    subcommands = parser.add_subcommands(metavar="COMMAND", help="what to do")
-    for name, function in commands.items():
-        summary = (function.__doc__ or "").splitlines()[0]
-        subparser = HyphenParser(prog=f"mimkit {name}", description=function.__doc__)
-        subparser.add_function_arguments(function)
-        subcommands.add_subcommand(name, subparser, help=summary)
-    values = parser.parse_args()
-    arguments = values[values.subcommand].as_dict()
-    commands[values.subcommand](**arguments)
+    commands = {function.__name__: function for function in functions}
+    summaries = {name: (function.__doc__ or "").splitlines()[0] for name, function in commands.items()}
+    listing = "\n".join(f"  {name:12s} {summary}" for name, summary in summaries.items())
+    text = f"{description}\n\n{listing}"
+    top = ArgumentParser(prog="mimkit", description=text, formatter_class=RawDescriptionHelpFormatter)
+    top.add_argument("--version", action="version", version=f"mimkit {version}")
+    top.add_argument("command", choices=list(commands), help="`mimkit COMMAND --help` tells more")
+    name = top.parse_args(sys.argv[1:2] or ["--help"]).command
+    parser = HyphenParser(prog=f"mimkit {name}", description=summaries[name])
+    parser.add_function_arguments(commands[name])
+    commands[name](**parser.parse_args(sys.argv[2:]).as_dict())

@@ -91,16 +91,9 @@ def export(run: Run, mae: MAE, size: Size, normalise: Normalise) -> None:
     """Write encoder/ (timm's layout) and decoder/ into the run's directory."""
     if run.accelerator.is_main_process:
         model = as_timm(mae.encoder)
+        colour = {"mean": normalise.mean.flatten().tolist(), "std": normalise.std.flatten().tolist()}
         shape = (model.in_chans, *size)
-        write_model(
-            model,
-            run.folder / "encoder",
-            input_size=shape,
-            mean=normalise.mean.flatten().tolist(),
-            std=normalise.std.flatten().tolist(),
-            interpolation="bicubic",
-            crop_pct=1.0,
-        )
+        write_model(model, run.folder / "encoder", input_size=shape, interpolation="bicubic", crop_pct=1.0, **colour)
         write_decoder(mae.decoder, run.folder / "decoder", mask_ratio=mae.mask_ratio, norm_targets=mae.norm_targets)
     run.accelerator.wait_for_everyone()
 

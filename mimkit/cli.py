@@ -1,0 +1,120 @@
+"""The `mimkit` command."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from timm.data import resolve_data_config
+
+import mimkit.models  # noqa: F401  registers the networks with timm
+from mimkit import evaluation
+from mimkit.data import Normalise, Size, eval_loader, open_labelled, open_source, parse_size
+from mimkit.errors import UserError, one_sentence
+from mimkit.macs import count_gmacs
+from mimkit.options import run_command
+from mimkit.pretraining import create, load_run
+from mimkit.visualize import reconstructions
+
+NOTES = {
+    "hivit_nano": "ours, for tests and demonstrations",
+    "hivit_b": "the paper's base; the released MAE weights",
+    "hivit_b24": "the official README's 'base' row",
+}
+
+
+def models(img_size: int | str = 224) -> None:
+    """List the networks: parameters, GMACs (convolutions + matrix products + attention), strides of the feature maps.
+
+    Args:
+        img_size: input in pixels, 224 or HEIGHTxWIDTH.
+    """
+    size = parse_size(img_size)
+    table = Table("name", "parameters", f"GMACs at {size[0]}x{size[1]}", "strides", "note")
+    for name in timm.list_models("hivit_*"):
+        with torch.device("meta"):
+            model: Any = timm.create_model(name, img_size=size)
+        strides = ", ".join(str(stage["reduction"]) for stage in model.feature_info)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        table.add_row(name, f"{millions:.2f} M", f"{count_gmacs(model, 1, 3, *size):.2f}", strides, NOTES.get(name, ""))
+    Console().print(table)
+
+
+def _features(model: str, data: str, img_size: int | str | None, images: int | None) -> list[evaluation.Features]:
+    train, test = open_labelled(data)
+    options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
+    network = create(model, **options)
+    if not Path(model).exists():
+        print(f"{model} is a name, not a folder: its weights are random")
+    config = resolve_data_config(model=network)
+    size: Size = options.get("img_size") or config["input_size"][1:]
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    normalise = Normalise(config["mean"], config["std"])
+    return evaluation.extract_parts(network, (train, test), size, normalise, images=(images, None))
+
+
+def knn(model: str, data: str = "sample", img_size: int | str | None = None, images: int | None = None) -> None:
+    """Accuracy of the nearest neighbours among the training images, weighted as in DINO (temperature .07).
+
+    Args:
+        model: directory of an encoder, such as RUN/encoder, or a name known to timm (random weights).
+        data: labelled images: 'sample', a folder with class folders, parquet files, or the name of a set on the hub.
+        img_size: input in pixels; the model's own by default.
+        images: use so many training images only.
+    """
+    train, test = _features(model, data, img_size, images)
+    for k, accuracy in evaluation.knn(train, test).items():
+        print(f"kNN {accuracy:.2f} % (k = {k}, {len(train.y)} training and {len(test.y)} test images)")
+
+
+def probe(model: str, data: str = "sample", img_size: int | str | None = None, images: int | None = None) -> None:
+    """Accuracy of a linear classifier on pooled features; its settings are chosen on a fifth of the training images.
+
+    Args:
+        model: directory of an encoder, such as RUN/encoder, or a name known to timm (random weights).
+        data: labelled images: 'sample', a folder with class folders, parquet files, or the name of a set on the hub.
+        img_size: input in pixels; the model's own by default.
+        images: use so many training images only.
+    """
+    train, test = _features(model, data, img_size, images)
+    found = evaluation.linear_probe(train, test)
+    print(
+        f"linear probe {found.accuracy:.2f} % ({len(train.y)} training and {len(test.y)} test images; "
+        f"lr {found.lr:g}, weight decay {found.weight_decay:g}: {found.validation:.2f} % on held-out training images)"
+    )
+
+
+def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.png", count: int = 8) -> None:
+    """Draw what a pre-training run makes of masked images: original, masked, reconstruction.
+
+    Args:
+        run: directory of the run.
+        images: 'sample', a folder of images, parquet or .tar files.
+        out: picture to write.
+        count: images to show.
+    """
+    mae, config = load_run(Path(run))
+    if Path(out).suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
+        raise UserError(f"--out {out} is no picture: give a name that ends in .png, .pdf, .svg or .jpg.")
+    in_chans, *size = config["input_size"]
+    batch = next(iter(eval_loader(open_source(images), (size[0], size[1]), in_chans, images=count)))
+    if not len(batch.images):
+        raise UserError(f"--images {images}: none can be decoded, such as {batch.bad[0]}.")
+    normalise = Normalise(config["mean"], config["std"])
+    reconstructions(mae, normalise(batch.images), normalise, Path(out))
+    print(f"wrote {out}")
+
+
+@one_sentence
+def main() -> None:
+    """The command's entry point."""
+    commands: list[Callable[..., None]] = [models, knn, probe, reconstruct]
+    run_command(commands, "Masked image modelling for hierarchical vision transformers.", version("mimkit"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+import pytest
+import timm
+import torch
+from conftest import fill
+from timm.layers import DropPath
+from timm.models import group_parameters
+from torch import nn
+
+from mimkit.checkpoint import write_model
+from mimkit.errors import UserError
+from mimkit.macs import count_gmacs
+from mimkit.models.hivit import Merge, PatchEmbed, StemBlock, checkpoint_filter_fn
+from mimkit.units import gather, sample_mask, serialize
+
+NAMES = timm.list_models("hivit_*")
+MILLIONS = {"t": 19.181668, "s": 37.526464, "b": 66.418952, "b24": 79.051816, "l": 290.712328}
+GMACS = {"t": 4.587, "s": 9.044, "b": 15.810, "b24": 18.433, "l": 63.892}
+PUBLISHED = {"t": 4.60, "s": 9.07, "b": 15.85, "b24": 18.47}
+SMALL = {"img_size": 32, "patch_size": 1}
+
+
+def unit_form(name="hivit_nano", **options):
+    return timm.create_model(name, num_classes=0, unit_form=True, **(SMALL | options)).eval()
+
+
+def test_registered():
+    assert NAMES == ["hivit_b", "hivit_b24", "hivit_l", "hivit_nano", "hivit_s", "hivit_t"]
+    nano = timm.create_model("hivit_nano")
+    assert [stage["num_chs"] for stage in nano.feature_info] == [32, 64, 128]
+    assert sum(p.numel() for p in nano.parameters()) < 1.5e6
+
+
+@pytest.mark.parametrize("size", MILLIONS)
+def test_parameters_and_gmacs(size):
+    with torch.device("meta"):
+        model = timm.create_model(f"hivit_{size}")
+    assert sum(p.numel() for p in model.parameters()) == round(MILLIONS[size] * 1e6)
+    counted = count_gmacs(model, 1, 3, 224, 224)
+    assert counted == pytest.approx(GMACS[size], rel=1e-3)
+    if size in PUBLISHED:  # fvcore adds 5 for each element that a LayerNorm writes
+        elements = []
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.register_forward_hook(lambda m, i, o: elements.append(o.numel()))
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+        assert counted + 5 * sum(elements) / 1e9 == pytest.approx(PUBLISHED[size], abs=0.005)
+
+
+def test_depths_and_drop_path():
+    model = timm.create_model("hivit_t", drop_path_rate=0.1)
+    kinds = [type(block).__name__ for block in model.blocks]
+    assert kinds == ["StemBlock"] * 2 + ["Merge"] + ["StemBlock"] * 2 + ["Merge"] + ["Block"] * 10
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    assert rates == pytest.approx(torch.linspace(0, 0.1, 14).tolist())
+
+
+def test_patch_embed_is_the_convolution():
+    embed = fill(PatchEmbed(4, 3, 8))
+    images = torch.randn(2, 3, 32, 48)
+    from einops import rearrange
+
+    maps = embed.norm(rearrange(embed.proj(images), "b c h w -> b h w c"))
+    expected = rearrange(maps, "b (gh ih) (gw iw) c -> b (gh gw) ih iw c", ih=4, iw=4)
+    assert torch.allclose(embed(serialize(images, 16)), expected, atol=1e-5)
+
+
+def test_merge_order_is_dx_dy():
+    """Neighbours [0,0], [1,0], [0,1], [1,1] by (row, column): a (dy dx) order fails this."""
+    merge = Merge(1)
+    merge.norm = nn.Identity()
+    weight = torch.tensor([[1.0, 10.0, 100.0, 1000.0], [0.0, 1.0, 0.0, 0.0]])
+    merge.reduction.weight = nn.Parameter(weight)
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 1, 2, 2, 1)
+    assert merge(x).flatten().tolist() == [1 + 30 + 200 + 4000, 3.0]
+
+
+def test_released_names():
+    """302 tensors of the released MAE checkpoint, its mask token among them."""
+    with torch.device("meta"):
+        model = timm.create_model("hivit_b", num_classes=0, unit_form=True, multi_scale=True)
+    state = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert len(state) + 1 == 302
+    assert state["absolute_pos_embed"] == (1, 196, 512)
+    assert state["norm.weight"] == (3584,)
+    assert state["blocks.4.reduction.weight"] == (256, 512)
+    assert state["blocks.9.norm.weight"] == (1024,)
+    assert state["blocks.10.attn.qkv.bias"] == (1536,)
+    tuned = timm.create_model("hivit_t")
+    assert tuned.blocks[6].attn.relative_position_bias_table.shape == (729, 6)
+    assert not any("relative_position_index" in k for k in tuned.state_dict())
+
+
+@pytest.mark.parametrize("multi_scale", [False, True])
+def test_dropping_before_the_embedding_is_dropping_after_the_stem(multi_scale):
+    model = fill(unit_form(multi_scale=multi_scale))
+    images = torch.randn(2, 3, 32, 32)
+    units, index = serialize(images, 4), sample_mask(2, 64, 0.75).visible
+    early = model.encode_units(gather(units, index), index, (8, 8))
+    # the same, but every unit goes through the stem and the masked ones are dropped before the main stage
+    x, kept = model.patch_embed(units), []
+    for block in model.blocks:
+        if isinstance(block, Merge):
+            kept.append(gather(x, index).flatten(2))
+        if isinstance(block, Merge | StemBlock):
+            x = block(x)
+    x = gather(x.flatten(2) + model.absolute_pos_embed, index)
+    for block in model.blocks[model.merges[1] + 1 :]:
+        x = block(x)
+    late = model.norm(torch.cat([*kept, x], -1) if multi_scale else x)
+    assert torch.equal(early, late)
+    assert early.shape == (2, 16, model.out_dim)
+    order = torch.randperm(16)
+    permuted = model.encode_units(gather(units, index[:, order]), index[:, order], (8, 8))
+    assert torch.allclose(permuted, early[:, order], atol=1e-5)
+    elsewhere = model.encode_units(gather(units, index), (index + 1) % 64, (8, 8))
+    assert not torch.allclose(elsewhere, early, atol=1e-2)  # places matter
+
+
+def test_all_units_in_order_are_the_ordinary_forward():
+    model = fill(unit_form())
+    images = torch.randn(2, 3, 32, 32)
+    index = torch.arange(64).expand(2, 64)
+    tokens = model.encode_units(serialize(images, 4), index, (8, 8))
+    assert torch.allclose(tokens, model.norm(model.forward_features(images)), atol=1e-5)
+
+
+def test_supervised_form_skips_nothing():
+    model = timm.create_model("hivit_nano", **SMALL)
+    with pytest.raises(UserError, match="unit_form=True"):
+        model.encode_units(torch.zeros(1, 1, 3, 4, 4), torch.zeros(1, 1, dtype=torch.long), (8, 8))
+    with pytest.raises(UserError, match="unit_form=True"):
+        timm.create_model("hivit_nano", multi_scale=True)
+
+
+def test_relative_bias_is_swins():
+    """b[i, j] is the table's entry of place i minus place j, by hand, on a grid that is not square."""
+    model = fill(timm.create_model("hivit_nano", img_size=(32, 48)))
+    table, bias = model.blocks[-1].attn.relative_position_bias_table, model.relative_bias(model.blocks[-1], (2, 3))
+    for i in range(6):
+        for j in range(6):
+            dy, dx = i // 3 - j // 3, i % 3 - j % 3
+            assert torch.equal(bias[:, i, j], table[(dy + 1) * 5 + (dx + 2)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_size_in_either_form_takes_any_input(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, img_size=(96, 64), patch_size=2, in_chans=5, num_classes=7)
+        assert model(torch.empty(2, 5, 96, 64)).shape == (2, 7)
+        model = timm.create_model(name, num_classes=0, unit_form=True, multi_scale=True, img_size=(32, 64))
+        latent = model.encode_units(torch.empty(2, 3, 3, 16, 16), torch.zeros(2, 3, dtype=torch.long), (2, 4))
+        assert latent.shape == (2, 3, 7 * model.embed_dim)
+        maps = timm.create_model(name, features_only=True)
+        assert maps.feature_info.reduction() == [4, 8, 16]
+        shapes = [tuple(m.shape[-2:]) for m in maps(torch.empty(1, 3, 64, 96))]
+        assert shapes == [(16, 24), (8, 12), (4, 6)]
+
+
+def test_other_input_sizes_at_run_time():
+    model = fill(timm.create_model("hivit_nano", img_size=64)).eval()
+    assert model(torch.randn(1, 3, 96, 128)).shape == (1, 1000)
+    with pytest.raises(UserError, match=r"width of 100 px .* unit of 16 px"):
+        model(torch.randn(1, 3, 64, 100))
+    with pytest.raises(UserError, match=r"height of 50 px .* unit of 16 px"):
+        timm.create_model("hivit_nano", img_size=50)
+
+
+def test_features_agree_with_the_forward():
+    model = fill(timm.create_model("hivit_nano", img_size=64)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    tokens, maps = model.forward_intermediates(x)
+    assert torch.equal(tokens, model.forward_features(x))
+    assert torch.equal(maps[2].flatten(2).transpose(1, 2), tokens)
+    embedded = model.blocks[0](model.patch_embed(serialize(x, 16)))  # the one stem block of nano
+    assert torch.equal(maps[0][:, :, 5, 9], embedded[:, 6, 1, 1])  # row 5, column 9: unit (1, 2), place (1, 1)
+    assert torch.equal(model.forward_head(tokens), model(x))
+    first = timm.create_model("hivit_nano", features_only=True, out_indices=(0,), img_size=64)
+    assert [tuple(m.shape) for m in first(x)] == [(2, 32, 16, 16)]
+    assert sum(p.numel() for p in first.parameters()) < 40_000  # what the map does not need is gone
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"unit_form": True, "num_classes": 0}, {"drop_path_rate": 0.1, "global_pool": ""}], ids=str
+)
+def test_every_parameter_gets_a_gradient(options):
+    model = timm.create_model("hivit_nano", **SMALL, **options)
+    if options.get("unit_form"):
+        index = torch.arange(64).expand(2, 64)
+        model.encode_units(torch.randn(2, 64, 3, 4, 4), index, (8, 8)).square().sum().backward()
+    else:
+        fill(model)(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not without
+    fixed = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert fixed == (["absolute_pos_embed"] if options.get("unit_form") else [])
+
+
+def test_checkpointing_changes_nothing():
+    model = fill(timm.create_model("hivit_nano", **SMALL))
+    x = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for enabled in (False, True):
+        model.set_grad_checkpointing(enabled)
+        model.zero_grad()
+        model(x).sum().backward()
+        gradients.append(model.patch_embed.proj.weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("options", [{}, {"unit_form": True, "multi_scale": True, "num_classes": 0}], ids=str)
+def test_compiles_and_exports_whole(options):
+    model = fill(timm.create_model("hivit_nano", **SMALL, **options)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), model(x), atol=1e-4)
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.allclose(exported(x), model(x), atol=1e-4)
+
+
+def test_groups_for_layer_decay():
+    """Every block but the merges is a layer, a merge belongs to the one before it: 28 + stem + head for HiViT-B."""
+    with torch.device("meta"):
+        model = timm.create_model("hivit_b")
+    groups = group_parameters(model, model.group_matcher())
+    assert len(groups) == 30
+    assert sorted(n for ns in groups.values() for n in ns) == sorted(n for n, _ in model.named_parameters())
+    layer = {name: i for i, names in groups.items() for name in names}
+    assert layer["absolute_pos_embed"] == layer["patch_embed.proj.weight"] == 0
+    assert layer["blocks.4.reduction.weight"] == layer["blocks.3.mlp.fc1.weight"] == 4
+    assert layer["blocks.5.mlp.fc1.weight"] == 5
+    assert layer["blocks.29.mlp.fc1.weight"] == 28
+    assert layer["head.weight"] == layer["fc_norm.weight"] == 29
+    assert len(model.no_weight_decay()) == 21  # positions and a table for each of 20 blocks
+
+
+def test_a_round_trip_through_timm_gives_the_outputs(tmp_path):
+    model = fill(timm.create_model("hivit_nano", **SMALL, in_chans=5, num_classes=3)).eval()
+    write_model(model, tmp_path / "m", input_size=(5, 32, 32), mean=[0.5] * 5, std=[0.5] * 5)
+    x = torch.randn(2, 5, 32, 32)
+    again = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
+    assert torch.equal(again(x), model(x))
+    assert again.pretrained_cfg["mean"] == [0.5] * 5
+    at_random = timm.create_model(f"local-dir:{tmp_path / 'm'}").eval()  # timm says nothing, so we test it
+    assert not torch.allclose(at_random(x), model(x))
+    wider = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, img_size=(48, 64), in_chans=3)
+    assert wider(torch.randn(1, 3, 48, 64)).shape == (1, 3)
+    assert wider.absolute_pos_embed.shape == (1, 12 * 16, 128)
+    assert wider.blocks[-1].attn.relative_position_bias_table.shape == (23 * 31, 4)
+
+
+def test_tables_follow_the_input_size():
+    """A larger model with resampled tables computes what the small one computes at that size."""
+    small = fill(timm.create_model("hivit_nano", img_size=64)).eval()
+    large = timm.create_model("hivit_nano", img_size=(96, 128)).eval()
+    large.pretrained_cfg = large.pretrained_cfg | {"input_size": (3, 64, 64)}
+    large.load_state_dict(checkpoint_filter_fn(dict(small.state_dict()), large))
+    x = torch.randn(1, 3, 96, 128)
+    assert torch.allclose(large(x), small(x), atol=1e-5)
+
+
+def test_another_patch_size_keeps_a_smooth_image():
+    """The kernel is resampled so that a constant image embeds to the same tokens (pseudo-inverse resize)."""
+    model = fill(timm.create_model("hivit_nano", img_size=64)).eval()
+    finer = timm.create_model("hivit_nano", img_size=128, patch_size=8)
+    finer.load_state_dict(checkpoint_filter_fn(dict(model.state_dict()), finer))
+    constant = torch.randn(1, 3, 1, 1)
+    outputs = [m.eval()(constant.expand(1, 3, s, s)) for m, s in ((model, 64), (finer, 128))]
+    assert torch.allclose(*outputs, atol=1e-3)
+
+
+def test_heads():
+    model = timm.create_model("hivit_nano", **SMALL)
+    model.reset_classifier(10)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+    model.reset_classifier(10, global_pool="")
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 64, 10)
+    model.reset_classifier(0, global_pool="avg")
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 128)
+    with pytest.raises(UserError, match="'max'"):
+        model.reset_classifier(10, global_pool="max")
