@@ -103,7 +103,7 @@ def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.pn
     in_chans, *size = config["input_size"]
     batch = next(iter(eval_loader(open_source(images), (size[0], size[1]), in_chans, images=count)))
     if not len(batch.images):
-        raise UserError(f"--images {images}: none can be decoded, such as {batch.bad[0]}.")
+        raise UserError(f"--images {images}: none can be decoded, such as {' ('.join(batch.bad[0])}).")
     normalise = Normalise(config["mean"], config["std"])
     reconstructions(mae, normalise(batch.images), normalise, Path(out))
     print(f"wrote {out}")

@@ -119,7 +119,9 @@ def _count(file: str) -> int:
     if file.endswith(".parquet"):
         return pq.read_metadata(file).num_rows
     with tarfile.open(file) as tar:
-        return len({member.name.rsplit("/", 1)[0] + Path(member.name).name.split(".")[0] for member in tar})
+        return len(
+            {(Path(member.name).parent, Path(member.name).name.split(".")[0]) for member in tar if member.isfile()}
+        )
 
 
 def _load(data: str, *args: Any, **kwargs: Any) -> Any:
@@ -253,7 +255,7 @@ class View(NamedTuple):
     image: Tensor | None  # (c H W), uint8 or float32; None when it cannot be decoded
     noise: Tensor  # (n) for the mask
     label: int
-    bad: str  # which image it is, and why it cannot be decoded
+    bad: tuple[str, str] | None = None  # which image it is, and why it cannot be decoded
 
 
 @dataclass
@@ -285,8 +287,8 @@ class Viewer:
             except Exception as error:  # readers raise whatever they like on a broken file
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 where = file["path"] or f"image {':'.join(map(str, key))}"
-                return View(None, noise, -1, f"{where} ({reason})")
-        return View(image, noise, int(label), "")
+                return View(None, noise, -1, (where, reason))
+        return View(image, noise, int(label))
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
@@ -298,17 +300,15 @@ class Batch(NamedTuple):
     images: Tensor  # (b c H W), uint8 or float32
     noise: Tensor  # (b n)
     labels: Tensor  # (b), -1 without
-    bad: list[str]  # images that could not be decoded
-    epoch: int = 0
+    bad: list[tuple[str, str]]  # images that could not be decoded, and why
 
     def to(self, device: torch.device) -> "Batch":
         """Move what the network needs."""
-        return self._replace(
-            **{f: getattr(self, f).to(device, non_blocking=True) for f in ("images", "noise", "labels")}
-        )
+        images, noise, labels = (x.to(device, non_blocking=True) for x in (self.images, self.noise, self.labels))
+        return Batch(images, noise, labels, self.bad)
 
 
-def collate(views: list[View], epoch: int = 0) -> Batch:
+def collate(views: list[View]) -> Batch:
     """[(c H W), ...] -> (b c H W), with as many images as views, or none when all are bad"""
     good = [view for view in views if view.image is not None]
     filled = [v if v.image is not None else good[i % len(good)] for i, v in enumerate(views) if good]
@@ -317,7 +317,6 @@ def collate(views: list[View], epoch: int = 0) -> Batch:
         torch.stack([view.noise for view in views]),
         torch.tensor([view.label for view in filled]),
         [view.bad for view in views if view.bad],
-        epoch,
     )
 
 
@@ -428,13 +427,14 @@ class Stream(IterableDataset[Batch]):
         place = 0
         for shard in map(int, np.random.default_rng([self.plan.seed, epoch]).permutation(shards)):
             delays = np.random.default_rng([self.plan.seed, epoch, shard])
-            for row, content in enumerate(rows.shard(shards, shard)):
+            # iter(): torch's workers would divide a plain loop over a `datasets` stream among them once more
+            for row, content in enumerate(rows.shard(shards, shard).iter(1)):
                 heapq.heappush(window, (place + WINDOW * delays.random(), shard, row, content))
                 place += 1
                 while window[0][0] < place:
-                    yield window[0][1:3], heapq.heappop(window)[3]
+                    yield _released(heapq.heappop(window))
         while window:
-            yield window[0][1:3], heapq.heappop(window)[3]
+            yield _released(heapq.heappop(window))
 
     def __iter__(self) -> Iterator[Batch]:
         plan, info = self.plan, get_worker_info()
@@ -452,8 +452,13 @@ class Stream(IterableDataset[Batch]):
                     if len(chunk) < plan.share:
                         return  # shorter than it said: the run tells
                     if made % workers == worker:
-                        yield collate([self.viewer(row, epoch, index) for index, row in chunk], epoch)
+                        yield collate([self.viewer(row, epoch, index) for index, row in chunk])
                     made += 1
+
+
+def _released(item: tuple[float, int, int, dict[str, Any]]) -> tuple[Index, dict[str, Any]]:
+    _, shard, row, content = item
+    return (shard, row), {name: cell[0] for name, cell in content.items()}
 
 
 def cpu_count() -> int:
@@ -481,15 +486,16 @@ def eval_loader(
 
 def guarded(batches: Iterable[Batch], limit: float, log: Callable[[str], None]) -> Iterator[Batch]:
     """Pass batches on, name each bad image once, and stop when there are more than `limit` of them."""
-    bad: dict[str, None] = {}
+    bad: dict[str, str] = {}
     for batch in batches:
-        for image in batch.bad:
+        for image, reason in batch.bad:
             if image not in bad:
-                bad[image] = None
-                log(f"cannot decode {image}: skipped ({len(bad)} so far)")
+                bad[image] = reason
+                log(f"skipped {image}, which cannot be decoded ({reason}); {len(bad)} so far")
         if len(bad) > limit or not len(batch.images):
+            image, reason = next(iter(bad.items()))
             raise UserError(
-                f"{len(bad)} images cannot be decoded, more than --max-bad allows, such as {next(iter(bad))}: "
+                f"{len(bad)} images cannot be decoded, more than --max-bad allows, such as {image} ({reason}): "
                 "remove or mend them, or raise --max-bad."
             )
         yield batch

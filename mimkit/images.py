@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*")
@@ -27,8 +27,11 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
         return to_tensor(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
     if data.startswith(TIFF) and in_chans not in (1, 3):
         return to_tensor(tifffile.imread(io.BytesIO(data)), in_chans)
-    with Image.open(io.BytesIO(data)) as file:
-        file.load()
+    try:
+        file = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError("not an image of a known kind") from None
+    file.load()
     image: Image.Image = ImageOps.exif_transpose(file)
     if in_chans not in (1, 3):
         return to_tensor(np.asarray(image), in_chans)

@@ -219,7 +219,7 @@ def test_init_goes_on_from_a_folder_and_refuses_what_does_not_fit(tmp_path):
     mae = MAE(narrow, Decoder(narrow.out_dim, 4, dim=32, depth=1, num_heads=4))
     with pytest.raises(UserError, match=r"norm\.weight \(896,\) for \(128,\)"):
         initialise(mae, str(tmp_path / "encoder"))
-    with pytest.raises(UserError, match="missing: .*cls_token.*check the model's name"):
+    with pytest.raises(UserError, match=r"missing: .*cls_token.*check the model's name"):
         initialise(small_mae(), str(tmp_path / "encoder"))
 
 

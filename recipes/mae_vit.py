@@ -1,0 +1,170 @@
+"""Pre-train a plain ViT by masked autoencoding.
+
+accelerate launch recipes/mae_vit.py
+    a small ViT on 10,000 Fashion-MNIST images; the preset `mae_vit_small`
+accelerate launch recipes/mae_vit.py --model vit_base_patch16_224 --data /path/to/imagenet --grad-accum-steps 8
+    the published pre-training of ViT-B: 800 epochs, batch 4096; not run
+
+Read `mimkit/mae.py` for the method.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mimkit.data import Viewer, cpu_count, open_source, parse_size, train_loader, train_transform
+from mimkit.decoder import Decoder
+from mimkit.errors import one_sentence
+from mimkit.mae import MAE
+from mimkit.models import UnitViT
+from mimkit.optim import adamw, cosine
+from mimkit.options import parse_recipe
+from mimkit.pretraining import Watch, colours, create, describe, export, finish, initialise
+from mimkit.training import Run
+
+
+@dataclass
+class Options:
+    """The defaults are MAE's published pre-training (He et al., CVPR 2022, table 8).
+
+    Args:
+        model: a plain VisionTransformer known to timm.
+        data: 'sample', a folder of images, parquet or .tar (webdataset) files, or the name of a set on the hub.
+        out: directory of the run; runs/mae_vit, or the next free number, by default.
+        resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
+        init: released or earlier weights to start from: a run, or an encoder's file or folder, with its decoder or not.
+        img_size: input in pixels: 224 or HEIGHTxWIDTH.
+        patch_size: pixels of a patch, which is a mask unit.
+        model_args: other arguments of the model, such as {embed_dim: 128, depth: 4}.
+        in_chans: channels of the images.
+        mean: mean of each channel, in 0-1; ImageNet's by default.
+        std: deviation of each channel.
+        mask_ratio: share of the units that is masked.
+        norm_targets: predict units normalised one by one.
+        decode_ratio: share of the masked units that is predicted.
+        decoder_dim: width of the decoder.
+        decoder_depth: blocks of the decoder.
+        decoder_heads: attention heads of the decoder.
+        epochs: passes over the data.
+        warmup_epochs: of them with a rising learning rate.
+        batch_size: images of one step, over all processes and accumulated parts.
+        grad_accum_steps: parts that a step is computed in.
+        blr: learning rate for a batch of 256.
+        lr: learning rate; blr x batch_size / 256 by default.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        crop_scale: share of the image's area that a crop has.
+        streaming: read the data in order instead of preparing it first.
+        max_bad: share of images that may be impossible to decode.
+        workers: processes that load data; one core is left for training by default.
+        seed: of everything that is random.
+        precision: auto, fp32, bf16 or fp16.
+        compile: use torch.compile.
+        grad_checkpointing: recompute activations to save memory.
+        save_every: epochs between checkpoints; one is written at the end.
+        knn_every: epochs between measurements of kNN accuracy; 0: at both ends, where there are labels.
+        track: tensorboard, wandb or trackio.
+    """
+
+    model: str = "vit_base_patch16_224"
+    data: str = "sample"
+    out: str | None = None
+    resume: str | None = None
+    init: str | None = None
+    img_size: int | str = 224
+    patch_size: int = 16
+    model_args: dict[str, Any] = field(default_factory=dict)
+    in_chans: int = 3
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    mask_ratio: float = 0.75
+    norm_targets: bool = True
+    decode_ratio: float = 1.0
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    epochs: int = 800
+    warmup_epochs: float = 40
+    batch_size: int = 4096
+    grad_accum_steps: int = 1
+    blr: float = 1.5e-4
+    lr: float | None = None
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    streaming: bool = False
+    max_bad: float = 0.01
+    workers: int | None = None
+    seed: int = 0
+    precision: str = "auto"
+    compile: bool = False
+    grad_checkpointing: bool = False
+    save_every: float = 20
+    knn_every: float = 0
+    track: str | None = None
+
+
+@one_sentence
+def main(argv: list[str] | None = None) -> None:
+    """Parse the options, train, leave the run's directory."""
+    options = parse_recipe(Options, __doc__ or "", small="mae_vit_small", argv=argv)
+    size = parse_size(options.img_size)
+    normalise = colours(options.in_chans, options.mean, options.std)
+    options.lr = options.lr or options.blr * options.batch_size / 256
+    source = open_source(options.data, streaming=options.streaming)
+    run = Run("mae_vit", options)
+    normalise.to(run.accelerator.device)
+    plan = run.plan(source.length, options.batch_size, options.epochs)
+    watch = Watch(run, options.data, size, normalise, required=options.knn_every > 0)
+
+    vit = create(
+        options.model,
+        num_classes=0,
+        fc_norm=False,
+        img_size=size,
+        patch_size=options.patch_size,
+        in_chans=options.in_chans,
+        **options.model_args,
+    )
+    encoder = UnitViT(vit, fixed_positions=True)
+    vit.set_grad_checkpointing(options.grad_checkpointing)
+    width, depth, heads = options.decoder_dim, options.decoder_depth, options.decoder_heads
+    decoder = Decoder(encoder.out_dim, encoder.unit_size, options.in_chans, width, depth, heads)
+    mae = MAE(encoder, decoder, options.mask_ratio, options.norm_targets, options.decode_ratio)
+    if options.init:
+        run.print(initialise(mae, options.init))
+    run.write_config()
+    run.print(describe(mae, source.length, options.lr))
+
+    transform = train_transform(size, options.crop_scale)
+    units = vit.patch_embed.num_patches
+    viewer = Viewer(transform, options.in_chans, units, options.seed, (source.image, None))
+    workers = max(0, cpu_count() - 1) if options.workers is None else options.workers
+    loader = train_loader(source, viewer, plan, workers)
+    optimizer = adamw(mae, options.lr, options.weight_decay, options.betas)
+    schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
+    if options.compile:
+        mae.compile()
+    model, stepper = run.prepare(mae, optimizer)
+
+    if not plan.start:
+        watch(0, encoder, "at random" if not options.init else "at the start")
+    for step, parts in run.steps(loader):
+        schedule.step_update(step)
+        for batch in parts:
+            with run.accumulate(model):
+                loss = model(normalise(batch.images), batch.noise).loss
+                run.accelerator.backward(loss)
+                stepper.step()
+                stepper.zero_grad()
+            run.record(loss=loss)
+        run.end_step(step)
+        if run.due(step, options.knn_every or options.epochs):
+            watch(step + 1, encoder, f"after {step + 1} steps")
+        if run.due(step, options.save_every):
+            run.save(step)
+            export(run, mae, size, normalise)
+    finish(run, mae, source, size, normalise)
+
+
+if __name__ == "__main__":
+    main()

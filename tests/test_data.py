@@ -1,0 +1,379 @@
+import io
+import random
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+import tifffile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mimkit.data import (
+    Normalise,
+    Order,
+    Plan,
+    Viewer,
+    eval_loader,
+    eval_transform,
+    guarded,
+    open_labelled,
+    open_source,
+    parse_size,
+    seeded,
+    train_loader,
+    train_transform,
+)
+from mimkit.errors import UserError
+from mimkit.images import decode
+
+
+def picture(seed=0, size=(40, 30)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images in two class folders, one of them no image at all."""
+    for i in range(12):
+        place = tmp_path / "images" / ("cat" if i % 2 else "dog")
+        place.mkdir(parents=True, exist_ok=True)
+        picture(i).save(place / f"{i:02d}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Three shards of 20, 25 and 30 images."""
+    count = 0
+    for shard, length in enumerate((20, 25, 30)):
+        rows = {
+            "image": [{"bytes": encoded(picture(count + i, (12, 12))), "path": None} for i in range(length)],
+            "label": list(range(length)),
+        }
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{shard}.parquet")
+        count += length
+    return tmp_path
+
+
+def viewer(source, seed=0, size=(16, 16), in_chans=3):
+    return Viewer(train_transform(size), in_chans, 16, seed, (source.image, source.label))
+
+
+def batches(source, workers=0, **plan):
+    plan = Plan(source.length, **({"batch_size": 4, "steps": 5} | plan))
+    return list(train_loader(source, viewer(source), plan, workers))
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x.images, y.images) and torch.equal(x.noise, y.noise) and torch.equal(x.labels, y.labels)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+# Order and randomness
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_workers_resume_and_processes_change_nothing(parquet, streaming):
+    source = open_source(str(parquet), streaming=streaming)
+    assert source.length == 75
+    common = {"batch_size": 8, "steps": 12}  # 9 steps an epoch: the second one has begun
+    alone = batches(source, **common)
+    assert len(alone) == 12
+    for workers in (1, 2):
+        assert same(batches(source, workers, **common), alone)
+    for start in (3, 10):
+        assert same(batches(source, 2, start=start, **common), alone[start:])
+    shares = [batches(source, rank=rank, world=2, **common) for rank in (0, 1)]
+    joined = [torch.cat([a.images, b.images]) for a, b in zip(*shares, strict=True)]
+    assert all(torch.equal(a, b.images) for a, b in zip(joined, alone, strict=True))
+    parts = batches(source, parts=4, **common)
+    assert torch.equal(torch.cat([b.images for b in parts]), torch.cat([b.images for b in alone]))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_epoch_sees_each_image_once_in_an_order_of_its_own(parquet, streaming):
+    source = open_source(str(parquet), streaming=streaming)
+    epochs = [
+        torch.cat([b.labels for b in batches(source, batch_size=25, start=3 * e, steps=3 * e + 3)]) for e in (0, 1)
+    ]
+    expected = sorted([*range(20), *range(25), *range(30)])
+    assert all(sorted(labels.tolist()) == expected for labels in epochs)
+    assert not torch.equal(*epochs)
+    runs = sum(b == a + 1 for a, b in zip(epochs[0].tolist(), epochs[0].tolist()[1:], strict=False))
+    assert runs < 15  # shuffled, not merely shards in another order
+
+
+def test_a_view_depends_on_seed_epoch_and_index_only(folder):
+    source = open_source(str(folder))
+    row = source.rows[3]
+    first = viewer(source)(row, 2, 3)
+    torch.rand(100)
+    random.random()
+    again = viewer(source)(row, 2, 3)
+    assert torch.equal(first.image, again.image)
+    assert torch.equal(first.noise, again.noise)
+    for other in (viewer(source, seed=1)(row, 2, 3), viewer(source)(row, 1, 3), viewer(source)(row, 2, 4)):
+        assert not torch.equal(first.noise, other.noise)
+        assert not torch.equal(first.image, other.image)
+
+
+def test_seeding_leaves_other_generators_alone():
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    expected = torch.rand(1), random.random(), np.random.rand()
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    with seeded(1, 2, 3):
+        torch.rand(3), random.random(), np.random.rand()
+    assert (torch.rand(1), random.random(), np.random.rand()) == expected
+
+
+@given(
+    length=st.integers(4, 60),
+    share=st.integers(1, 4),
+    world=st.integers(1, 3),
+    parts=st.integers(1, 3),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=40, deadline=None)
+def test_processes_share_each_step(length, share, world, parts, seed):
+    size = share * world * parts
+    if size > length:
+        with pytest.raises(UserError, match=f"{size} is more than the {length} images"):
+            Plan(length, size, 1)
+        return
+    plans = [Plan(length, size, 5, seed=seed, rank=rank, world=world, parts=parts) for rank in range(world)]
+    alone = list(Order(Plan(length, size, 5, seed=seed)))
+    shared = [list(Order(plan)) for plan in plans]
+    for step, batch in enumerate(alone):
+        seen = [i for part in range(parts) for rank in range(world) for i in shared[rank][step * parts + part]]
+        assert seen == batch
+
+
+def test_a_batch_that_cannot_be_shared():
+    with pytest.raises(UserError, match="--batch-size 10 cannot be shared by 2 processes x 3"):
+        Plan(100, 10, 1, world=2, parts=3)
+
+
+# Kinds of images
+
+
+def test_kinds_of_files():
+    colour = picture()
+    for image, options in [
+        (colour, {"kind": "PNG"}),
+        (colour, {"kind": "JPEG"}),
+        (colour.convert("L"), {"kind": "PNG"}),
+        (colour.convert("CMYK"), {"kind": "JPEG"}),
+        (colour.convert("P"), {"kind": "GIF"}),
+        (colour.convert("1"), {"kind": "PNG"}),
+        (colour, {"kind": "WEBP"}),
+        (colour, {"kind": "TIFF"}),
+    ]:
+        decoded = decode(encoded(image, **options))
+        assert (decoded.mode, decoded.size) == ("RGB", (40, 30))
+        assert decode(encoded(image, **options), in_chans=1).mode == "L"
+
+
+def test_transparency_is_laid_over_white():
+    rgba = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    rgba.putpixel((0, 0), (255, 0, 0, 255))
+    decoded = decode(encoded(rgba))
+    assert decoded.getpixel((0, 0)) == (255, 0, 0)
+    assert decoded.getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_sixteen_bit_grey_is_scaled():
+    values = np.array([[0, 257, 65535, 32896]], dtype=np.uint16)
+    decoded = decode(encoded(Image.fromarray(values)))
+    assert [decoded.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 255, 128]
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert decode(encoded(picture(), "JPEG", exif=exif)).size == (30, 40)
+
+
+def test_arrays():
+    def npy(array):
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        return buffer.getvalue()
+
+    array = np.random.default_rng(0).integers(0, 255, (30, 40, 7), dtype=np.uint8)
+    channels_first = torch.from_numpy(array).permute(2, 0, 1)
+    assert torch.equal(decode(npy(array), 7), channels_first)
+    assert torch.equal(decode(npy(np.moveaxis(array, -1, 0)), 7), channels_first)
+    sixteen = (array.astype(np.uint16) * 257,)[0]
+    assert torch.allclose(decode(npy(sixteen), 7), channels_first / 255, atol=1e-4)
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, np.moveaxis(array, -1, 0), photometric="minisblack")
+    assert torch.equal(decode(buffer.getvalue(), 7), channels_first)
+    for bad, why in [
+        (array, "does not have 5 channels"),
+        (array[..., :5].astype(np.int64), "int64"),
+        (np.full((4, 4, 5), np.nan, np.float32), "not finite"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            decode(npy(bad), 5)
+
+
+def test_arrays_go_all_the_way(tmp_path):
+    for i in range(4):
+        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).random((5, 20, 24), dtype=np.float32))
+    source = open_source(str(tmp_path))
+    plan = Plan(4, 4, 1)
+    batch = next(iter(train_loader(source, viewer(source, in_chans=5), plan, 0)))
+    assert batch.images.shape == (4, 5, 16, 16)
+    assert batch.images.dtype == torch.float32
+    assert Normalise([0.5] * 5, [0.25] * 5)(batch.images).shape == (4, 5, 16, 16)
+
+
+def test_normalise_is_timms():
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    expected = (images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert torch.allclose(Normalise(mean, std)(images), expected)
+
+
+@given(w=st.integers(3, 60), h=st.integers(3, 60), size=st.tuples(st.integers(4, 32), st.integers(4, 32)))
+@settings(max_examples=30, deadline=None)
+def test_eval_covers_any_input(w, h, size):
+    assert eval_transform(size)(Image.new("RGB", (w, h))).size == size[::-1]
+
+
+def test_sizes():
+    assert parse_size(224) == parse_size("224") == (224, 224)
+    assert parse_size("256x512") == (256, 512)
+    for wrong in ("axb", "1x2x3", "", "-4", "0"):
+        with pytest.raises(UserError, match="neither a number nor HEIGHTxWIDTH"):
+            parse_size(wrong)
+
+
+# Sources
+
+
+def test_sample_ships_with_its_classes():
+    train, test = open_labelled("sample")
+    assert (train.length, test.length) == (10_000, 2_000)
+    assert len(train.rows.features["label"].names) == 10
+    assert np.bincount(train.rows["label"]).min() > 900
+
+
+def test_folders(folder):
+    source = open_source(str(folder))
+    assert source.rows.features["label"].names == ["cat", "dog"]
+    assert (source.length, source.label) == (12, "label")
+    picture().save(folder / "loose.png")
+    assert open_source(str(folder)).label is None  # an image beside the class folders: no classes
+    (folder / ".hidden").mkdir()
+    picture().save(folder / ".hidden" / "x.png")
+    assert open_source(str(folder)).length == 13
+
+
+def test_parts(folder, tmp_path):
+    root = tmp_path / "set"
+    root.mkdir()
+    (folder / "cat").parent.rename(root / "train")
+    with pytest.raises(UserError, match="no test part"):
+        open_source(str(root), train=False)
+    (root / "val" / "cat").mkdir(parents=True)
+    picture().save(root / "val" / "cat" / "a.png")
+    assert open_source(str(root)).length == 12
+    assert open_source(str(root), train=False).length == 1
+
+
+def test_held_out_where_there_is_no_test_part(folder):
+    train, test = open_labelled(str(folder))
+    assert (train.length, test.length) == (9, 3)
+    assert not set(map(str, train.rows["image"])) & set(map(str, test.rows["image"]))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset_shards(tmp_path, streaming):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"shard-{shard}.tar", "w") as tar:
+            for i in range(6):
+                for name, content in ((f"{i}.png", encoded(picture(i))), (f"{i}.cls", b"%d" % (i % 3))):
+                    info = tarfile.TarInfo(f"{shard}{name}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    source = open_source(str(tmp_path / "shard-*.tar"), streaming=streaming)
+    assert (source.length, source.label) == (12, "cls")
+    found = batches(source, steps=3)
+    assert sorted(torch.cat([b.labels for b in found]).tolist()) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_a_stream_of_a_folder(folder):
+    found = batches(open_source(str(folder), streaming=True), steps=3)
+    assert sorted(torch.cat([b.labels for b in found]).tolist()) == [0] * 6 + [1] * 6
+
+
+def test_what_is_not_there_is_a_sentence(tmp_path):
+    for data, message in [
+        (str(tmp_path / "nowhere"), "no such file or folder"),
+        ("./nowhere.parquet", "no such file or folder"),
+        (str(tmp_path), "has no images"),
+        ("no/such-set", "could not be fetched from the hub"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_source(data)
+    (tmp_path / "a.parquet").write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_source(str(tmp_path / "a.parquet"))
+    (tmp_path / "b.tar").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"\.parquet, \.tar files"):
+        open_source(str(tmp_path))
+
+
+def test_labels_where_they_are_needed(tmp_path):
+    for i in range(10):
+        picture(i).save(tmp_path / f"{i}.png")
+    with pytest.raises(UserError, match="has no labels"):
+        open_labelled(str(tmp_path))
+    (tmp_path / "only").mkdir()
+    for i in range(10):
+        (tmp_path / f"{i}.png").rename(tmp_path / "only" / f"{i}.png")
+    with pytest.raises(UserError, match="one class only"):
+        open_labelled(str(tmp_path))
+
+
+# Bad images
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_skipped_named_and_counted(folder, workers):
+    (folder / "cat" / "torn.png").write_bytes(encoded(picture())[:60])
+    (folder / "dog" / "text.jpg").write_text("not an image")
+    source = open_source(str(folder))
+    plan, said = Plan(14, 7, 4), []
+    found = list(guarded(train_loader(source, viewer(source), plan, workers), 2, said.append))
+    assert all(len(b.images) == len(b.noise) == 7 for b in found)
+    assert len(said) == 2  # each is named once, though there were two epochs
+    assert "torn.png" in "".join(said)
+    assert "text.jpg" in "".join(said)
+    with pytest.raises(UserError, match=r"2 images cannot be decoded.*--max-bad"):
+        list(guarded(train_loader(source, viewer(source), plan, workers), 1, said.append))
+
+
+def test_only_bad_images(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_text("x")
+    source = open_source(str(tmp_path))
+    with pytest.raises(UserError, match="4 images cannot be decoded"):
+        list(guarded(eval_loader(source, (8, 8), 3), 10, lambda _: None))
