@@ -26,19 +26,19 @@ class HyphenParser(jsonargparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {first.rstrip('.')}; see --help.\n")
 
 
-def presets() -> dict[str, Path]:
-    """Shipped configurations by name."""
+def presets(recipe: str) -> dict[str, Path]:
+    """Shipped configurations of a recipe, by name."""
     folder = Path(str(resources.files("mimkit.recipes"))) / "presets"
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {file.stem: file for file in sorted(folder.glob(f"{recipe}_*.yaml"))}
 
 
-def parse_recipe(options: type[T], description: str, small: str, argv: list[str] | None = None) -> T:
+def parse_recipe(options: type[T], description: str, recipe: str, argv: list[str] | None = None) -> T:
     """Options of a recipe from flags and `--config`, a YAML file or the name of a preset.
 
-    The defaults are the published ones; without --model and --config the preset `small` stands in for them.
+    The defaults are the published ones; without --model and --config the recipe's preset `_small` stands in for them.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    shipped = presets()
+    shipped = presets(recipe)
     for i, word in enumerate(argv):  # the name of a preset becomes its path
         if word.startswith("--config="):
             name = word.removeprefix("--config=")
@@ -46,7 +46,7 @@ def parse_recipe(options: type[T], description: str, small: str, argv: list[str]
         elif i and argv[i - 1] == "--config":
             argv[i] = str(shipped.get(word, word))
     if not any(word.split("=")[0] in ("--config", "--model", "--help", "-h") for word in argv):
-        argv = ["--config", str(shipped[small]), *argv]
+        argv = ["--config", str(shipped[f"{recipe}_small"]), *argv]
     summary = description.strip().splitlines()[0]
     parser = HyphenParser(description=f"{summary} Presets for --config: {', '.join(shipped)}.")
     parser.add_argument("--config", action="config", help="YAML file, or the name of a preset")

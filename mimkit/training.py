@@ -13,6 +13,7 @@ Accelerator, seeds, run directory, progress, metrics and checkpoints. The loop s
 import dataclasses
 import json
 import os
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -182,18 +183,20 @@ class Run:
         with Progress(TextColumn("pre-training"), BarColumn(), TextColumn(text), console=self.console) as self.bar:
             self.task = self.bar.add_task("", total=plan.steps, completed=plan.start, text="")
             self.bar.live.auto_refresh = self.console.is_terminal
-            self.started, done = time.perf_counter(), plan.start
+            self.started = time.perf_counter()
+            previous = signal.signal(signal.SIGINT, self._interrupt)
             try:
-                for step in range(plan.start, plan.steps):
-                    torch.manual_seed(int(np.random.SeedSequence([self.options.seed, step, rank]).generate_state(1)[0]))
-                    yield step, self._parts(batches)
-                    done = step + 1
-            except KeyboardInterrupt:
-                saved = checkpoints(self.folder)
-                raise KeyboardInterrupt(
-                    f"Interrupted after step {done}; the last checkpoint is "
-                    + (f"{saved[-1]}: go on with --out {self.folder} --resume auto." if saved else "not written yet.")
-                ) from None
+                for self.step in range(plan.start, plan.steps):
+                    seed = np.random.SeedSequence([self.options.seed, self.step, rank]).generate_state(1)[0]
+                    torch.manual_seed(int(seed))
+                    yield self.step, self._parts(batches)
+            finally:
+                signal.signal(signal.SIGINT, previous)
+
+    def _interrupt(self, *_: Any) -> None:
+        saved = checkpoints(self.folder)
+        how = f"{saved[-1]}: go on with --out {self.folder} --resume auto." if saved else "not written yet."
+        raise KeyboardInterrupt(f"Interrupted after step {self.step}; the last checkpoint is {how}")
 
     def _parts(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for _ in range(self.data_plan.parts):
@@ -213,7 +216,7 @@ class Run:
     def end_step(self, step: int) -> None:
         """Now and then: read the recorded values, show and log them."""
         done, plan = step + 1, self.data_plan
-        if done % LOG_EVERY and done != plan.steps:
+        if done % LOG_EVERY and not self.due(step, self.options.save_every):  # before a checkpoint nothing stays unread
             return
         means = {k: self.accelerator.reduce(v / self.count, "mean").item() for k, v in self.sums.items()}
         now = time.perf_counter()
@@ -236,9 +239,9 @@ class Run:
         self.sums, self.count, self.waited, self.since, self.since_step = {}, 0, 0.0, now, done
 
     def due(self, step: int, epochs: float) -> bool:
-        """Whether `step` is the last one of every so many epochs (0: never), or of the run."""
+        """Whether `step` is the last one of the run, or of every so many epochs."""
         every = max(1, round(epochs * self.data_plan.steps_per_epoch))
-        return epochs > 0 and ((step + 1) % every == 0 or step + 1 == self.data_plan.steps)
+        return step + 1 == self.data_plan.steps or (epochs > 0 and (step + 1) % every == 0)
 
     # Telling ---------------------------------------------------------------------------------------------------------
 

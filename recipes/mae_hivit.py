@@ -104,7 +104,7 @@ class Options:
 @one_sentence
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, train, leave the run's directory."""
-    options = parse_recipe(Options, __doc__ or "", small="mae_hivit_small", argv=argv)
+    options = parse_recipe(Options, __doc__ or "", recipe="mae_hivit", argv=argv)
     size = parse_size(options.img_size)
     normalise = colours(options.in_chans, options.mean, options.std)
     options.lr = options.lr or options.blr * options.batch_size / 256
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
                 stepper.zero_grad()
             run.record(loss=loss)
         run.end_step(step)
-        if run.due(step, options.knn_every or options.epochs):
+        if run.due(step, options.knn_every):
             watch(step + 1, encoder, f"after {step + 1} steps")
         if run.due(step, options.save_every):
             run.save(step)

@@ -1,0 +1,77 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from mimkit.data import Normalise, open_labelled
+from mimkit.errors import UserError
+from mimkit.evaluation import Features, extract_parts, fit_linear, knn, linear_probe
+
+
+def clouds(n, seed=0, noise=1.0, classes=4, d=16):
+    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(7)) * 2
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(classes, (n,), generator=generator)
+    return Features(centres[y] + noise * torch.randn(n, d, generator=generator), y)
+
+
+def slow_knn(train, test, k):
+    """The definition, image by image."""
+    right = 0
+    for query, y in zip(test.x, test.y, strict=True):
+        similarity = nn.functional.cosine_similarity(train.x, query[None])
+        votes = torch.zeros(10)
+        for i in similarity.argsort(descending=True)[:k]:
+            votes[train.y[i]] += (similarity[i] / 0.07).exp()
+        right += int(votes.argmax() == y)
+    return 100 * right / len(test.y)
+
+
+def test_knn_is_its_definition():
+    train, test = clouds(200, noise=3), clouds(600, 1, noise=3)
+    found = knn(train, test)
+    assert found.keys() == {10, 20}
+    for k, accuracy in found.items():
+        assert accuracy == pytest.approx(slow_knn(train, test, k))
+        assert 40 < accuracy < 95
+    with pytest.raises(UserError, match="at least 10"):
+        knn(clouds(5), test)
+
+
+def test_probe_learns_and_test_labels_never_choose():
+    train, test = clouds(400), clouds(300, 1)
+    probe = linear_probe(train, test, epochs=5)
+    assert probe.accuracy > 95
+    shuffled = test._replace(y=test.y[torch.randperm(len(test.y))])
+    again = linear_probe(train, shuffled, epochs=5)
+    assert (again.lr, again.weight_decay, again.validation) == (probe.lr, probe.weight_decay, probe.validation)
+    assert again.accuracy < 50
+    blind = linear_probe(train._replace(x=torch.randn(400, 16)), test, epochs=5)
+    assert blind.accuracy < 50
+    with pytest.raises(UserError, match="2 classes"):
+        linear_probe(train._replace(y=torch.zeros(400, dtype=torch.long)), test)
+
+
+def test_probe_does_not_mind_the_scale_of_features():
+    train, test = clouds(400), clouds(300, 1)
+    scaled = [part._replace(x=part.x * torch.logspace(-3, 3, 16) + 5) for part in (train, test)]
+    plain = linear_probe(train, test, epochs=5)
+    assert linear_probe(*scaled, epochs=5).accuracy == pytest.approx(plain.accuracy, abs=1)
+
+
+def test_fit_uses_weight_decay():
+    train = clouds(200)
+    norms = [fit_linear(train, 4, 0.1, decay, 30).weight.norm() for decay in (0.0, 0.1)]
+    assert norms[1] < 0.9 * norms[0]
+
+
+def test_features_of_any_timm_model_in_its_own_mode():
+    parts = open_labelled("sample")
+    for name, size in (("hivit_nano", (32, 32)), ("resnet18", (32, 32))):
+        model = timm.create_model(name, num_classes=3, img_size=32) if "hivit" in name else timm.create_model(name)
+        model.train()
+        train, test = extract_parts(model, parts, size, Normalise([0.5] * 3, [0.5] * 3), images=(20, 10))
+        assert train.x.shape == (20, model.num_features)
+        assert (train.y >= 0).all()
+        assert len(test.y) == 10
+        assert model.training

@@ -1,0 +1,288 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from mimkit.recipes import mae_hivit, mae_vit
+from PIL import Image
+from safetensors.torch import load_file
+
+from mimkit.checkpoint import read_weights
+from mimkit.data import Normalise
+from mimkit.optim import adamw, cosine
+from mimkit.pretraining import load_run
+from mimkit.training import Run, resolve_precision
+from mimkit.units import serialize
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--epochs", "4", "--batch-size", "8", "--decoder-dim", "24", "--workers", "0", "--save-every", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """accelerate keeps its state for a whole process; each run here is to start anew."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def images(tmp_path):
+    """32 images in two classes: 4 steps of 8 in an epoch."""
+    for i in range(32):
+        place = tmp_path / "images" / f"class{i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{i}.png")
+    return str(tmp_path / "images")
+
+
+def run(recipe, *argv):
+    recipe.main(list(argv))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.parametrize("recipe", [mae_hivit, mae_vit], ids=["hivit", "vit"])
+def test_what_a_run_leaves(recipe, images, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(recipe, "--data", images, "--out", str(out), *TINY)
+    said = capsys.readouterr().out
+    assert "kNN at random: " in said
+    assert "kNN after 16 steps: " in said
+    assert f'timm.create_model("local-dir:{out}/encoder", pretrained=True)' in said.replace("\n", "")
+    names = {"config.yaml", "metrics.jsonl", "curves.png", "reconstructions.png", "checkpoints", "encoder", "decoder"}
+    assert {f.name for f in out.iterdir()} == names
+    assert Image.open(out / "reconstructions.png").size[0] > 800
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["lr"] == pytest.approx(config["blr"] * 8 / 256)
+    assert config["precision"] == "fp32"
+
+    # timm gives exactly the trained weights, and the outputs of the trained encoder
+    encoder = timm.create_model(f"local-dir:{out}/encoder", pretrained=True).eval()
+    trained = load_file(out / "checkpoints" / "step-00000016" / "model.safetensors")
+    prefix = "encoder.vit." if recipe is mae_vit else "encoder."
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, trained[prefix + name])
+    mae, cfg = load_run(out)
+    assert tuple(cfg["input_size"]) == (3, 32, 32)
+    x = torch.randn(2, 3, 32, 32)
+    size, (gh, gw) = mae.encoder.unit_size, (32 // mae.encoder.unit_size,) * 2
+    every = torch.arange(gh * gw).expand(2, -1)
+    latent = mae.encoder.encode_units(serialize(x, size), every, (gh, gw))
+    features = encoder.forward_features(x)
+    if recipe is mae_hivit:  # the decoder's view: the last 128 channels before the norm are the main output
+        outputs = encoder.stages(serialize(x, size), every, (gh, gw))
+        features = encoder.norm(torch.cat([stage.flatten(2) for stage in outputs], -1))
+    assert torch.allclose(latent, features, atol=1e-5)
+    assert not torch.allclose(timm.create_model(f"local-dir:{out}/encoder").eval()(x), encoder(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("options", ["", "--streaming true", "--grad-accum-steps 2 --workers 1"])
+def test_a_resumed_run_is_the_run(options, images, tmp_path, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    argv = ["--data", images, *TINY, *options.split()]
+    run(mae_hivit, "--out", str(whole), *argv)
+    shutil.copytree(whole, broken)
+    for name in ("encoder", "decoder", "checkpoints/step-00000016"):
+        shutil.rmtree(broken / name)
+    capsys.readouterr()
+    run(mae_hivit, "--out", str(broken), "--resume", "auto", *argv)
+    assert "going on from" in capsys.readouterr().out
+    assert losses(broken) == losses(whole)
+    a, b = (load_file(f / "checkpoints" / "step-00000016" / "model.safetensors") for f in (whole, broken))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert sorted(f.name for f in (whole / "checkpoints").iterdir()) == ["step-00000008", "step-00000016"]
+
+
+def test_accumulating_changes_nothing(images, tmp_path):
+    for parts in ("1", "4"):
+        run(mae_hivit, "--data", images, "--out", str(tmp_path / parts), "--grad-accum-steps", parts, *TINY)
+    a, b = (read_weights(tmp_path / parts / "encoder") for parts in ("1", "4"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    assert losses(tmp_path / "1")[16] == pytest.approx(losses(tmp_path / "4")[16], abs=1e-4)
+
+
+def test_init_goes_on_from_a_run(images, tmp_path, capsys):
+    run(mae_hivit, "--data", images, "--out", str(tmp_path / "first"), *TINY)
+    capsys.readouterr()
+    argv = ["--out", str(tmp_path / "second"), "--data", images, "--init", str(tmp_path / "first"), *TINY]
+    run(mae_hivit, *argv)
+    said = capsys.readouterr().out
+    assert "encoder and decoder from" in said
+    assert "kNN at the start" in said
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--img-size", "32x64", "--mask-ratio", "0.5", "--norm-targets", "false"],
+        ["--decode-ratio", "0.25", "--multi-scale", "false", "--crop-scale", "[0.5,1.0]", "--knn-every", "2"],
+        ["--patch-size", "2", "--grad-checkpointing", "true", "--precision", "bf16", "--in-chans", "1"],
+    ],
+    ids=str,
+)
+def test_options(argv, images, tmp_path):
+    run(mae_hivit, "--data", images, "--out", str(tmp_path / "run"), *TINY, *argv)
+    assert np.isfinite(losses(tmp_path / "run")[16])
+
+
+def test_five_channels(tmp_path):
+    for i in range(8):
+        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).random((5, 20, 24), dtype=np.float32))
+    run(mae_hivit, "--data", str(tmp_path), "--in-chans", "5", "--out", str(tmp_path / "run"), *TINY)
+    encoder = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)
+    assert encoder.patch_embed.proj.in_channels == 5
+    assert encoder.pretrained_cfg["mean"] == [0.5] * 5
+
+
+def fails(capsys, *argv, recipe=mae_hivit):
+    """Ends with one sentence and exit code 2; -> the sentence."""
+    with pytest.raises(SystemExit) as caught:
+        recipe.main(list(argv))
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return said.err.strip().splitlines()[-1]
+
+
+def test_wrong_options_are_one_sentence(images, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    data = ["--data", images, "--out", out]
+    for argv, message in [
+        (["--data", str(tmp_path / "nowhere")], "no such file or folder"),
+        ([*data, "--batch-size", "64"], "--batch-size 64 is more than the 32 images"),
+        ([*data, "--batch-size", "7", "--grad-accum-steps", "2"], "choose a multiple of 2"),
+        ([*data, "--model", "hivit_x", "--batch-size", "8"], "--model hivit_x is not known"),
+        ([*data, "--model", "resnet18", "--batch-size", "8"], "--model resnet18 does not take these options"),
+        ([*data, "--img-size", "30", *TINY], "height of 30 px is not a multiple of the mask unit of 4 px"),
+        ([*data, "--img-size", "axb"], "'axb' is neither a number nor HEIGHTxWIDTH"),
+        ([*data, "--mask-ratio", "1.5", *TINY], "mask_ratio is 1.5"),
+        ([*data, "--epochs", "many"], "epochs"),
+        ([*data, "--precision", "fp8"], "--precision fp8 is unknown"),
+        ([*data, "--mean", "[0.5]"], "--mean [0.5] does not fit 3 channels"),
+        ([*data, "--init", "nowhere.pth", *TINY], "nowhere.pth: there is no such file"),
+        ([*data, "--resume", str(tmp_path)], "holds no checkpoint"),
+        ([*data, "--colour", "red"], "--colour"),
+        ([*data, "--config", "nothing.yaml"], "nothing.yaml"),
+    ]:
+        assert message in fails(capsys, *argv), argv
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert not Path(out).exists()
+    assert "swin" in fails(capsys, *data, *TINY, "--model", "swin_tiny_patch4_window7_224", recipe=mae_vit).lower()
+
+
+def test_a_run_is_never_written_over(images, tmp_path, capsys):
+    argv = ["--data", images, "--out", str(tmp_path / "run"), *TINY]
+    run(mae_hivit, *argv)
+    assert "holds a run already: pass --resume auto" in fails(capsys, *argv)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert "batch_size: 8 there, 4 here" in fails(capsys, *argv, "--resume", "auto", "--batch-size", "4")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torn = tmp_path / "run" / "checkpoints" / "step-00000016" / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:100])
+    assert "is torn" in fails(capsys, *argv, "--resume", "auto")
+
+
+def test_default_directories_are_numbered(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--data", images, *TINY]
+    run(mae_hivit, *argv)
+    run(mae_hivit, *argv)
+    assert sorted(f.name for f in (tmp_path / "runs").iterdir()) == ["mae_hivit", "mae_hivit-2"]
+    before = (tmp_path / "runs" / "mae_hivit" / "metrics.jsonl").read_text()
+    run(mae_hivit, *argv, "--resume", "auto")  # goes on with the last one, which is complete
+    assert (tmp_path / "runs" / "mae_hivit" / "metrics.jsonl").read_text() == before
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_interrupting_says_how_to_go_on(images, tmp_path, capsys, monkeypatch):
+    end_step = Run.end_step
+
+    def interrupted(self, step):
+        end_step(self, step)
+        if step == 10:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C
+
+    monkeypatch.setattr(Run, "end_step", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        mae_hivit.main(["--data", images, "--out", str(tmp_path / "run"), *TINY])
+    assert caught.value.code == 130
+    said = capsys.readouterr().err
+    assert "the last checkpoint is" in said
+    assert "step-00000008" in said
+    assert "--resume auto" in said
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, capsys, monkeypatch):
+    import mimkit.training
+
+    def full(state, file):
+        if "00000016" in str(file):
+            Path(file).write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(file))
+        save_file(state, file)
+
+    save_file = mimkit.training.save_file
+    monkeypatch.setattr(mimkit.training, "save_file", full)
+    assert "the disk is full" in fails(capsys, "--data", images, "--out", str(tmp_path / "run"), *TINY)
+    assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000008"]
+
+
+def test_precision_is_what_the_device_does_well():
+    assert resolve_precision("auto") == ("fp32" if not torch.cuda.is_available() else resolve_precision("auto"))
+    assert resolve_precision("bf16") == "bf16"
+
+
+def test_parameter_groups_and_schedule():
+    model = timm.create_model("hivit_nano", img_size=32, patch_size=1)
+    optimizer = adamw(model, 1.0, 0.05, (0.9, 0.95))
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    spared = {names[id(p)] for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
+    assert decayed | spared == set(names.values())
+    assert "blocks.4.attn.qkv.weight" in decayed
+    assert {"absolute_pos_embed", "blocks.4.attn.relative_position_bias_table", "head.bias"} <= spared
+    schedule, rates = cosine(optimizer, 100, 10), []
+    for step in range(100):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    expected = [s / 10 if s < 10 else 0.5 * (1 + np.cos(np.pi * (s - 10) / 90)) for s in range(100)]
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_change_nothing(images, tmp_path):
+    argv = [str(ROOT / "recipes" / "mae_hivit.py"), "--data", images, *TINY]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for count in (1, 2):
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count)]
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        done = subprocess.run(
+            [*launch, *argv, "--out", str(tmp_path / str(count))], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert one.keys() == two.keys()
+    assert all(one[step] == pytest.approx(two[step], abs=1e-4) for step in one)
+
+
+def test_normalise_is_exported_with_the_encoder(images, tmp_path):
+    argv = ["--mean", "[0.1,0.2,0.3]", "--std", "[0.4,0.5,0.6]"]
+    run(mae_hivit, "--data", images, "--out", str(tmp_path / "run"), *TINY, *argv)
+    cfg = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True).pretrained_cfg
+    assert torch.allclose(Normalise(cfg["mean"], cfg["std"]).std.flatten(), torch.tensor([0.4, 0.5, 0.6]))
