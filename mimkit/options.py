@@ -65,6 +65,11 @@ def run_command(functions: list[Callable[..., None]], description: str, version:
     top.add_argument("--version", action="version", version=f"mimkit {version}")
     top.add_argument("command", choices=list(commands), help="`mimkit COMMAND --help` tells more")
     name = top.parse_args(sys.argv[1:2] or ["--help"]).command
-    parser = HyphenParser(prog=f"mimkit {name}", description=summaries[name])
-    parser.add_function_arguments(commands[name])
-    commands[name](**parser.parse_args(sys.argv[2:]).as_dict())
+    call(commands[name], f"mimkit {name}", sys.argv[2:])
+
+
+def call(function: Callable[..., None], prog: str, argv: list[str]) -> None:
+    """Call a function with its parameters as flags."""
+    parser = HyphenParser(prog=prog, description=(function.__doc__ or "").splitlines()[0])
+    parser.add_function_arguments(function)
+    function(**parser.parse_args(argv).as_dict())
