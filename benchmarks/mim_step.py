@@ -107,7 +107,8 @@ def measure(
     peak = 2 * 2048**3 / median(times["matrix product"]) / 1e9
     what = torch.cuda.get_device_name() if device == "cuda" else f"{threads} threads, AVX-512 bf16: {has_bf16()}"
     print(
-        f"{what}; torch {torch.__version__}; batch {batch_size}, {img_size} px, {precision}, compile {compile}, keep_memory {keep_memory}"
+        f"{what}; torch {torch.__version__}; batch {batch_size}, {img_size} px, {precision}, "
+        f"compile {compile}, keep_memory {keep_memory}"
     )
     print(f"2048-cube matrix product: {peak:.0f} GFLOP/s\n")
     print("| network | forward GMACs | images/s | GFLOP/s | of the product's rate | against ViTMAE-B |")

@@ -30,13 +30,14 @@ def create(name: str, **options: Any) -> Any:
         return timm.create_model(name, pretrained=name.startswith("local-dir:"), **options)
     except UserError:
         raise
-    except RuntimeError as error:
-        if "Unknown model" not in str(error):
-            raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
-        near = timm.list_models(f"*{name[:5]}*")[:5] or timm.list_models("hivit_*")
-        raise UserError(f"--model {name} is not known to timm or mimkit: try {', '.join(near)}.") from error
-    except (TypeError, AssertionError) as error:
-        raise UserError(f"--model {name} does not take these options ({error}): choose another model.") from error
+    except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        if "Unknown model" in reason:
+            near = timm.list_models(f"*{name[:5]}*")[:5] or timm.list_models("hivit_*")
+            raise UserError(f"--model {name} is not known to timm or mimkit: try {', '.join(near)}.") from error
+        if isinstance(error, TypeError | AssertionError):
+            raise UserError(f"--model {name} does not take these options ({reason}): choose another model.") from error
+        raise UserError(f"--model {name} cannot be loaded ({reason}): check the name or the folder.") from error
 
 
 def as_timm(encoder: Any) -> Any:

@@ -83,7 +83,7 @@ class Options:
     decoder_depth: int = 8
     decoder_heads: int = 16
     epochs: int = 800
-    warmup_epochs: float = 40
+    warmup_epochs: float = 40.0
     batch_size: int = 4096
     grad_accum_steps: int = 1
     blr: float = 1.5e-4
@@ -98,8 +98,8 @@ class Options:
     precision: str = "auto"
     compile: bool = False
     grad_checkpointing: bool = False
-    save_every: float = 20
-    knn_every: float = 0
+    save_every: float = 20.0
+    knn_every: float = 0.0
     track: str | None = None
 
 
