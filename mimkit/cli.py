@@ -13,7 +13,7 @@ from timm.data import resolve_data_config
 
 import mimkit.models  # noqa: F401  registers the networks with timm
 from mimkit import evaluation
-from mimkit.data import Normalise, Size, eval_loader, open_labelled, open_source, parse_size
+from mimkit.data import Normalise, Size, look, open_labelled, open_source, parse_size
 from mimkit.errors import UserError, one_sentence
 from mimkit.macs import count_gmacs
 from mimkit.options import run_command
@@ -48,8 +48,8 @@ def _features(model: str, data: str, img_size: int | str | None, images: int | N
     train, test = open_labelled(data)
     options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
     network = create(model, **options)
-    if not Path(model).exists():
-        print(f"{model} is a name, not a folder: its weights are random")
+    if not Path(model).exists() and "." not in model:
+        print(f"{model} is a name without a tag or a folder: its weights are random")
     config = resolve_data_config(model=network)
     size: Size = options.get("img_size") or config["input_size"][1:]
     network.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +61,7 @@ def knn(model: str, data: str = "sample", img_size: int | str | None = None, ima
     """Accuracy of the nearest neighbours among the training images, weighted as in DINO (temperature .07).
 
     Args:
-        model: directory of an encoder, such as RUN/encoder, or a name known to timm (random weights).
+        model: directory of an encoder, such as RUN/encoder, or a name known to timm (random without a tag).
         data: labelled images: 'sample', a folder with class folders, parquet files, or the name of a set on the hub.
         img_size: input in pixels; the model's own by default.
         images: use so many training images only.
@@ -75,7 +75,7 @@ def probe(model: str, data: str = "sample", img_size: int | str | None = None, i
     """Accuracy of a linear classifier on pooled features; its settings are chosen on a fifth of the training images.
 
     Args:
-        model: directory of an encoder, such as RUN/encoder, or a name known to timm (random weights).
+        model: directory of an encoder, such as RUN/encoder, or a name known to timm (random without a tag).
         data: labelled images: 'sample', a folder with class folders, parquet files, or the name of a set on the hub.
         img_size: input in pixels; the model's own by default.
         images: use so many training images only.
@@ -101,7 +101,7 @@ def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.pn
     if Path(out).suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
         raise UserError(f"--out {out} is no picture: give a name that ends in .png, .pdf, .svg or .jpg.")
     in_chans, *size = config["input_size"]
-    batch = next(iter(eval_loader(open_source(images), (size[0], size[1]), in_chans, images=count)))
+    batch = look(open_source(images), (size[0], size[1]), in_chans, count)
     if not len(batch.images):
         raise UserError(f"--images {images}: none can be decoded, such as {' ('.join(batch.bad[0])}).")
     normalise = Normalise(config["mean"], config["std"])

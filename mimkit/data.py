@@ -484,6 +484,14 @@ def eval_loader(
     return DataLoader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate, num_workers=workers)
 
 
+def look(source: Source, size: Size, in_chans: int, count: int) -> Batch:
+    """A few images, uncropped: evenly spread ones, or the first of a stream."""
+    viewer = Viewer(eval_transform(size), in_chans, 0, 0, (source.image, source.label))
+    chosen = map(int, np.linspace(0, source.length - 1, min(count, source.length)))
+    rows = source.rows.take(count) if source.streaming else (source.rows[i] for i in chosen)
+    return collate([viewer(row, 0, i) for i, row in enumerate(rows)])
+
+
 def guarded(batches: Iterable[Batch], limit: float, log: Callable[[str], None]) -> Iterator[Batch]:
     """Pass batches on, name each bad image once, and stop when there are more than `limit` of them."""
     bad: dict[str, str] = {}

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from safetensors import SafetensorError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -37,6 +39,10 @@ def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
             else:
                 raise
             message, code = f"{error.filename or 'writing'}: {hint}.", 2
+        except SafetensorError as error:  # its own kind, also where the system's would do
+            if "No space left" not in str(error):
+                raise
+            message, code = "writing a checkpoint: the disk is full: free some space, or choose another place.", 2
         print(f"mimkit: {message}", file=sys.stderr)
         sys.exit(code)
 

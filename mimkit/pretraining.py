@@ -12,7 +12,7 @@ from torch import nn
 from mimkit import evaluation
 from mimkit.checkpoint import load_strictly, read_decoder, read_weights, write_decoder, write_model
 from mimkit.converters.mae import split
-from mimkit.data import Normalise, Size, Source, eval_loader, open_labelled
+from mimkit.data import Normalise, Size, Source, look, open_labelled
 from mimkit.errors import UserError
 from mimkit.mae import MAE, UnitEncoder
 from mimkit.models.hivit import HiViT
@@ -23,11 +23,14 @@ from mimkit.visualize import curves, reconstructions
 
 
 def create(name: str, **options: Any) -> Any:
-    """timm.create_model, whose errors are a sentence. A folder that timm can read is taken with its weights."""
+    """timm.create_model, whose errors are a sentence.
+
+    A folder that timm can read, and a name with a tag (vit_base_patch16_224.mae), come with their weights.
+    """
     if (Path(name) / "config.json").is_file():
         name = f"local-dir:{name}"
     try:
-        return timm.create_model(name, pretrained=name.startswith("local-dir:"), **options)
+        return timm.create_model(name, pretrained=":" in name or "." in name, **options)
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
@@ -111,11 +114,13 @@ def load_run(folder: Path) -> tuple[MAE, dict[str, Any]]:
 class Watch:
     """kNN accuracy of an encoder on at most 10,000 + 2,000 labelled images, on the main process."""
 
-    def __init__(self, run: Run, data: str, size: Size, normalise: Normalise, required: bool):
+    def __init__(self, run: Run, source: Source, size: Size, normalise: Normalise, required: bool):
         self.run, self.size, self.normalise = run, size, normalise
         self.parts: tuple[Source, Source] | None = None
         try:
-            self.parts = open_labelled(data) if run.accelerator.is_main_process else None
+            if source.streaming:
+                raise UserError("a stream has no rows to choose from, which kNN needs: pass --streaming false.")
+            self.parts = open_labelled(source.name) if run.accelerator.is_main_process else None
         except UserError as error:
             if required:
                 raise
@@ -141,10 +146,9 @@ def finish(run: Run, mae: MAE, source: Source, size: Size, normalise: Normalise)
     if not run.accelerator.is_main_process:
         return
     curves(run.metrics(), run.folder / "curves.png")
-    if not source.streaming:
-        loader = eval_loader(source, size, as_timm(mae.encoder).in_chans, images=8)
-        images = normalise(next(iter(loader)).images.to(run.accelerator.device))
-        reconstructions(mae, images, normalise, run.folder / "reconstructions.png")
+    images = look(source, size, as_timm(mae.encoder).in_chans, 8).images.to(run.accelerator.device)
+    if len(images):
+        reconstructions(mae, normalise(images), normalise, run.folder / "reconstructions.png")
     run.print(
         f"\nwrote {run.folder}/: curves.png, reconstructions.png, metrics.jsonl, config.yaml, checkpoints/, decoder/\n"
         f"and encoder/, which timm loads after `import mimkit` (without pretrained=True its weights would be random):\n"

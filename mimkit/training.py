@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, DistributedType
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -85,6 +86,8 @@ class Run:
         cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
         world = int(os.environ.get("WORLD_SIZE", 1))
         self.folder = Path(options.out or f"runs/{name}")
+        if options.track and options.track not in get_available_trackers():
+            raise UserError(f"--track {options.track} is not installed: pip install mimkit[track], or leave it out.")
         try:
             self.accelerator = Accelerator(
                 mixed_precision={"fp32": "no"}.get(options.precision, options.precision),

@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run("mae_hivit", options)
     normalise.to(run.accelerator.device)
     plan = run.plan(source.length, options.batch_size, options.epochs)
-    watch = Watch(run, options.data, size, normalise, required=options.knn_every > 0)
+    watch = Watch(run, source, size, normalise, required=options.knn_every > 0)
 
     encoder = create(
         options.model,
@@ -161,6 +161,7 @@ def main(argv: list[str] | None = None) -> None:
             run.save(step)
             export(run, mae, size, normalise)
     finish(run, mae, source, size, normalise)
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

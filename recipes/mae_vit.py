@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run("mae_vit", options)
     normalise.to(run.accelerator.device)
     plan = run.plan(source.length, options.batch_size, options.epochs)
-    watch = Watch(run, options.data, size, normalise, required=options.knn_every > 0)
+    watch = Watch(run, source, size, normalise, required=options.knn_every > 0)
 
     vit = create(
         options.model,
@@ -164,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             run.save(step)
             export(run, mae, size, normalise)
     finish(run, mae, source, size, normalise)
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

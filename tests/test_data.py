@@ -324,6 +324,28 @@ def test_a_stream_of_a_folder(folder):
     assert sorted(torch.cat([b.labels for b in found]).tolist()) == [0] * 6 + [1] * 6
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_set_on_the_hub(parquet, monkeypatch, streaming):
+    """The hub is out of reach here: its two functions are replaced by ones that read local files."""
+    load = datasets.load_dataset
+
+    def fetch(name, split, streaming):
+        assert (name, split) == ("someone/pictures", "validation")
+        rows = load(
+            "parquet", data_files=[str(f) for f in parquet.glob("*.parquet")], split="train", streaming=streaming
+        )
+        rows.info.splits = {split: datasets.SplitInfo(split, num_examples=75)}
+        return rows
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "validation"])
+    monkeypatch.setattr(datasets, "load_dataset", fetch)
+    source = open_source("someone/pictures", train=False, streaming=streaming)
+    assert (source.length, source.streaming) == (75, streaming)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train"])
+    with pytest.raises(UserError, match="has the parts train: none for testing"):
+        open_source("someone/pictures", train=False)
+
+
 def test_what_is_not_there_is_a_sentence(tmp_path):
     for data, message in [
         (str(tmp_path / "nowhere"), "no such file or folder"),

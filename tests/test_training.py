@@ -173,6 +173,8 @@ def test_wrong_options_are_one_sentence(images, tmp_path, capsys):
         ([*data, "--img-size", "axb"], "'axb' is neither a number nor HEIGHTxWIDTH"),
         ([*data, "--mask-ratio", "1.5", *TINY], "mask_ratio is 1.5"),
         ([*data, "--epochs", "many"], "epochs"),
+        ([*data, "--track", "nothing"], "--track nothing is not installed"),
+        ([*data, "--streaming", "true", "--knn-every", "1", *TINY], "--streaming false"),
         ([*data, "--precision", "fp8"], "--precision fp8 is unknown"),
         ([*data, "--mean", "[0.5]"], "--mean [0.5] does not fit 3 channels"),
         ([*data, "--init", "nowhere.pth", *TINY], "nowhere.pth: there is no such file"),
