@@ -20,24 +20,8 @@ from mimkit.errors import one_sentence
 from mimkit.evaluation import extract_parts, knn, linear_probe
 from mimkit.options import call
 
-FLAGS = [
-    "--config",
-    "mae_hivit_small",
-    "--epochs",
-    "2.4",
-    "--warmup-epochs",
-    "0.24",
-    "--batch-size",
-    "32",
-    "--blr",
-    "8e-3",
-    "--decoder-dim",
-    "64",
-    "--decoder-depth",
-    "1",
-    "--decoder-heads",
-    "4",
-]
+FLAGS = """--config mae_hivit_small --epochs 2.4 --warmup-epochs 0.24 --batch-size 32 --blr 8e-3
+--decoder-dim 64 --decoder-depth 1 --decoder-heads 4""".split()
 
 
 def measure(data: str, out: str | None = None, seed: int = 0) -> None:

@@ -170,13 +170,13 @@ class Run:
 
     # Setting up ------------------------------------------------------------------------------------------------------
 
-    def plan(self, length: int, batch_size: int, epochs: int) -> Plan:
+    def plan(self, length: int, batch_size: int, epochs: float) -> Plan:
         """Which images make which step, from where this run begins or goes on."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         plan = Plan(length, batch_size, 0, self.options.seed, 0, rank, world, self.options.grad_accum_steps)
         saved = checkpoints(self.folder) if self.options.resume else []
         start = int(saved[-1].name.removeprefix("step-")) if saved else 0
-        self.data_plan = dataclasses.replace(plan, steps=epochs * plan.steps_per_epoch, start=start)
+        self.data_plan = dataclasses.replace(plan, steps=round(epochs * plan.steps_per_epoch), start=start)
         return self.data_plan
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:

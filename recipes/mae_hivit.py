@@ -42,7 +42,7 @@ class Options:
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder.
         decoder_heads: attention heads of the decoder.
-        epochs: passes over the data.
+        epochs: passes over the data, parts of one too.
         warmup_epochs: of them with a rising learning rate.
         batch_size: images of one step, over all processes and accumulated parts.
         grad_accum_steps: parts that a step is computed in.
@@ -80,7 +80,7 @@ class Options:
     decoder_dim: int = 512
     decoder_depth: int = 6
     decoder_heads: int = 16
-    epochs: int = 1600
+    epochs: float = 1600.0
     warmup_epochs: float = 40.0
     batch_size: int = 4096
     grad_accum_steps: int = 1

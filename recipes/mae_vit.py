@@ -44,7 +44,7 @@ class Options:
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder.
         decoder_heads: attention heads of the decoder.
-        epochs: passes over the data.
+        epochs: passes over the data, parts of one too.
         warmup_epochs: of them with a rising learning rate.
         batch_size: images of one step, over all processes and accumulated parts.
         grad_accum_steps: parts that a step is computed in.
@@ -82,7 +82,7 @@ class Options:
     decoder_dim: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
-    epochs: int = 800
+    epochs: float = 800.0
     warmup_epochs: float = 40.0
     batch_size: int = 4096
     grad_accum_steps: int = 1

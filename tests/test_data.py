@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from datasets.splits import SplitDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -331,10 +332,9 @@ def test_a_set_on_the_hub(parquet, monkeypatch, streaming):
 
     def fetch(name, split, streaming):
         assert (name, split) == ("someone/pictures", "validation")
-        rows = load(
-            "parquet", data_files=[str(f) for f in parquet.glob("*.parquet")], split="train", streaming=streaming
-        )
-        rows.info.splits = {split: datasets.SplitInfo(split, num_examples=75)}
+        files = [str(f) for f in parquet.glob("*.parquet")]
+        rows = load("parquet", data_files=files, split="train", streaming=streaming)
+        rows.info.splits = SplitDict({split: datasets.SplitInfo(split, num_examples=75)})
         return rows
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "validation"])
