@@ -219,15 +219,17 @@ def open_labelled(data: str) -> tuple[Source, Source]:
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
     """Inside, every usual generator is a function of the key alone; afterwards they are as they were."""
-    before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        words = np.random.SeedSequence(key).generate_state(3)
-        random.seed(int(words[0]))
-        np.random.seed(words[1])
-        torch.manual_seed(int(words[2]))
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed formats a traceback where CUDA is asleep
+    try:
         yield
-    random.setstate(before[0])
-    np.random.set_state(before[1])
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 def train_transform(size: Size, scale: tuple[float, float] = (0.2, 1.0)) -> Transform:

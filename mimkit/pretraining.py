@@ -112,7 +112,7 @@ def load_run(folder: Path) -> tuple[MAE, dict[str, Any]]:
 
 
 class Watch:
-    """kNN accuracy of an encoder on at most 10,000 + 2,000 labelled images, on the main process."""
+    """kNN accuracy of an encoder on at most 5,000 + 2,000 labelled images, on the main process."""
 
     def __init__(self, run: Run, source: Source, size: Size, normalise: Normalise, required: bool):
         self.run, self.size, self.normalise = run, size, normalise

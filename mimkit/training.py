@@ -208,8 +208,10 @@ class Run:
             previous = signal.signal(signal.SIGINT, self._interrupt)
             try:
                 for self.step in range(plan.start, plan.steps):
-                    seed = np.random.SeedSequence([self.options.seed, self.step, rank]).generate_state(1)[0]
-                    torch.manual_seed(int(seed))
+                    seed = int(np.random.SeedSequence([self.options.seed, self.step, rank]).generate_state(1)[0])
+                    torch.default_generator.manual_seed(seed)
+                    if torch.cuda.is_initialized():
+                        torch.cuda.manual_seed(seed)
                     yield self.step, self._parts(batches)
             finally:
                 signal.signal(signal.SIGINT, previous)

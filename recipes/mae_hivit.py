@@ -8,7 +8,8 @@ accelerate launch recipes/mae_hivit.py --model hivit_b --data /path/to/imagenet 
 Read `mimkit/mae.py` for the method.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from mimkit.data import Viewer, cpu_count, open_source, parse_size, train_loader, train_transform
 from mimkit.decoder import Decoder
@@ -32,6 +33,7 @@ class Options:
         init: released or earlier weights to start from: a run, or an encoder's file or folder, with its decoder or not.
         img_size: input in pixels: 224 or HEIGHTxWIDTH.
         patch_size: pixels of a patch; a mask unit is four times as wide.
+        model_args: other arguments of the model, such as {embed_dim: 160}.
         in_chans: channels of the images.
         mean: mean of each channel, in 0-1; ImageNet's by default.
         std: deviation of each channel.
@@ -70,6 +72,7 @@ class Options:
     init: str | None = None
     img_size: int | str = 224
     patch_size: int = 4
+    model_args: dict[str, Any] = field(default_factory=dict)
     in_chans: int = 3
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -122,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         img_size=size,
         patch_size=options.patch_size,
         in_chans=options.in_chans,
+        **options.model_args,
     )
     encoder.set_grad_checkpointing(options.grad_checkpointing)
     width, depth, heads = options.decoder_dim, options.decoder_depth, options.decoder_heads
