@@ -129,7 +129,7 @@ class Watch:
     def __call__(self, step: int, encoder: Any, when: str) -> None:
         """Measure, print and log."""
         if self.parts:
-            limits = (10_000, 2_000)
+            limits = (5_000, 2_000)
             model = as_timm(encoder)
             train, test = evaluation.extract_parts(
                 model, self.parts, self.size, self.normalise, images=limits, log=self.run.print
