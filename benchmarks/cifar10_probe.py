@@ -13,14 +13,16 @@ import time
 from pathlib import Path
 
 import timm
+import torch
 
 import mimkit  # noqa: F401  registers the networks with timm
-from mimkit.data import Normalise, open_labelled
-from mimkit.errors import one_sentence
+from mimkit.data import Normalise
+from mimkit.errors import UserError, one_sentence
 from mimkit.evaluation import extract_parts, knn, linear_probe
 from mimkit.options import call
+from mimkit.sources import open_labelled
 
-FLAGS = "--config mae_hivit_small --model-args {embed_dim:160} --epochs 2.4 --warmup-epochs 0.24".split()
+FLAGS = "--config mae_hivit_small --model-args.embed_dim 160 --epochs 2.4 --warmup-epochs 0.24".split()
 
 
 def measure(data: str, out: str | None = None, seed: int = 0) -> None:
@@ -36,9 +38,11 @@ def measure(data: str, out: str | None = None, seed: int = 0) -> None:
         command = ["accelerate", "launch", "recipes/mae_hivit.py", *FLAGS, "--data", data, "--seed", str(seed)]
         print(" ".join(command), flush=True)
         begun = time.time()
-        subprocess.run([*command, "--out", run], cwd=Path(__file__).parent.parent, check=True)
+        if subprocess.run([*command, "--out", run], cwd=Path(__file__).parent.parent).returncode:
+            raise UserError("the pre-training failed, as it says above: mend that first.")
         minutes = (time.time() - begun) / 60
         trained = timm.create_model(f"local-dir:{run}/encoder", pretrained=True)
+        torch.manual_seed(seed)
         random = timm.create_model(f"local-dir:{run}/encoder")  # timm leaves it at random without pretrained=True
     parts = open_labelled(data)
     cfg = trained.pretrained_cfg

@@ -8,7 +8,7 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 DECODER = {"decoder_embed.": "embed.", "decoder_blocks.": "blocks.", "decoder_norm.": "norm.", "decoder_pred.": "pred."}
-FIXED = {"decoder_pos_embed": "sin-cos positions are computed", "relative_position_index": "an index is computed"}
+COMPUTED = ("decoder_pos_embed", "relative_position_index")  # sin-cos positions and an index, made anew
 
 
 def split(state: State) -> tuple[State, State]:
@@ -20,6 +20,6 @@ def split(state: State) -> tuple[State, State]:
             decoder[DECODER[prefix] + name.removeprefix(prefix)] = tensor
         elif name == "mask_token":
             decoder[name] = tensor
-        elif name not in FIXED:
+        elif name not in COMPUTED:
             encoder[name] = tensor
     return encoder, decoder if len(decoder) > 1 else {}

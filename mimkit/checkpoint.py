@@ -70,6 +70,10 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place at the end, or vanishes when anything fails."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed
+        if (left / "old").is_dir() and not folder.exists():
+            (left / "old").rename(folder)
+        shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         temporary.chmod(0o755)

@@ -13,11 +13,12 @@ from timm.data import resolve_data_config
 
 import mimkit.models  # noqa: F401  registers the networks with timm
 from mimkit import evaluation
-from mimkit.data import Normalise, Size, look, open_labelled, open_source, parse_size
+from mimkit.data import Normalise, Size, cpu_count, look, parse_size
 from mimkit.errors import UserError, one_sentence
 from mimkit.macs import count_gmacs
-from mimkit.options import run_command
-from mimkit.pretraining import create, load_run
+from mimkit.options import PositiveInt, run_command
+from mimkit.pretraining import comes_with_weights, create, load_run
+from mimkit.sources import open_labelled, open_source
 from mimkit.visualize import reconstructions
 
 NOTES = {
@@ -48,16 +49,17 @@ def _features(model: str, data: str, img_size: int | str | None, images: int | N
     train, test = open_labelled(data)
     options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
     network = create(model, **options)
-    if not Path(model).exists() and "." not in model:
-        print(f"{model} is a name without a tag or a folder: its weights are random")
+    if not comes_with_weights(model):
+        print(f"{model} is neither a folder nor a name with a tag: its weights are random")
     config = resolve_data_config(model=network)
     size: Size = options.get("img_size") or config["input_size"][1:]
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     normalise = Normalise(config["mean"], config["std"])
-    return evaluation.extract_parts(network, (train, test), size, normalise, images=(images, None))
+    workers = cpu_count() if torch.cuda.is_available() else 0
+    return evaluation.extract_parts(network, (train, test), size, normalise, images=(images, None), workers=workers)
 
 
-def knn(model: str, data: str = "sample", img_size: int | str | None = None, images: int | None = None) -> None:
+def knn(model: str, data: str = "sample", img_size: int | str | None = None, images: PositiveInt | None = None) -> None:
     """Accuracy of the nearest neighbours among the training images, weighted as in DINO (temperature .07).
 
     Args:
@@ -71,7 +73,9 @@ def knn(model: str, data: str = "sample", img_size: int | str | None = None, ima
         print(f"kNN {accuracy:.2f} % (k = {k}, {len(train.y)} training and {len(test.y)} test images)")
 
 
-def probe(model: str, data: str = "sample", img_size: int | str | None = None, images: int | None = None) -> None:
+def probe(
+    model: str, data: str = "sample", img_size: int | str | None = None, images: PositiveInt | None = None
+) -> None:
     """Accuracy of a linear classifier on pooled features; its settings are chosen on a fifth of the training images.
 
     Args:
@@ -88,7 +92,7 @@ def probe(model: str, data: str = "sample", img_size: int | str | None = None, i
     )
 
 
-def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.png", count: int = 8) -> None:
+def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.png", count: PositiveInt = 8) -> None:
     """Draw what a pre-training run makes of masked images: original, masked, reconstruction.
 
     Args:

@@ -1,26 +1,21 @@
-"""Images from anywhere -> batches that depend on nothing but (seed, epoch, index of the image).
+"""Rows of a source -> batches that depend on nothing but (seed, epoch, index of the image).
 
-A source is a table of rows read through `datasets`. Every random choice about an image (its crop, flip and mask noise)
+Every random choice about an image (its crop, flip and mask noise)
 is drawn from (seed, epoch, index), never from the state of a worker or a process, and the order of rows is a pure
 function too: so a run can be resumed at any step, and any number of workers gives the same batches.
 """
 
-import glob
 import heapq
 import os
 import random
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -28,12 +23,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.errors import UserError
-from mimkit.images import EXTENSIONS, decode
+from mimkit.images import decode
+from mimkit.sources import Source
 
 Size = tuple[int, int]
 Index = int | tuple[int, int]  # of an image: its row, or (shard, row) in a stream
 Transform = Callable[[Any], Any]
-TRAIN, TEST = ("train", "training"), ("test", "val", "validation", "valid", "eval")
 WINDOW = 2048  # rows among which a stream is shuffled, beside the shuffle of its shards
 
 
@@ -43,174 +38,6 @@ def parse_size(size: int | str) -> Size:
     if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise UserError(f"An image size of {size!r} is neither a number nor HEIGHTxWIDTH: write 224 or 256x512.")
     return int(sides[0]), int(sides[-1])
-
-
-class NoPartError(UserError):
-    """The data has no such part."""
-
-
-# Sources -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Source:
-    """Rows of images, by index or as a stream."""
-
-    name: str
-    rows: Any  # datasets.Dataset or datasets.IterableDataset; the image column as {"bytes", "path"}
-    image: str  # name of the image column
-    label: str | None  # name of the label column
-    length: int
-
-    @property
-    def streaming(self) -> bool:
-        """Whether rows come in order only."""
-        return isinstance(self.rows, datasets.IterableDataset)
-
-
-def open_source(data: str, train: bool = True, streaming: bool = False) -> Source:
-    """Open what `--data` names.
-
-    Args:
-        data: 'sample' (Fashion-MNIST, in the package); a folder of images, with or without class folders; a parquet or
-            .tar (webdataset) file, a folder or a glob of them; or the name of a set on the hub.
-        train: the training part, else the test part: files or folders named train, test, val, validation. What has no
-            parts is all training, and has no test part.
-        streaming: read rows in order, without preparing the whole set first.
-    """
-    path = Path(data).expanduser()
-    if data == "sample":
-        path = Path(str(resources.files("mimkit.sample")))
-    files = sorted(glob.glob(str(path))) if glob.has_magic(data) else [str(path)] if path.is_file() else []
-    if path.is_dir():
-        files = sorted(str(f) for f in path.rglob("*") if f.suffix in (".parquet", ".tar"))
-    if not files and not path.exists():
-        return _open_hub(data, train, streaming)
-    if not files:
-        return _open_folder(data, path, train, streaming)
-    kinds = {Path(f).suffix for f in files}
-    if kinds not in ({".parquet"}, {".tar"}):
-        raise UserError(f"--data {data}: {', '.join(sorted(kinds))} files; pass .parquet or .tar files, or a folder.")
-    files = _part(files, train, lambda f: os.path.relpath(f, path) if path.is_dir() else Path(f).name)
-    if not files:
-        raise NoPartError(f"--data {data} has no {'training' if train else 'test'} part among its files.")
-    kind = "parquet" if kinds == {".parquet"} else "webdataset"
-    rows = _load(data, kind, data_files=files, split="train", streaming=streaming)
-    return _source(data, rows, sum(map(_count, files)) if streaming else len(rows))
-
-
-def _part(names: Sequence[str], train: bool, key: Callable[[str], str]) -> list[str]:
-    """Of the files or folders that name a part (train-00.parquet, val/), those of this part; all, when none does."""
-
-    def part(name: str) -> bool | None:
-        words = "".join(c if c.isalpha() else " " for c in key(name).lower()).split()
-        return True if set(words) & set(TRAIN) else False if set(words) & set(TEST) else None
-
-    parts = [part(name) for name in names]
-    if len(names) == 1:
-        return list(names) if train else []
-    if train and True not in parts:
-        return [n for n, p in zip(names, parts, strict=True) if p is None]
-    return [n for n, p in zip(names, parts, strict=True) if p is train]
-
-
-def _count(file: str) -> int:
-    """Rows in a parquet file or samples in a tar."""
-    if file.endswith(".parquet"):
-        return pq.read_metadata(file).num_rows
-    with tarfile.open(file) as tar:
-        return len(
-            {(Path(member.name).parent, Path(member.name).name.split(".")[0]) for member in tar if member.isfile()}
-        )
-
-
-def _load(data: str, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return datasets.load_dataset(*args, **kwargs)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--data {data} cannot be read ({reason}): check that its files are whole.") from error
-
-
-def _open_hub(data: str, train: bool, streaming: bool) -> Source:
-    if data.startswith((".", "/", "~")) or data.count("/") > 1 or Path(data).suffix in (".parquet", ".tar"):
-        raise UserError(f"--data {data}: there is no such file or folder; check the path.")
-    try:
-        splits = datasets.get_dataset_split_names(data)
-        found = [s for s in (TRAIN if train else TEST) if s in splits]
-        rows = datasets.load_dataset(data, split=found[0], streaming=streaming) if found else None
-    except Exception as error:
-        raise UserError(
-            f"--data {data} is no file or folder here, and could not be fetched from the hub "
-            f"({str(error).splitlines()[0]}): check the path, or without a network pass 'sample', a folder of images, "
-            "or parquet or .tar files."
-        ) from error
-    if rows is None:
-        raise NoPartError(
-            f"--data {data} has the parts {', '.join(splits)}: none for {'training' if train else 'testing'}."
-        )
-    length = rows.info.splits[found[0]].num_examples if streaming and rows.info.splits else 0
-    if streaming and not length:
-        raise UserError(f"--data {data} does not say how long it is, which a stream needs: pass --streaming false.")
-    return _source(data, rows, length if streaming else len(rows))
-
-
-def _open_folder(data: str, path: Path, train: bool, streaming: bool) -> Source:
-    """Images below a folder, also through links; hidden files and folders are not looked at."""
-    folders = sorted(f.name for f in path.iterdir() if f.is_dir())
-    named = [f for f in folders if f.lower() in (*TRAIN, *TEST)]
-    roots = [path / f for f in _part(named, train, str)] if named else [path] if train else []
-    files = []
-    for root in roots:
-        for folder, below, names in os.walk(root, followlinks=True):
-            below[:] = [f for f in below if not f.startswith(".")]
-            files += [
-                (root, f"{folder}/{f}") for f in names if not f.startswith(".") and Path(f).suffix.lower() in EXTENSIONS
-            ]
-    if not files:
-        if not train:
-            raise NoPartError(f"--data {data} has no test part: a folder in it named test or val, with images.")
-        raise UserError(f"--data {data} has no images: pass a folder with image files, such as .jpg or .png.")
-    files.sort()
-    columns: dict[str, list[Any]] = {"image": [file for _, file in files]}
-    inside = [os.path.relpath(file, root).split(os.sep) for root, file in files]
-    features = {"image": datasets.Image(decode=False)}
-    if all(len(parts) > 1 for parts in inside):
-        classes = {name: i for i, name in enumerate(sorted({parts[0] for parts in inside}))}
-        columns["label"] = [classes[parts[0]] for parts in inside]
-        features["label"] = datasets.ClassLabel(names=list(classes))
-    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    length = len(rows)
-    return _source(data, rows.to_iterable_dataset(num_shards=min(64, length)) if streaming else rows, length)
-
-
-def _source(name: str, rows: Any, length: int) -> Source:
-    """Find the columns: the first of images, and one of labels."""
-    features = rows.features or {}
-    images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
-    if not images:
-        raise UserError(f"--data {name} has no column of images among {', '.join(features) or 'none'}: add one.")
-    if not length:
-        raise UserError(f"--data {name} has no images: it is empty.")
-    labels = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel) or c in ("label", "labels", "cls")]
-    rows = rows.select_columns([images[0], *labels[:1]]).cast_column(images[0], datasets.Image(decode=False))
-    return Source(name, rows, images[0], labels[0] if labels else None, length)
-
-
-def open_labelled(data: str) -> tuple[Source, Source]:
-    """The training and the test part, both with labels; every fifth image is the test part where there is none."""
-    train = open_source(data)
-    if train.label is None:
-        raise UserError(f"--data {data} has no labels, and this needs them: pass class folders, or a label column.")
-    try:
-        test = open_source(data, train=False)
-    except NoPartError:
-        held_out = np.arange(train.length) % 5 == 0
-        parts = [train.rows.select(np.flatnonzero(part)) for part in (~held_out, held_out)]
-        train, test = (Source(data, rows, train.image, train.label, len(rows)) for rows in parts)
-    if len(set(train.rows[train.label])) < 2:
-        raise UserError(f"--data {data} has one class only: telling classes apart needs at least 2.")
-    return train, test
 
 
 # One image -----------------------------------------------------------------------------------------------------------
@@ -234,6 +61,10 @@ def seeded(*key: int) -> Iterator[None]:
 
 def train_transform(size: Size, scale: tuple[float, float] = (0.2, 1.0)) -> Transform:
     """MAE's augmentation: a random resized crop, bicubic, and a flip (MAE, appendix A.1)."""
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise UserError(
+            f"--crop-scale {list(scale)} is no range of shares: give two numbers between 0 and 1, like 0.2,1."
+        )
     crop = v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
@@ -314,8 +145,11 @@ def collate(views: list[View]) -> Batch:
     """[(c H W), ...] -> (b c H W), with as many images as views, or none when all are bad"""
     good = [view for view in views if view.image is not None]
     filled = [v if v.image is not None else good[i % len(good)] for i, v in enumerate(views) if good]
+    images = [view.image for view in filled if view.image is not None]
+    if len({image.dtype for image in images}) > 1:  # arrays of several kinds
+        images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
     return Batch(
-        torch.stack([view.image for view in filled if view.image is not None]) if good else torch.empty(0),
+        torch.stack(images) if images else torch.empty(0),
         torch.stack([view.noise for view in views]),
         torch.tensor([view.label for view in filled]),
         [view.bad for view in views if view.bad],
@@ -371,7 +205,7 @@ class Plan:
     parts: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.batch_size % (self.world * self.parts):
+        if self.batch_size % (self.world * self.parts):
             raise UserError(
                 f"--batch-size {self.batch_size} cannot be shared by {self.world} processes x {self.parts} "
                 f"accumulation steps: choose a multiple of {self.world * self.parts}."
@@ -468,6 +302,11 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_workers() -> int:
+    """Data workers for one process: one core of its share is left for training."""
+    return min(16, max(0, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
 def train_loader(source: Source, viewer: Viewer, plan: Plan, workers: int) -> DataLoader[Any]:
     """All batches of a run, from its first step to its last, on one set of workers."""
     common: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
@@ -502,10 +341,10 @@ def guarded(batches: Iterable[Batch], limit: float, log: Callable[[str], None]) 
             if image not in bad:
                 bad[image] = reason
                 log(f"skipped {image}, which cannot be decoded ({reason}); {len(bad)} so far")
-        if len(bad) > limit or not len(batch.images):
+        if len(bad) > limit:
             image, reason = next(iter(bad.items()))
             raise UserError(
-                f"{len(bad)} images cannot be decoded, more than --max-bad allows, such as {image} ({reason}): "
-                "remove or mend them, or raise --max-bad."
+                f"{len(bad)} images cannot be decoded, more than the {limit:.0f} allowed, such as {image} ({reason}): "
+                "remove or mend them, or raise --max-bad in a recipe."
             )
         yield batch

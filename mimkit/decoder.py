@@ -7,6 +7,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from mimkit.errors import UserError
 from mimkit.units import Grid, UnitMask, gather
 
 
@@ -34,7 +35,11 @@ class Decoder(nn.Module):
         self, in_dim: int, unit_size: int, in_chans: int = 3, dim: int = 512, depth: int = 8, num_heads: int = 16
     ):
         super().__init__()
-        self.in_dim, self.dim = in_dim, dim
+        if dim % num_heads or dim % 4:
+            raise UserError(
+                f"A decoder of width {dim} does not divide into {num_heads} heads and 4 sin-cos parts: change it."
+            )
+        self.in_dim, self.unit_size, self.dim = in_dim, unit_size, dim
         self.config = {
             "in_dim": in_dim,
             "unit_size": unit_size,
@@ -57,12 +62,12 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor, units: UnitMask, grid: Grid) -> Tensor:
         """(b k+v in_dim), places (b v) and (b m) of the grid (gh gw) -> (b m p*q*c)"""
-        positions = sincos_positions(self.dim, grid, latent.device)[None]
+        positions = sincos_positions(self.dim, grid, latent.device)[None].to(self.mask_token.dtype)
         x = self.embed(latent)
         v, m = units.visible.shape[1], units.masked.shape[1]
         visible = x[:, -v:] + gather(positions, units.visible)
         masked = self.mask_token + gather(positions, units.masked)
-        x = torch.cat([x[:, :-v], visible, masked.to(x.dtype)], dim=1)
+        x = torch.cat([x[:, :-v].to(visible.dtype), visible, masked.to(visible.dtype)], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.pred(self.norm(x[:, -m:]))

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimkit.data import Batch, Normalise, Size, Source, eval_loader, guarded
+from mimkit.data import Batch, Normalise, Size, eval_loader, guarded
 from mimkit.errors import UserError
+from mimkit.sources import Source
 
 
 class Features(NamedTuple):
@@ -27,6 +28,8 @@ def extract(model: Any, batches: Iterable[Batch], normalise: Normalise) -> Featu
     model.eval()
     found = []
     for batch in batches:
+        if not len(batch.images):  # a last few, all of them bad
+            continue
         x = model.forward_head(model.forward_features(normalise(batch.images.to(device))), pre_logits=True)
         found.append((x.float().flatten(1).cpu(), batch.labels))
     model.train(training)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*")
+NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 EXTENSIONS = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {".npy"}
 
 
@@ -30,6 +30,8 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
     try:
         file = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
+        if data.startswith(TIFF):  # of a kind that PIL does not know, such as floating-point colours
+            return to_tensor(tifffile.imread(io.BytesIO(data)), in_chans)
         raise ValueError("not an image of a known kind") from None
     file.load()
     image: Image.Image = ImageOps.exif_transpose(file)

@@ -74,6 +74,11 @@ class MAE(nn.Module):
                 f"The decoder takes {decoder.in_dim} channels and the encoder gives {encoder.out_dim}: "
                 f"build it as Decoder({encoder.out_dim}, ...)."
             )
+        if decoder.unit_size != encoder.unit_size:
+            raise UserError(
+                f"The decoder predicts units of {decoder.unit_size} px and the encoder's have {encoder.unit_size} px: "
+                f"build it as Decoder({encoder.out_dim}, {encoder.unit_size}, ...)."
+            )
         for name, share, ok in (
             ("mask_ratio", mask_ratio, 0 < mask_ratio < 1),
             ("decode_ratio", decode_ratio, 0 < decode_ratio <= 1),
@@ -97,6 +102,11 @@ class MAE(nn.Module):
         latent = self.encoder.encode_units(gather(units, mask.visible), mask.visible, grid)
         prediction = self.decoder(latent, mask, grid)
         target = pixels(gather(units, mask.masked))
+        if prediction.shape != target.shape:
+            c, values = images.shape[1], prediction.shape[-1]
+            raise UserError(
+                f"The decoder predicts {values} values a unit, not {p} x {p} x {c}: build it with in_chans={c}."
+            )
         if self.norm_targets:
             target = normalise(target)
         loss = (prediction.float() - target).square().mean()

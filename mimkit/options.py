@@ -5,9 +5,20 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import jsonargparse
+
+if TYPE_CHECKING:
+    PositiveInt: TypeAlias = int
+    NonNegativeInt: TypeAlias = int
+    PositiveFloat: TypeAlias = float
+    NonNegativeFloat: TypeAlias = float
+else:  # the same with a range, which jsonargparse checks
+    from jsonargparse.typing import NonNegativeFloat as NonNegativeFloat
+    from jsonargparse.typing import NonNegativeInt as NonNegativeInt
+    from jsonargparse.typing import PositiveFloat as PositiveFloat
+    from jsonargparse.typing import PositiveInt as PositiveInt
 
 T = TypeVar("T")
 

@@ -1,10 +1,12 @@
 """Around a masked pre-training run: where its weights come from, how it is watched, what it leaves."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import checkpoint_filter_fn as fit_vit
 from torch import nn
@@ -12,14 +14,20 @@ from torch import nn
 from mimkit import evaluation
 from mimkit.checkpoint import load_strictly, read_decoder, read_weights, write_decoder, write_model
 from mimkit.converters.mae import split
-from mimkit.data import Normalise, Size, Source, look, open_labelled
+from mimkit.data import Normalise, Size, look
 from mimkit.errors import UserError
 from mimkit.mae import MAE, UnitEncoder
 from mimkit.models.hivit import HiViT
 from mimkit.models.hivit import checkpoint_filter_fn as fit_hivit
 from mimkit.models.vit import UnitViT
+from mimkit.sources import Source, open_labelled
 from mimkit.training import Run
 from mimkit.visualize import curves, reconstructions
+
+
+def comes_with_weights(name: str) -> bool:
+    """Whether `create` loads weights: from a folder, from a hub, or those that a timm name's tag says."""
+    return (Path(name) / "config.json").is_file() or ":" in name or "." in name
 
 
 def create(name: str, **options: Any) -> Any:
@@ -30,11 +38,11 @@ def create(name: str, **options: Any) -> Any:
     if (Path(name) / "config.json").is_file():
         name = f"local-dir:{name}"
     try:
-        return timm.create_model(name, pretrained=":" in name or "." in name, **options)
+        return timm.create_model(name, pretrained=comes_with_weights(name), **options)
     except UserError:
         raise
-    except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "Unknown model" in reason:
             near = timm.list_models(f"*{name[:5]}*")[:5] or timm.list_models("hivit_*")
             raise UserError(f"--model {name} is not known to timm or mimkit: try {', '.join(near)}.") from error
@@ -54,17 +62,18 @@ def as_unit_encoder(model: nn.Module) -> UnitEncoder:
 
 
 def colours(in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalise:
-    """By the mean and deviation given; ImageNet's for RGB, .5 and .25 for any other number of channels, by default."""
+    """By the mean and deviation given, one for each channel or one for all; ImageNet's for RGB, else .5 and .25."""
     rgb = in_chans == 3
     values = {
-        "mean": list(mean or (IMAGENET_DEFAULT_MEAN if rgb else [0.5] * in_chans)),
-        "std": list(std or (IMAGENET_DEFAULT_STD if rgb else [0.25] * in_chans)),
+        "mean": list(mean or (IMAGENET_DEFAULT_MEAN if rgb else [0.5])),
+        "std": list(std or (IMAGENET_DEFAULT_STD if rgb else [0.25])),
     }
     for name, numbers in values.items():
-        if len(numbers) != in_chans or (name == "std" and min(numbers) <= 0):
+        if len(numbers) not in (1, in_chans) or (name == "std" and min(numbers) <= 0):
             raise UserError(
-                f"--{name} {numbers} does not fit {in_chans} channels: give one number for each (std above 0)."
+                f"--{name} {numbers} does not fit {in_chans} channels: give one or {in_chans}, std above 0."
             )
+        values[name] = numbers * (in_chans // len(numbers))
     return Normalise(**values)
 
 
@@ -74,15 +83,19 @@ def initialise(mae: MAE, source: str) -> str:
     Returns:
         What was taken, in words.
     """
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if (folder / "encoder").is_dir():
-        encoder, decoder = read_weights(folder / "encoder"), read_weights(folder / "decoder")
+        folder /= "encoder"
+        encoder, decoder = read_weights(folder), read_weights(folder.parent / "decoder")
     else:
         encoder, decoder = split(read_weights(folder))
     model = as_timm(mae.encoder)
     try:
+        if (folder / "config.json").is_file():  # the size that its tables are for
+            config = json.loads((folder / "config.json").read_text())
+            model.pretrained_cfg["input_size"] = config["pretrained_cfg"]["input_size"]
         encoder = fit_hivit(encoder, model) if isinstance(model, HiViT) else fit_vit(encoder, model)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise UserError(f"--init {source} does not hold a {type(model).__name__} ({error}): check --model.") from error
     load_strictly(model, encoder, source)
     if not decoder:
@@ -129,10 +142,15 @@ class Watch:
     def __call__(self, step: int, encoder: Any, when: str) -> None:
         """Measure, print and log."""
         if self.parts:
-            limits = (5_000, 2_000)
-            model = as_timm(encoder)
             train, test = evaluation.extract_parts(
-                model, self.parts, self.size, self.normalise, images=limits, log=self.run.print
+                as_timm(encoder),
+                self.parts,
+                self.size,
+                self.normalise,
+                images=(5_000, 2_000),
+                workers=self.run.options.workers,
+                max_bad=self.run.options.max_bad,
+                log=self.run.print,
             )
             found = evaluation.knn(train, test)
             words = ", ".join(f"{accuracy:.1f} % (k = {k})" for k, accuracy in found.items())

@@ -25,19 +25,25 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, parse_flag_from_env, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mimkit.checkpoint import load_strictly, replacing
+from mimkit.checkpoint import load_strictly, replacing, replacing_file
 from mimkit.data import Batch, Plan, cpu_count, guarded
 from mimkit.errors import UserError
 
 KEEP = 2  # checkpoints
 LOG_EVERY = 20  # steps between readings of what is accumulated on the device
 MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "knn_every", "max_bad"}  # when a run is resumed
+
+
+def on_cpu() -> bool:
+    """Whether accelerate will train on the CPU: there is nothing better, or it was told to."""
+    told = parse_flag_from_env("ACCELERATE_USE_CPU")
+    return told or not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def resolve_precision(precision: str) -> str:
@@ -50,7 +56,7 @@ def resolve_precision(precision: str) -> str:
         raise UserError(f"--precision {precision} is unknown: choose auto, fp32, bf16 or fp16.")
     if precision != "auto":
         return precision
-    if not torch.cuda.is_available():
+    if on_cpu() or not torch.cuda.is_available():
         return "fp32"
     return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
 
@@ -83,7 +89,7 @@ class Run:
     def __init__(self, name: str, options: Any):
         self.options = options
         options.precision = resolve_precision(options.precision)
-        cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        cpu = on_cpu()
         world = int(os.environ.get("WORLD_SIZE", 1))
         self.folder = Path(options.out or f"runs/{name}")
         if options.track and options.track not in get_available_trackers():
@@ -151,7 +157,8 @@ class Run:
 
     def write_config(self) -> None:
         """config.yaml: every option as it was resolved. A resumed run must have the same ones."""
-        path, config = self.folder / "config.yaml", json.loads(json.dumps(dataclasses.asdict(self.options)))
+        path = self.folder / "config.yaml"
+        config = json.loads(json.dumps(dataclasses.asdict(self.options) | {"out": str(self.folder), "resume": None}))
         if self.options.resume and path.exists():
             before = yaml.safe_load(path.read_text())
             changed = [k for k in config if k in before and before[k] != config[k] and k not in MAY_CHANGE]
@@ -161,9 +168,11 @@ class Run:
                     + ", ".join(f"{k}: {before[k]} there, {config[k]} here" for k in changed)
                     + "): go on with the same ones, or start a new run with --out."
                 )
+        self.accelerator.wait_for_everyone()  # until all have read what was there
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(yaml.safe_dump(config, sort_keys=False))
+            with replacing_file(path) as file:
+                file.write_text(yaml.safe_dump(config, sort_keys=False))
             if self.options.track:
                 flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
                 self.accelerator.init_trackers(self.folder.name, flat)
@@ -176,7 +185,10 @@ class Run:
         plan = Plan(length, batch_size, 0, self.options.seed, 0, rank, world, self.options.grad_accum_steps)
         saved = checkpoints(self.folder) if self.options.resume else []
         start = int(saved[-1].name.removeprefix("step-")) if saved else 0
-        self.data_plan = dataclasses.replace(plan, steps=round(epochs * plan.steps_per_epoch), start=start)
+        steps = round(epochs * plan.steps_per_epoch)
+        if steps < 1:
+            raise UserError(f"--epochs {epochs:g} of {plan.steps_per_epoch} steps is not one step: train for longer.")
+        self.data_plan = dataclasses.replace(plan, steps=steps, start=start)
         return self.data_plan
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
@@ -197,14 +209,13 @@ class Run:
     def steps(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
         """(step, its parts on the device), with the progress shown and every generator seeded by (seed, step, rank)."""
         plan, rank = self.data_plan, self.accelerator.process_index
-        limit = getattr(self.options, "max_bad", 0.0) * plan.length / plan.world
+        limit = self.options.max_bad * plan.length  # over the epochs each process meets all of them
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), plan.start
         batches = guarded(loader, limit, self.print)
         text = "{task.fields[text]}"
         with Progress(TextColumn("pre-training"), BarColumn(), TextColumn(text), console=self.console) as self.bar:
             self.task = self.bar.add_task("", total=plan.steps, completed=plan.start, text="")
             self.bar.live.auto_refresh = self.console.is_terminal
-            self.started = time.perf_counter()
             previous = signal.signal(signal.SIGINT, self._interrupt)
             try:
                 for self.step in range(plan.start, plan.steps):
@@ -212,6 +223,8 @@ class Run:
                     torch.default_generator.manual_seed(seed)
                     if torch.cuda.is_initialized():
                         torch.cuda.manual_seed(seed)
+                    if not self.count:  # what was done since the last reading, such as a checkpoint, is not training
+                        self.since, self.waited = time.perf_counter(), 0.0
                     yield self.step, self._parts(batches)
             finally:
                 signal.signal(signal.SIGINT, previous)
@@ -228,6 +241,10 @@ class Run:
             self.waited += time.perf_counter() - begun
             if batch is None:
                 raise UserError("The data ended before the run did: it has fewer images than it said; check its files.")
+            if not len(batch.images):
+                raise UserError(
+                    f"Not one image of a batch can be decoded, such as {batch.bad[0][0]}: remove or mend them."
+                )
             yield batch.to(self.accelerator.device)
 
     def record(self, **values: Tensor) -> None:
@@ -245,7 +262,7 @@ class Run:
         now = time.perf_counter()
         elapsed, steps = now - self.since, done - self.since_step
         rate = steps * plan.batch_size / elapsed
-        left = (now - self.started) / (done - plan.start) * (plan.steps - done)
+        left = (plan.steps - done) * plan.batch_size / rate
         shown = {
             **means,
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
@@ -282,13 +299,15 @@ class Run:
     def metrics(self) -> list[dict[str, float]]:
         """What has been logged."""
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
 
     def _trim_metrics(self) -> None:
         """Forget what was logged after the checkpoint that the run goes on from."""
         if self.accelerator.is_main_process:
             kept = [line for line in self.metrics() if line["step"] <= self.data_plan.start and self.data_plan.start]
-            (self.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+            with replacing_file(self.folder / "metrics.jsonl") as file:
+                file.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 

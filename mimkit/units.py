@@ -24,6 +24,8 @@ class UnitMask(NamedTuple):
 
 def unit_grid(height: int, width: int, unit_size: int) -> Grid:
     """The grid (gh gw) of an image; an error names the side that is no multiple of the unit."""
+    if unit_size < 1:
+        raise UserError(f"A mask unit of {unit_size} px is no unit: it needs at least 1 px.")
     for name, side in (("height", height), ("width", width)):
         if side < unit_size or side % unit_size:
             raise UserError(

@@ -11,13 +11,14 @@ Read `mimkit/mae.py` for the method.
 from dataclasses import dataclass, field
 from typing import Any
 
-from mimkit.data import Viewer, cpu_count, open_source, parse_size, train_loader, train_transform
+from mimkit.data import Viewer, default_workers, parse_size, train_loader, train_transform
 from mimkit.decoder import Decoder
 from mimkit.errors import one_sentence
 from mimkit.mae import MAE
 from mimkit.optim import adamw, cosine
-from mimkit.options import parse_recipe
+from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
 from mimkit.pretraining import Watch, colours, create, describe, export, finish, initialise
+from mimkit.sources import open_source
 from mimkit.training import Run
 
 
@@ -35,8 +36,8 @@ class Options:
         patch_size: pixels of a patch; a mask unit is four times as wide.
         model_args: other arguments of the model, such as {embed_dim: 160}.
         in_chans: channels of the images.
-        mean: mean of each channel, in 0-1; ImageNet's by default.
-        std: deviation of each channel.
+        mean: mean of each channel, in 0-1, or one for all; ImageNet's by default.
+        std: deviation of each channel, or one for all.
         mask_ratio: share of the units that is masked.
         norm_targets: predict units normalised one by one.
         decode_ratio: share of the masked units that is predicted.
@@ -71,36 +72,36 @@ class Options:
     resume: str | None = None
     init: str | None = None
     img_size: int | str = 224
-    patch_size: int = 4
+    patch_size: PositiveInt = 4
     model_args: dict[str, Any] = field(default_factory=dict)
-    in_chans: int = 3
+    in_chans: PositiveInt = 3
     mean: list[float] | None = None
     std: list[float] | None = None
     mask_ratio: float = 0.75
     norm_targets: bool = True
     decode_ratio: float = 1.0
     multi_scale: bool = True
-    decoder_dim: int = 512
-    decoder_depth: int = 6
-    decoder_heads: int = 16
-    epochs: float = 1600.0
-    warmup_epochs: float = 40.0
-    batch_size: int = 4096
-    grad_accum_steps: int = 1
-    blr: float = 1e-4
-    lr: float | None = None
-    weight_decay: float = 0.05
+    decoder_dim: PositiveInt = 512
+    decoder_depth: PositiveInt = 6
+    decoder_heads: PositiveInt = 16
+    epochs: PositiveFloat = 1600.0
+    warmup_epochs: NonNegativeFloat = 40.0
+    batch_size: PositiveInt = 4096
+    grad_accum_steps: PositiveInt = 1
+    blr: PositiveFloat = 1e-4
+    lr: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     crop_scale: tuple[float, float] = (0.2, 1.0)
     streaming: bool = False
-    max_bad: float = 0.01
-    workers: int | None = None
-    seed: int = 0
+    max_bad: NonNegativeFloat = 0.01
+    workers: NonNegativeInt | None = None
+    seed: NonNegativeInt = 0
     precision: str = "auto"
     compile: bool = False
     grad_checkpointing: bool = False
-    save_every: float = 20.0
-    knn_every: float = 0.0
+    save_every: NonNegativeFloat = 20.0
+    knn_every: NonNegativeFloat = 0.0
     track: str | None = None
 
 
@@ -110,7 +111,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_recipe(Options, __doc__ or "", recipe="mae_hivit", argv=argv)
     size = parse_size(options.img_size)
     normalise = colours(options.in_chans, options.mean, options.std)
+    options.mean, options.std = normalise.mean.flatten().tolist(), normalise.std.flatten().tolist()
     options.lr = options.lr or options.blr * options.batch_size / 256
+    options.workers = default_workers() if options.workers is None else options.workers
     source = open_source(options.data, streaming=options.streaming)
     run = Run("mae_hivit", options)
     normalise.to(run.accelerator.device)
@@ -139,8 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     transform = train_transform(size, options.crop_scale)
     units = encoder.grid[0] * encoder.grid[1]
     viewer = Viewer(transform, options.in_chans, units, options.seed, (source.image, None))
-    workers = max(0, cpu_count() - 1) if options.workers is None else options.workers
-    loader = train_loader(source, viewer, plan, workers)
+    loader = train_loader(source, viewer, plan, options.workers)
     optimizer = adamw(mae, options.lr, options.weight_decay, options.betas)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
     if options.compile:

@@ -4,6 +4,8 @@ import tarfile
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tifffile
 import torch
@@ -20,8 +22,6 @@ from mimkit.data import (
     eval_loader,
     eval_transform,
     guarded,
-    open_labelled,
-    open_source,
     parse_size,
     seeded,
     train_loader,
@@ -29,6 +29,7 @@ from mimkit.data import (
 )
 from mimkit.errors import UserError
 from mimkit.images import decode
+from mimkit.sources import open_labelled, open_source
 
 
 def picture(seed=0, size=(40, 30)):
@@ -234,6 +235,22 @@ def test_arrays():
             decode(npy(bad), 5)
 
 
+def test_kinds_of_tiff():
+    array = np.random.default_rng(0).random((5, 6, 7), dtype=np.float32)
+    for channels, options in ((5, {"bigtiff": True}), (3, {"photometric": "rgb", "planarconfig": "separate"})):
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, array[:channels], **options)
+        assert torch.equal(decode(buffer.getvalue(), channels), torch.from_numpy(array[:channels]))
+
+
+def test_bytes_and_floats_in_one_batch(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((5, 8, 8), 255, np.uint8))
+    np.save(tmp_path / "b.npy", np.full((5, 8, 8), 1.0, np.float32))
+    source = open_source(str(tmp_path))
+    batch = next(iter(train_loader(source, viewer(source, in_chans=5), Plan(2, 2, 1), 0)))
+    assert torch.allclose(batch.images, torch.ones(2, 5, 16, 16))
+
+
 def test_arrays_go_all_the_way(tmp_path):
     for i in range(4):
         np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).random((5, 20, 24), dtype=np.float32))
@@ -299,6 +316,49 @@ def test_parts(folder, tmp_path):
     assert open_source(str(root), train=False).length == 1
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("bus", "car", "train"):
+        (tmp_path / name).mkdir()
+        picture().save(tmp_path / name / "a.png")
+    source = open_source(str(tmp_path))
+    assert source.rows.features["label"].names == ["bus", "car", "train"]
+
+
+def test_classes_mean_the_same_in_both_parts(tmp_path):
+    for part, classes in (("train", "ant bee cat"), ("val", "bee cat")):
+        for name in classes.split():
+            (tmp_path / part / name).mkdir(parents=True)
+            picture().save(tmp_path / part / name / "a.png")
+    train, test = open_labelled(str(tmp_path))
+    assert (train.rows["label"][:], test.rows["label"][:]) == ([0, 1, 2], [1, 2])
+    (tmp_path / "val" / "bee").rename(tmp_path / "val" / "dog")
+    with pytest.raises(UserError, match="classes that the training part lacks: dog"):
+        open_labelled(str(tmp_path))
+    for folder in ("dog", "cat"):
+        (tmp_path / "val" / folder / "a.png").rename(tmp_path / "val" / f"{folder}.png")
+    with pytest.raises(UserError, match="test part without labels"):
+        open_labelled(str(tmp_path))
+
+
+def test_files_of_two_kinds_are_not_guessed(folder):
+    (folder / "original.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="holds images and webdataset files"):
+        open_source(str(folder))
+    assert open_source(str(folder / "*" / "*.png")).length == 12
+    assert open_source(str(folder / "cat" / "01.png")).length == 1
+
+
+def test_parquet_of_other_hands(tmp_path):
+    """Class names instead of numbers, and a struct of bytes that `datasets` was never told of."""
+    images = [{"bytes": encoded(picture(i)), "path": None} for i in range(10)]
+    table = pa.table({"picture": images, "label": ["dog", "cat"] * 5})
+    pq.write_table(table, tmp_path / "x.parquet")
+    source = open_source(str(tmp_path))
+    assert source.rows.features["label"].names == ["cat", "dog"]
+    assert batches(source, batch_size=5, steps=1)[0].images.shape == (5, 3, 16, 16)
+    assert open_source(str(tmp_path), streaming=True).label is None
+
+
 def test_held_out_where_there_is_no_test_part(folder):
     train, test = open_labelled(str(folder))
     assert (train.length, test.length) == (9, 3)
@@ -359,7 +419,7 @@ def test_what_is_not_there_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         open_source(str(tmp_path / "a.parquet"))
     (tmp_path / "b.tar").write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"\.parquet, \.tar files"):
+    with pytest.raises(UserError, match="holds parquet and webdataset files"):
         open_source(str(tmp_path))
 
 
@@ -389,6 +449,9 @@ def test_bad_images_are_skipped_named_and_counted(folder, workers):
     assert len(said) == 2  # each is named once, though there were two epochs
     assert "torn.png" in "".join(said)
     assert "text.jpg" in "".join(said)
+    for rank in (0, 1):  # each process meets both sooner or later
+        plan = Plan(14, 2, 60, rank=rank, world=2)
+        assert len(list(guarded(train_loader(source, viewer(source), plan, workers), 2, said.append))) == 60
     with pytest.raises(UserError, match=r"2 images cannot be decoded.*--max-bad"):
         list(guarded(train_loader(source, viewer(source), plan, workers), 1, said.append))
 
@@ -398,4 +461,6 @@ def test_only_bad_images(tmp_path):
         (tmp_path / f"{i}.png").write_text("x")
     source = open_source(str(tmp_path))
     with pytest.raises(UserError, match="4 images cannot be decoded"):
-        list(guarded(eval_loader(source, (8, 8), 3), 10, lambda _: None))
+        list(guarded(eval_loader(source, (8, 8), 3), 3, lambda _: None))
+    with pytest.raises(UserError, match=r"--crop-scale \[2, 1\] is no range"):
+        train_transform((8, 8), (2, 1))

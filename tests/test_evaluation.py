@@ -3,9 +3,10 @@ import timm
 import torch
 from torch import nn
 
-from mimkit.data import Normalise, open_labelled
+from mimkit.data import Normalise
 from mimkit.errors import UserError
 from mimkit.evaluation import Features, extract_parts, fit_linear, knn, linear_probe
+from mimkit.sources import open_labelled
 
 
 def clouds(n, seed=0, noise=1.0, classes=4, d=16):

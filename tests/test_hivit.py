@@ -150,6 +150,8 @@ def test_every_size_in_either_form_takes_any_input(name):
         model = timm.create_model(name, num_classes=0, unit_form=True, multi_scale=True, img_size=(32, 64))
         latent = model.encode_units(torch.empty(2, 3, 3, 16, 16), torch.zeros(2, 3, dtype=torch.long), (2, 4))
         assert latent.shape == (2, 3, 7 * model.embed_dim)
+        latent.sum().backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None] == ["absolute_pos_embed"]  # it is fixed
         maps = timm.create_model(name, features_only=True)
         assert maps.feature_info.reduction() == [4, 8, 16]
         shapes = [tuple(m.shape[-2:]) for m in maps(torch.empty(1, 3, 64, 96))]

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from conftest import fill
+from timm.layers import resample_abs_pos_embed
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from mimkit.checkpoint import write_model
@@ -146,12 +147,50 @@ def test_wrong_combinations_say_what_to_change():
     encoder = UnitViT(plain())
     with pytest.raises(UserError, match=r"takes 8 channels and the encoder gives 32: build it as Decoder\(32"):
         MAE(encoder, Decoder(8, 8, dim=24, depth=1, num_heads=4))
+    with pytest.raises(UserError, match=r"units of 4 px and the encoder's have 8 px: build it as Decoder\(32, 8"):
+        MAE(encoder, Decoder(32, 4, dim=24, depth=1, num_heads=4))
+    with pytest.raises(UserError, match="build it with in_chans=3"):
+        MAE(encoder, Decoder(32, 8, in_chans=1, dim=24, depth=1, num_heads=4))(torch.zeros(1, 3, 32, 32))
+    for dim, heads in ((24, 7), (18, 2)):
+        with pytest.raises(UserError, match=f"width {dim} does not divide into {heads} heads"):
+            Decoder(32, 8, dim=dim, num_heads=heads)
     decoder = Decoder(32, 8, dim=24, depth=1, num_heads=4)
     for options in ({"mask_ratio": 0}, {"mask_ratio": 1.0}, {"decode_ratio": 0}, {"decode_ratio": 1.5}):
         with pytest.raises(UserError, match=f"{next(iter(options))} is"):
             MAE(encoder, decoder, **options)
     with pytest.raises(UserError, match=r"height of 30 px .* 8 px"):
         MAE(encoder, decoder)(torch.zeros(1, 3, 30, 32))
+
+
+def test_checkpointing_a_plain_vit(monkeypatch):
+    mae, images, noise = small_mae(), torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    plainly = mae(images, noise=noise).loss
+    calls = []
+    forward = type(mae.encoder.vit.blocks[0]).forward
+    monkeypatch.setattr(type(mae.encoder.vit.blocks[0]), "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    mae.encoder.vit.set_grad_checkpointing()
+    again = mae(images, noise=noise).loss
+    before = len(calls)
+    again.backward()
+    assert torch.equal(again, plainly)
+    assert len(calls) > before  # recomputed
+
+
+@pytest.mark.parametrize("kind", ["vit", "hivit"])
+def test_compiles_whole_and_runs_in_low_precision(kind):
+    options = {"num_classes": 0, "unit_form": True, "multi_scale": True, "img_size": 32, "patch_size": 2}
+    mae = small_mae(timm.create_model("hivit_nano", **options) if kind == "hivit" else None, norm_targets=False)
+    n = (32 // mae.encoder.unit_size) ** 2
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, n)
+    expected = mae(images, noise=noise)
+    compiled = torch.compile(mae, fullgraph=True, backend="aot_eager")(images, noise=noise)
+    assert torch.allclose(compiled.prediction, expected.prediction, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = mae(images, noise=noise)
+    assert low.loss.dtype == torch.float32
+    difference = (low.prediction.float() - expected.prediction).norm() / expected.prediction.norm()
+    assert difference < 0.05
+    assert mae.bfloat16()(images.bfloat16(), noise=noise).loss.isfinite()
 
 
 def test_decoding_a_part_sees_only_that_part():
@@ -207,6 +246,15 @@ def test_init_goes_on_from_a_folder_and_refuses_what_does_not_fit(tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
+
+    wide = fill(timm.create_model("hivit_nano", multi_scale=True, **(options | {"img_size": (32, 64)})))
+    write_model(wide, tmp_path / "wide", input_size=(3, 32, 64))
+    other = timm.create_model("hivit_nano", multi_scale=True, **(options | {"img_size": (64, 32)}))
+    other = MAE(other, Decoder(other.out_dim, 4, dim=32, depth=1, num_heads=4))
+    initialise(other, str(tmp_path / "wide"))
+    table = wide.absolute_pos_embed.unflatten(1, (8, 16))
+    resized = resample_abs_pos_embed(table.flatten(1, 2), [16, 8], [8, 16], num_prefix_tokens=0)
+    assert torch.allclose(other.encoder.absolute_pos_embed, resized)
 
     torch.save(first.state_dict() | {"mask_token": torch.zeros(1, 1, 8)}, tmp_path / "released.pth")  # a leftover
     assert "no decoder" in initialise(mae, str(tmp_path / "released.pth"))

@@ -71,6 +71,8 @@ def test_what_a_run_leaves(recipe, images, tmp_path, capsys):
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["lr"] == pytest.approx(config["blr"] * 8 / 256)
     assert config["precision"] == "fp32"
+    assert len(config["mean"]) == 3
+    assert (config["workers"], config["resume"], config["out"]) == (0, None, str(out))
 
     # timm gives exactly the trained weights, and the outputs of the trained encoder
     encoder = timm.create_model(f"local-dir:{out}/encoder", pretrained=True).eval()
@@ -172,11 +174,16 @@ def test_wrong_options_are_one_sentence(images, tmp_path, capsys):
         ([*data, "--img-size", "30", *TINY], "height of 30 px is not a multiple of the mask unit of 4 px"),
         ([*data, "--img-size", "axb"], "'axb' is neither a number nor HEIGHTxWIDTH"),
         ([*data, "--mask-ratio", "1.5", *TINY], "mask_ratio is 1.5"),
+        ([*data, *TINY, "--epochs", "0.1"], "--epochs 0.1 of 4 steps is not one step"),
+        ([*data, "--epochs", "0"], "epochs"),
+        ([*data, "--grad-accum-steps", "0"], "grad_accum_steps"),
+        ([*data, "--patch-size", "-1"], "patch_size"),
+        ([*data, *TINY, "--decoder-heads", "7"], "does not divide into 7 heads"),
         ([*data, "--epochs", "many"], "epochs"),
         ([*data, "--track", "nothing"], "--track nothing is not installed"),
         ([*data, "--streaming", "true", "--knn-every", "1", *TINY], "--streaming false"),
         ([*data, "--precision", "fp8"], "--precision fp8 is unknown"),
-        ([*data, "--mean", "[0.5]"], "--mean [0.5] does not fit 3 channels"),
+        ([*data, "--mean", "[0.5,1]"], "--mean [0.5, 1.0] does not fit 3 channels"),
         ([*data, "--init", "nowhere.pth", *TINY], "nowhere.pth: there is no such file"),
         ([*data, "--resume", str(tmp_path)], "holds no checkpoint"),
         ([*data, "--colour", "red"], "--colour"),
@@ -195,6 +202,9 @@ def test_a_run_is_never_written_over(images, tmp_path, capsys):
     AcceleratorState._reset_state(reset_partial_state=True)
     assert "batch_size: 8 there, 4 here" in fails(capsys, *argv, "--resume", "auto", "--batch-size", "4")
     AcceleratorState._reset_state(reset_partial_state=True)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 17, "lo')  # killed while writing
+    run(mae_hivit, *argv, "--resume", "auto")
     torn = tmp_path / "run" / "checkpoints" / "step-00000016" / "model.safetensors"
     torn.write_bytes(torn.read_bytes()[:100])
     assert "is torn" in fails(capsys, *argv, "--resume", "auto")
@@ -245,9 +255,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, capsys, monkey
     assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000008"]
 
 
-def test_precision_is_what_the_device_does_well():
-    assert resolve_precision("auto") == ("fp32" if not torch.cuda.is_available() else resolve_precision("auto"))
+def test_precision_is_what_the_device_does_well(monkeypatch):
     assert resolve_precision("bf16") == "bf16"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for cuda, capability, expected in [(False, None, "fp32"), (True, (7, 5), "fp16"), (True, (9, 0), "bf16")]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert resolve_precision("auto") == expected
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert resolve_precision("auto") == "fp32"
 
 
 def test_parameter_groups_and_schedule():

@@ -311,7 +311,8 @@ class HiViT(nn.Module):
             raise UserError(f"HiViT pools by 'avg' or not at all (''), not by {global_pool!r}.")
         self.global_pool = self.global_pool if global_pool is None else global_pool
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        like: Any = {"device": self.absolute_pos_embed.device, "dtype": self.absolute_pos_embed.dtype}
+        self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -344,17 +345,22 @@ def resample_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: HiViT) -> dict[str, Tensor]:
     """Fit a checkpoint of another input or patch size to the model: tables and the embedding's kernel follow."""
-    n = state["absolute_pos_embed"].shape[1]
-    _, height, width = model.pretrained_cfg["input_size"]  # of the checkpoint: gives the shape of its grid
-    gh = round((n * height / width) ** 0.5)
-    old = (gh, n // gh)
+    kernel, n = state["patch_embed.proj.weight"], state["absolute_pos_embed"].shape[1]
+    unit = SIDE * kernel.shape[-1]
+    _, height, width = model.pretrained_cfg["input_size"]  # of the checkpoint, where it is known
+    side = round(n**0.5)
+    grids = [(height // unit, width // unit), model.grid, (side, side)]
+    old = next((grid for grid in grids if grid[0] * grid[1] == n), None)
+    if old is None:
+        raise UserError(
+            f"A table of {n} positions is not square: write the checkpoint's input_size into its config.json."
+        )
     if old != model.grid:
         for name, tensor in state.items():
             if name == "absolute_pos_embed":
                 state[name] = resample_abs_pos_embed(tensor, list(model.grid), list(old), num_prefix_tokens=0)
             elif name.endswith("relative_position_bias_table"):
                 state[name] = resample_bias_table(tensor, old, model.grid)
-    kernel = state["patch_embed.proj.weight"]
     state["patch_embed.proj.weight"] = resample_patch_embed(kernel, [model.patch_embed.patch_size] * 2)
     return state
 

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -62,8 +63,7 @@ class UnitViT(nn.Module):
         k = self.num_prefix_tokens
         x = torch.cat([table[:, :k].expand(len(x), -1, -1), x + gather(table[:, k:], index)], dim=1)
         x = vit.norm_pre(x)
-        for block in vit.blocks:
-            x = block(x)
+        x = checkpoint_seq(vit.blocks, x) if vit.grad_checkpointing and vit.training else vit.blocks(x)
         return vit.norm(x)
 
     def no_weight_decay(self) -> set[str]:
