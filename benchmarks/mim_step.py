@@ -23,7 +23,7 @@ from mimkit.errors import one_sentence
 from mimkit.macs import gmacs_of
 from mimkit.mae import MAE
 from mimkit.options import call
-from mimkit.training import keep_freed_memory
+from mimkit.training import keep_freed_memory, multiplies_bf16
 
 
 def hivit_mae(name: str, size: int, decode_ratio: float = 1.0) -> MAE:
@@ -92,40 +92,41 @@ def measure(
             torch.cuda.synchronize()
         return (time.perf_counter() - begun) / repeat
 
+    memory: dict[str, str] = {}  # peak, of a GPU, with the weights of all the networks
     repeat = 1 if device == "cpu" else 10
     times: dict[str, list[float]] = {name: [] for name in (*networks, "matrix product")}
     for i in range(rounds + 1):
         for name, network in networks.items():
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             times[name].append(seconds(lambda network=network: step(network), repeat))
+            if device == "cuda":
+                memory[name] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
             # the ceiling beside every step, so that a slow moment of the machine slows both
             product = seconds(lambda: a @ b, 4 * repeat)
             times["matrix product"].append(product)
         if i == 0:
             times = {name: [] for name in times}
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
     peak = 2 * 2048**3 / median(times["matrix product"]) / 1e9
-    what = torch.cuda.get_device_name() if device == "cuda" else f"{threads} threads, AVX-512 bf16: {has_bf16()}"
+    what = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{threads} threads, bf16 instructions: {multiplies_bf16()}"
+    )
     print(
         f"{what}; torch {torch.__version__}; batch {batch_size}, {img_size} px, {precision}, "
         f"compile {compile}, keep_memory {keep_memory}"
     )
     print(f"2048-cube matrix product: {peak:.0f} GFLOP/s\n")
-    print("| network | forward GMACs | images/s | GFLOP/s | of the product's rate | against ViTMAE-B |")
-    print("|---|---|---|---|---|---|")
+    print("| network | forward GMACs | images/s | GFLOP/s | of the product's rate | against ViTMAE-B | memory |")
+    print("|---|---|---|---|---|---|---|")
     reference = times["transformers ViTMAE-B"]
     for name in networks:
         rate = batch_size / median(times[name])
         work = 6 * gmacs[name] * rate
         ratio = median(theirs / ours for theirs, ours in zip(reference, times[name], strict=True))
-        print(f"| {name} | {gmacs[name]:.2f} | {rate:.2f} | {work:.0f} | {work / peak:.0%} | {ratio:.2f} x |")
-    if device == "cuda":
-        print(f"\npeak memory over all: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-
-
-def has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware."""
-    return torch.cpu._is_avx512_bf16_supported()
+        cells = f"{gmacs[name]:.2f} | {rate:.2f} | {work:.0f} | {work / peak:.0%} | {ratio:.2f} x"
+        print(f"| {name} | {cells} | {memory.get(name, '')} |")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def accuracy(head: nn.Module, features: Features) -> float:
 def linear_probe(
     train: Features,
     test: Features,
-    lrs: Iterable[float] = (0.003, 0.01, 0.03, 0.1, 0.3),
+    lrs: Iterable[float] = (0.01, 0.03, 0.1, 0.3, 1.0),
     weight_decays: Iterable[float] = (0.0, 1e-4, 1e-3, 1e-2),
     epochs: int = 30,
 ) -> Probe:

@@ -46,17 +46,27 @@ def on_cpu() -> bool:
     return told or not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
-def resolve_precision(precision: str) -> str:
-    """'auto' -> what the device does well: bf16 on GPUs that have it, else fp16; fp32 on a CPU.
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 matrix products (AVX-512 BF16, AMX)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
-    A CPU gets bf16 only when asked: where it lacks the instructions bf16 takes three times as long, and where it has
-    them the casts of small networks eat the gain (docs/training.md has the figures).
+
+def resolve_precision(precision: str) -> str:
+    """'auto' -> what the device does well: bf16 on GPUs and CPUs with instructions for it, fp16 on older GPUs, else fp32.
+
+    On a CPU without them bf16 takes three times as long as fp32, with them less than half (docs/training.md).
     """
     if precision not in ("auto", "fp32", "bf16", "fp16"):
         raise UserError(f"--precision {precision} is unknown: choose auto, fp32, bf16 or fp16.")
     if precision != "auto":
         return precision
-    if on_cpu() or not torch.cuda.is_available():
+    if on_cpu():
+        return "bf16" if multiplies_bf16() else "fp32"
+    if not torch.cuda.is_available():
         return "fp32"
     return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
 
@@ -64,8 +74,8 @@ def resolve_precision(precision: str) -> str:
 def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next one.
 
-    It hands large blocks back to the system, and faulting them in again costs a fifth of a training step on a CPU
-    (benchmarks/mim_step.md). Other C libraries are left alone.
+    It hands large blocks back to the system, and faulting them in again costs a few percent of a training step on a
+    CPU, more where it is busy (benchmarks/mim_step.md). Other C libraries are left alone.
     """
     mmap_max, trim_threshold = -4, -1  # malloc.h
     try:

@@ -258,6 +258,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, capsys, monkey
 def test_precision_is_what_the_device_does_well(monkeypatch):
     assert resolve_precision("bf16") == "bf16"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for flags, expected in [("avx512f avx512_bf16", "bf16"), ("avx2 avx512f", "fp32")]:
+        monkeypatch.setattr(Path, "read_text", lambda self, flags=flags: f"flags : {flags}\n")
+        assert resolve_precision("auto") == expected
     for cuda, capability, expected in [(False, None, "fp32"), (True, (7, 5), "fp16"), (True, (9, 0), "bf16")]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
