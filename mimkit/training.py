@@ -56,7 +56,7 @@ def multiplies_bf16() -> bool:
 
 
 def resolve_precision(precision: str) -> str:
-    """'auto' -> what the device does well: bf16 on GPUs and CPUs with instructions for it, fp16 on older GPUs, else fp32.
+    """'auto' -> what the device does well: bf16 on GPUs and CPUs that have it, fp16 on older GPUs, else fp32.
 
     On a CPU without them bf16 takes three times as long as fp32, with them less than half (docs/training.md).
     """
@@ -113,9 +113,7 @@ class Run:
                 project_dir=str(self.folder),
             )
         except (ImportError, ValueError) as error:
-            raise UserError(
-                f"accelerate cannot start ({error}): check --track {options.track} and --precision."
-            ) from error
+            raise UserError(f"accelerate cannot start ({error}): check --precision {options.precision}.") from error
         if self.accelerator.distributed_type not in (
             DistributedType.NO,
             DistributedType.MULTI_CPU,

@@ -5,13 +5,17 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 import mimkit.models  # noqa: F401  registers the networks with timm
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _anew():
+    """Each test has its own seed, and its own accelerate, which keeps its state for a whole process."""
     torch.manual_seed(0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @torch.no_grad()

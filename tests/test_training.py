@@ -27,14 +27,6 @@ ROOT = Path(__file__).parent.parent
 TINY = ["--epochs", "4", "--batch-size", "8", "--decoder-dim", "24", "--workers", "0", "--save-every", "2"]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """accelerate keeps its state for a whole process; each run here is to start anew."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.fixture
 def images(tmp_path):
     """32 images in two classes: 4 steps of 8 in an epoch."""
