@@ -219,7 +219,7 @@ class Run:
         plan, rank = self.data_plan, self.accelerator.process_index
         limit = self.options.max_bad * plan.length  # over the epochs each process meets all of them
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), plan.start
-        batches = guarded(loader, limit, self.print)
+        batches = guarded(loader, limit, self.print if self.accelerator.is_main_process else print)
         text = "{task.fields[text]}"
         with Progress(TextColumn("pre-training"), BarColumn(), TextColumn(text), console=self.console) as self.bar:
             self.task = self.bar.add_task("", total=plan.steps, completed=plan.start, text="")
