@@ -270,6 +270,12 @@ def test_another_patch_size_keeps_a_smooth_image():
     assert torch.allclose(*outputs, atol=1e-3)
 
 
+def test_widths_that_do_not_divide():
+    for options in ({"embed_dim": 100, "num_heads": 3}, {"embed_dim": 18, "num_heads": 2}):
+        with pytest.raises(UserError, match=f"embed_dim {options['embed_dim']} does not divide"):
+            timm.create_model("hivit_nano", **options)
+
+
 def test_heads():
     model = timm.create_model("hivit_nano", **SMALL)
     model.reset_classifier(10)

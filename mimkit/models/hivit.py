@@ -116,9 +116,9 @@ class HiViT(nn.Module):
     """HiViT in its two forms.
 
     Supervised (the default): relative position bias in every main block, learnt positions, mean pool, `fc_norm`, head.
-    Unit form (`unit_form=True`, for masked pre-training): no relative bias, fixed sin-cos positions, no head and no
-    `fc_norm`, and a final `norm` on what `encode_units` returns. `multi_scale=True` (unit form only) returns the
-    features before each merge beside the main output, 7 x embed_dim in all (HiViT's `hifeat` pre-training).
+    Unit form (`unit_form=True`, for masked pre-training): no relative bias, fixed sin-cos positions, no `fc_norm` (and
+    with `num_classes=0` no head), and a final `norm` on what `encode_units` returns. `multi_scale=True` (unit form only)
+    returns the features before each merge beside the main output, 7 x embed_dim in all.
 
     Args:
         img_size: input in pixels, one number or (height, width), multiples of `unit_size` = 4 x `patch_size`. Other
@@ -151,6 +151,10 @@ class HiViT(nn.Module):
         super().__init__()
         if multi_scale and not unit_form:
             raise UserError("multi_scale=True is an output for a decoder, of the unit form: pass unit_form=True too.")
+        if embed_dim % num_heads or embed_dim % 4:
+            raise UserError(
+                f"embed_dim {embed_dim} does not divide by 4 and into {num_heads} heads: change one of them."
+            )
         height, width = to_2tuple(img_size)
         self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.unit_form, self.multi_scale = unit_form, multi_scale
@@ -172,8 +176,11 @@ class HiViT(nn.Module):
             if stage:
                 self.blocks.append(Merge(dims[stage - 1]))
             for _ in range(depth):
-                stem = StemBlock(dim, stem_mlp_ratio, next(rates)) if stage < 2 else None
-                self.blocks.append(stem or Block(dim, num_heads, mlp_ratio, next(rates), bias_grid))
+                rate, main = next(rates), stage == 2
+                block = (
+                    Block(dim, num_heads, mlp_ratio, rate, bias_grid) if main else StemBlock(dim, stem_mlp_ratio, rate)
+                )
+                self.blocks.append(block)
             module = f"blocks.{len(self.blocks) - 1}"
             self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**stage, "module": module})
         if not unit_form:
