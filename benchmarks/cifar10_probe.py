@@ -1,4 +1,4 @@
-"""What five minutes of masked pre-training are worth: a linear probe on CIFAR-10, before and after.
+"""What a short masked pre-training is worth: a linear probe on CIFAR-10, before and after.
 
 python benchmarks/cifar10_probe.py --data DIR      DIR holds train.parquet and test.parquet (images, labels)
 

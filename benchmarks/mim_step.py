@@ -56,6 +56,7 @@ def measure(
         compile: use torch.compile for all of them.
         keep_memory: let glibc keep what a step frees, as `Run` does on a CPU; for all of them.
     """
+    cuda = device == "cuda"
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if keep_memory:
@@ -83,24 +84,24 @@ def measure(
         network.zero_grad(set_to_none=False)
 
     def seconds(work: Callable[[], object], repeat: int = 1) -> float:
-        if device == "cuda":
+        if cuda:
             torch.cuda.synchronize()
         begun = time.perf_counter()
         for _ in range(repeat):
             work()
-        if device == "cuda":
+        if cuda:
             torch.cuda.synchronize()
         return (time.perf_counter() - begun) / repeat
 
     memory: dict[str, str] = {}  # peak, of a GPU, with the weights of all the networks
-    repeat = 1 if device == "cpu" else 10
+    repeat = 10 if cuda else 1
     times: dict[str, list[float]] = {name: [] for name in (*networks, "matrix product")}
     for i in range(rounds + 1):
         for name, network in networks.items():
-            if device == "cuda":
+            if cuda:
                 torch.cuda.reset_peak_memory_stats()
             times[name].append(seconds(lambda network=network: step(network), repeat))
-            if device == "cuda":
+            if cuda:
                 memory[name] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
             # the ceiling beside every step, so that a slow moment of the machine slows both
             product = seconds(lambda: a @ b, 4 * repeat)
@@ -118,15 +119,16 @@ def measure(
         f"compile {compile}, keep_memory {keep_memory}"
     )
     print(f"2048-cube matrix product: {peak:.0f} GFLOP/s\n")
-    print("| network | forward GMACs | images/s | GFLOP/s | of the product's rate | against ViTMAE-B | memory |")
-    print("|---|---|---|---|---|---|---|")
+    head = "| network | forward GMACs | images/s | GFLOP/s | of the product's rate | against ViTMAE-B |"
+    print(head + " memory |" * cuda)
+    print("|---" * (6 + cuda) + "|")
     reference = times["transformers ViTMAE-B"]
     for name in networks:
         rate = batch_size / median(times[name])
         work = 6 * gmacs[name] * rate
         ratio = median(theirs / ours for theirs, ours in zip(reference, times[name], strict=True))
         cells = f"{gmacs[name]:.2f} | {rate:.2f} | {work:.0f} | {work / peak:.0%} | {ratio:.2f} x"
-        print(f"| {name} | {cells} | {memory.get(name, '')} |")
+        print(f"| {name} | {cells} |" + f" {memory.get(name)} |" * cuda)
 
 
 if __name__ == "__main__":

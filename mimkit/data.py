@@ -1,8 +1,8 @@
 """Rows of a source -> batches that depend on nothing but (seed, epoch, index of the image).
 
-Every random choice about an image (its crop, flip and mask noise)
-is drawn from (seed, epoch, index), never from the state of a worker or a process, and the order of rows is a pure
-function too: so a run can be resumed at any step, and any number of workers gives the same batches.
+Every random choice about an image (its crop, its flip, the noise that says what is masked and what is decoded) is drawn
+from (seed, epoch, index), never from the state of a worker or a process, and the order of rows is a pure function too:
+so a run can be resumed at any step, and any number of workers gives the same batches.
 """
 
 import heapq
@@ -121,7 +121,7 @@ class Viewer:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 where = file["path"] or f"image {':'.join(map(str, key))}"
                 return View(None, noise, -1, (where, reason))
-        return View(image, noise, int(label))
+        return View(image, noise, -1 if label is None else int(label))
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
@@ -156,6 +156,12 @@ def collate(views: list[View]) -> Batch:
     )
 
 
+def collate_good(views: list[View]) -> Batch:
+    """The same without bad images, of which nothing is to be counted."""
+    batch = collate([view for view in views if view.image is not None] or views)
+    return batch._replace(bad=[view.bad for view in views if view.bad])
+
+
 class Normalise(nn.Module):
     """(b c H W) uint8, or float32 in 0-1 -> what a network takes, computed where its buffers are."""
 
@@ -164,6 +170,7 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
+        self.values = list(mean), list(std)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
@@ -322,7 +329,7 @@ def eval_loader(
     viewer = Viewer(eval_transform(size), in_chans, 0, 0, (source.image, source.label))
     chosen = np.linspace(0, source.length - 1, min(images or source.length, source.length)).astype(int)
     places: Any = [(0, int(i)) for i in chosen]
-    return DataLoader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate, num_workers=workers)
+    return DataLoader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate_good, num_workers=workers)
 
 
 def look(source: Source, size: Size, in_chans: int, count: int) -> Batch:

@@ -28,7 +28,7 @@ def extract(model: Any, batches: Iterable[Batch], normalise: Normalise) -> Featu
     model.eval()
     found = []
     for batch in batches:
-        if not len(batch.images):  # a last few, all of them bad
+        if not len(batch.images):  # all of them bad
             continue
         x = model.forward_head(model.forward_features(normalise(batch.images.to(device))), pre_logits=True)
         found.append((x.float().flatten(1).cpu(), batch.labels))
@@ -47,14 +47,12 @@ def extract_parts(
     log: Callable[[str], None] = print,
 ) -> list[Features]:
     """Features of the training and the test part, of so many images each."""
-    return [
-        extract(
-            model,
-            guarded(eval_loader(part, size, model.in_chans, n, workers=workers), max_bad * part.length, log),
-            normalise,
-        )
-        for part, n in zip(parts, images, strict=True)
-    ]
+    features = []
+    for part, n in zip(parts, images, strict=True):
+        count = min(n or part.length, part.length)
+        batches = guarded(eval_loader(part, size, model.in_chans, count, workers=workers), max_bad * count, log)
+        features.append(extract(model, batches, normalise))
+    return features
 
 
 def knn(train: Features, test: Features, ks: Iterable[int] = (10, 20), temperature: float = 0.07) -> dict[int, float]:

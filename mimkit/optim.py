@@ -5,6 +5,8 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from mimkit.errors import UserError
+
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW without decay on 1-D tensors and on what any part of the model lists in `no_weight_decay()`."""
@@ -20,9 +22,13 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, 
 
 def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> CosineLRScheduler:
     """Linear warm-up from 0, then half a cosine down to 0 (MAE, table 8). Call `step_update(step)` before each step."""
+    if warmup >= steps:
+        raise UserError(
+            f"A warm-up of {warmup} steps fills the run of {steps}: give fewer --warmup-epochs, or more --epochs."
+        )
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(1, steps - warmup),
+        t_initial=steps - warmup,
         warmup_t=warmup,
         warmup_lr_init=0.0,
         warmup_prefix=True,

@@ -108,9 +108,9 @@ def export(run: Run, mae: MAE, size: Size, normalise: Normalise) -> None:
     """Write encoder/ (timm's layout) and decoder/ into the run's directory."""
     if run.accelerator.is_main_process:
         model = as_timm(mae.encoder)
-        colour = {"mean": normalise.mean.flatten().tolist(), "std": normalise.std.flatten().tolist()}
-        shape = (model.in_chans, *size)
-        write_model(model, run.folder / "encoder", input_size=shape, interpolation="bicubic", crop_pct=1.0, **colour)
+        mean, std = normalise.values
+        data = {"input_size": (model.in_chans, *size), "interpolation": "bicubic", "crop_pct": 1.0}
+        write_model(model, run.folder / "encoder", mean=mean, std=std, **data)
         write_decoder(mae.decoder, run.folder / "decoder", mask_ratio=mae.mask_ratio, norm_targets=mae.norm_targets)
     run.accelerator.wait_for_everyone()
 
@@ -133,7 +133,11 @@ class Watch:
         try:
             if source.streaming:
                 raise UserError("a stream has no rows to choose from, which kNN needs: pass --streaming false.")
-            self.parts = open_labelled(source.name) if run.accelerator.is_main_process else None
+            if run.accelerator.is_main_process:
+                parts = open_labelled(source.name)
+                if parts[0].length < 10:
+                    raise UserError(f"{parts[0].length} training images are fewer than its 10 neighbours.")
+                self.parts = parts
         except UserError as error:
             if required:
                 raise

@@ -52,7 +52,7 @@ def open_source(data: str, train: bool = True, streaming: bool = False) -> Sourc
         streaming: read rows in order, without preparing the whole set first.
     """
     path = Path(str(resources.files("mimkit.sample"))) if data == "sample" else Path(data).expanduser()
-    found = sorted(glob.glob(str(path))) if glob.has_magic(data) else [str(path)]
+    found = [str(path)] if path.exists() else sorted(glob.glob(str(path)))
     found = [file for place in found for file in _files_below(Path(place))]
     if not found and not path.exists():
         return _open_hub(data, train, streaming)
@@ -86,8 +86,13 @@ def _files_below(place: Path) -> list[str]:
     """The file itself, or all files below a folder, also through links; hidden ones are not looked at."""
     if place.is_file():
         return [str(place)]
-    files = []
+    files, seen = [], set()
     for folder, below, names in os.walk(place, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link leads back
+            below.clear()
+            continue
+        seen.add(real)
         below[:] = [name for name in below if not name.startswith(".")]
         files += [f"{folder}/{name}" for name in names if not name.startswith(".")]
     return sorted(files)
@@ -174,14 +179,21 @@ def _source(name: str, rows: Any, length: int) -> Source:
         raise UserError(f"--data {name} has no column of images among {', '.join(features) or 'none'}: add one.")
     if not length:
         raise UserError(f"--data {name} has no images: it is empty.")
-    labels = [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel) or c in LABELS][:1]
+    labels = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel) or (c in LABELS and _is_label(f))][
+        :1
+    ]
     rows = rows.select_columns([images[0], *labels]).cast_column(images[0], datasets.Image(decode=False))
-    if labels and getattr(features[labels[0]], "dtype", "") == "string":  # names of classes
+    if labels and "string" in features[labels[0]].dtype:  # names of classes
         if isinstance(rows, datasets.IterableDataset):
             labels = []
         else:
             rows = rows.class_encode_column(labels[0])
     return Source(name, rows, images[0], labels[0] if labels else None, length)
+
+
+def _is_label(feature: Any) -> bool:
+    """One number or name for an image: not a list of boxes, not empty."""
+    return str(getattr(feature, "dtype", "")).rstrip("0123456789") in ("int", "uint", "bool", "string", "large_string")
 
 
 def open_labelled(data: str) -> tuple[Source, Source]:
@@ -195,10 +207,11 @@ def open_labelled(data: str) -> tuple[Source, Source]:
         held_out = np.arange(train.length) % 5 == 0
         parts = [train.rows.select(np.flatnonzero(part)) for part in (~held_out, held_out)]
         train, test = (Source(data, rows, train.image, train.label, len(rows)) for rows in parts)
-    if test.label is None or min(test.rows[test.label]) < 0:
-        raise UserError(
-            f"--data {data} has a test part without labels, and this needs them: add them, or leave it out."
-        )
+    for which, part in (("training", train), ("test", test)):
+        if part.label is None or any(label is None or label < 0 for label in part.rows[part.label]):
+            raise UserError(
+                f"--data {data} has a {which} part without labels, and this needs one for each image: add them."
+            )
     if len(set(train.rows[train.label])) < 2:
         raise UserError(f"--data {data} has one class only: telling classes apart needs at least 2.")
     names, others = (getattr(part.rows.features[part.label], "names", None) for part in (train, test))

@@ -102,7 +102,7 @@ class Run:
         cpu = on_cpu()
         world = int(os.environ.get("WORLD_SIZE", 1))
         self.folder = Path(options.out or f"runs/{name}")
-        if options.track and options.track not in get_available_trackers():
+        if options.track and options.track not in map(str, get_available_trackers()):
             raise UserError(f"--track {options.track} is not installed: pip install mimkit[track], or leave it out.")
         try:
             self.accelerator = Accelerator(
@@ -110,7 +110,6 @@ class Run:
                 gradient_accumulation_steps=options.grad_accum_steps,
                 kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and world > 1 else [],
                 log_with=[options.track] if options.track else None,
-                project_dir=str(self.folder),
             )
         except (ImportError, ValueError) as error:
             raise UserError(f"accelerate cannot start ({error}): check --precision {options.precision}.") from error
@@ -129,7 +128,8 @@ class Run:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.folder = self._choose_folder(name)
-        set_seed(options.seed)
+        self.accelerator.project_configuration.set_directories(str(self.folder))
+        set_seed(options.seed % 2**32)
 
     # The directory ---------------------------------------------------------------------------------------------------
 
@@ -221,9 +221,9 @@ class Run:
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), plan.start
         batches = guarded(loader, limit, self.print if self.accelerator.is_main_process else print)
         text = "{task.fields[text]}"
-        with Progress(TextColumn("pre-training"), BarColumn(), TextColumn(text), console=self.console) as self.bar:
+        columns = TextColumn("pre-training"), BarColumn(), TextColumn(text)
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self.bar:
             self.task = self.bar.add_task("", total=plan.steps, completed=plan.start, text="")
-            self.bar.live.auto_refresh = self.console.is_terminal
             previous = signal.signal(signal.SIGINT, self._interrupt)
             try:
                 for self.step in range(plan.start, plan.steps):

@@ -17,7 +17,7 @@ from mimkit.errors import one_sentence
 from mimkit.mae import MAE
 from mimkit.optim import adamw, cosine
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
-from mimkit.pretraining import Watch, colours, create, describe, export, finish, initialise
+from mimkit.pretraining import Watch, colours, comes_with_weights, create, describe, export, finish, initialise
 from mimkit.sources import open_source
 from mimkit.training import Run
 
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_recipe(Options, __doc__ or "", recipe="mae_hivit", argv=argv)
     size = parse_size(options.img_size)
     normalise = colours(options.in_chans, options.mean, options.std)
-    options.mean, options.std = normalise.mean.flatten().tolist(), normalise.std.flatten().tolist()
+    options.mean, options.std = normalise.values
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
     source = open_source(options.data, streaming=options.streaming)
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     model, stepper = run.prepare(mae, optimizer)
 
     if not plan.start:
-        watch(0, encoder, "at random" if not options.init else "at the start")
+        watch(0, encoder, "at the start" if options.init or comes_with_weights(options.model) else "at random")
     for step, parts in run.steps(loader):
         schedule.step_update(step)
         for batch in parts:

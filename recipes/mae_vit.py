@@ -18,7 +18,7 @@ from mimkit.mae import MAE
 from mimkit.models import UnitViT
 from mimkit.optim import adamw, cosine
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
-from mimkit.pretraining import Watch, colours, create, describe, export, finish, initialise
+from mimkit.pretraining import Watch, colours, comes_with_weights, create, describe, export, finish, initialise
 from mimkit.sources import open_source
 from mimkit.training import Run
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_recipe(Options, __doc__ or "", recipe="mae_vit", argv=argv)
     size = parse_size(options.img_size)
     normalise = colours(options.in_chans, options.mean, options.std)
-    options.mean, options.std = normalise.mean.flatten().tolist(), normalise.std.flatten().tolist()
+    options.mean, options.std = normalise.values
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
     source = open_source(options.data, streaming=options.streaming)
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         in_chans=options.in_chans,
         **options.model_args,
     )
-    encoder = UnitViT(vit, fixed_positions=True)
+    encoder = UnitViT(vit, fixed_positions=not comes_with_weights(options.model))
     vit.set_grad_checkpointing(options.grad_checkpointing)
     width, depth, heads = options.decoder_dim, options.decoder_depth, options.decoder_heads
     decoder = Decoder(encoder.out_dim, encoder.unit_size, options.in_chans, width, depth, heads)
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     model, stepper = run.prepare(mae, optimizer)
 
     if not plan.start:
-        watch(0, encoder, "at random" if not options.init else "at the start")
+        watch(0, encoder, "at the start" if options.init or comes_with_weights(options.model) else "at random")
     for step, parts in run.steps(loader):
         schedule.step_update(step)
         for batch in parts:

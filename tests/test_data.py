@@ -359,6 +359,25 @@ def test_parquet_of_other_hands(tmp_path):
     assert open_source(str(tmp_path), streaming=True).label is None
 
 
+def test_labels_of_other_kinds_are_none(tmp_path):
+    """Lists (boxes, several labels) and empty columns are no classes, and plain pre-training does not mind them."""
+    images = [{"bytes": encoded(picture(i)), "path": None} for i in range(4)]
+    for labels in ([[1, 2]] * 4, pa.nulls(4)):
+        pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "x.parquet")
+        for streaming in (False, True):
+            source = open_source(str(tmp_path), streaming=streaming)
+            assert source.label is None
+            assert batches(source, batch_size=2, steps=1)[0].labels.tolist() == [-1, -1]
+
+
+def test_a_folder_with_brackets_and_a_link_that_leads_back(tmp_path):
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    picture().save(folder / "a.png")
+    (folder / "again").symlink_to(folder)
+    assert open_source(str(folder)).length == 1
+
+
 def test_held_out_where_there_is_no_test_part(folder):
     train, test = open_labelled(str(folder))
     assert (train.length, test.length) == (9, 3)

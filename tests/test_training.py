@@ -11,7 +11,9 @@ import pytest
 import timm
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import LoggerType
 from mimkit.recipes import mae_hivit, mae_vit
 from PIL import Image
 from safetensors.torch import load_file
@@ -292,6 +294,38 @@ def test_processes_share_the_work_and_change_nothing(images, tmp_path):
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert one.keys() == two.keys()
     assert all(one[step] == pytest.approx(two[step], abs=1e-4) for step in one)
+
+
+def test_trackers(images, tmp_path, capsys, monkeypatch):
+    """No tracker is installed here: accelerate's own check is told that one is, and what it is given is kept."""
+    logged = []
+    monkeypatch.setattr("mimkit.training.get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: logged.append((name, config["lr"])))
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
+    run(mae_hivit, "--data", images, "--out", str(tmp_path / "run"), "--track", "tensorboard", *TINY)
+    assert logged[0] == ("run", pytest.approx(8e-3 * 8 / 256))
+    assert "loss" in logged[2]
+
+
+def test_a_warmup_that_fills_the_run(images, tmp_path, capsys):
+    argv = ["--data", images, "--out", str(tmp_path / "run"), *TINY, "--warmup-epochs", "4"]
+    assert "A warm-up of 16 steps fills the run of 16" in fails(capsys, *argv)
+
+
+def test_a_few_images_need_no_neighbours(tmp_path, capsys):
+    for i in range(8):
+        (tmp_path / "images" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "images" / str(i % 2) / f"{i}.png")
+    run(mae_hivit, "--data", str(tmp_path / "images"), "--out", str(tmp_path / "run"), *TINY)
+    assert "no kNN: 6 training images are fewer" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compiled_with_inductor(images, tmp_path):
+    argv = ["--data", images, *TINY, "--epochs", "1"]
+    run(mae_hivit, "--out", str(tmp_path / "plain"), *argv)
+    run(mae_hivit, "--out", str(tmp_path / "compiled"), *argv, "--compile", "true")
+    assert losses(tmp_path / "compiled")[4] == pytest.approx(losses(tmp_path / "plain")[4], abs=1e-4)
 
 
 def test_normalise_is_exported_with_the_encoder(images, tmp_path):

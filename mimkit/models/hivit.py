@@ -117,8 +117,8 @@ class HiViT(nn.Module):
 
     Supervised (the default): relative position bias in every main block, learnt positions, mean pool, `fc_norm`, head.
     Unit form (`unit_form=True`, for masked pre-training): no relative bias, fixed sin-cos positions, no `fc_norm` (and
-    with `num_classes=0` no head), and a final `norm` on what `encode_units` returns. `multi_scale=True` (unit form only)
-    returns the features before each merge beside the main output, 7 x embed_dim in all.
+    with `num_classes=0` no head), and a final `norm` on what `encode_units` returns. There `multi_scale=True` returns
+    the features before each merge beside the main output, 7 x embed_dim in all.
 
     Args:
         img_size: input in pixels, one number or (height, width), multiples of `unit_size` = 4 x `patch_size`. Other

@@ -65,7 +65,3 @@ class UnitViT(nn.Module):
         x = vit.norm_pre(x)
         x = checkpoint_seq(vit.blocks, x) if vit.grad_checkpointing and vit.training else vit.blocks(x)
         return vit.norm(x)
-
-    def no_weight_decay(self) -> set[str]:
-        """The ViT's own."""
-        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
