@@ -1,7 +1,8 @@
 """Pre-train a plain ViT by masked autoencoding.
 
 accelerate launch recipes/mae_vit.py
-    a small ViT on 10,000 Fashion-MNIST images; the preset `mae_vit_small`
+    a small ViT on 10,000 Fashion-MNIST images, the preset `mae_vit_small`: under 2 minutes on 2 CPU cores (AMD EPYC),
+    kNN accuracy from 53 % to 69 %
 accelerate launch recipes/mae_vit.py --model vit_base_patch16_224 --data /path/to/imagenet --grad-accum-steps 8
     the published pre-training of ViT-B: 800 epochs, batch 4096; not run
 

@@ -321,6 +321,7 @@ def test_a_few_images_need_no_neighbours(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_with_inductor(images, tmp_path):
     argv = ["--data", images, *TINY, "--epochs", "1"]
     run(mae_hivit, "--out", str(tmp_path / "plain"), *argv)
