@@ -56,12 +56,12 @@ def reconstructions(mae: MAE, images: Tensor, normalise: Normalise, file: Path) 
     """Write a picture: original, masked, reconstruction, a row for each; channels beyond three are left out."""
     rows = [(x * normalise.std + normalise.mean).clamp(0, 1).cpu() for x in reconstruct(mae, images)]
     how = (
-        "predictions are normalised; brightness and contrast come from visible units only"
+        "predictions are normalised:\nbrightness and contrast come from visible units only"
         if mae.norm_targets
         else "pixels as predicted"
     )
     names = ("original", f"masked ({mae.mask_ratio:.0%})", "reconstruction")
-    figure, axes = plt.subplots(3, len(images), figsize=(1.5 * len(images) + 0.6, 5.4), squeeze=False)
+    figure, axes = plt.subplots(3, len(images), figsize=(max(5.0, 1.5 * len(images) + 0.6), 5.4), squeeze=False)
     for name, pictures, line in zip(names, rows, axes, strict=True):
         for picture, axis in zip(pictures, line, strict=True):
             shown = picture[:3] if len(picture) >= 3 else picture[:1]
@@ -69,7 +69,7 @@ def reconstructions(mae: MAE, images: Tensor, normalise: Normalise, file: Path) 
             axis.set_xticks([])
             axis.set_yticks([])
         line[0].set_ylabel(name)
-    figure.suptitle(f"Reconstruction: {how}", fontsize=10)
+    figure.suptitle(f"Reconstruction, {how}", fontsize=9)
     _write(figure, file)
 
 
