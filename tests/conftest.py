@@ -1,13 +1,18 @@
+import io
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 
 import mimkit.models  # noqa: F401  registers the networks with timm
+from mimkit.data import Plan, Viewer, train_loader, train_transform
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +34,47 @@ def fill(model):
         else:
             parameter.normal_(0, parameter[0].numel() ** -0.5)
     return model
+
+
+def picture(seed=0, size=(40, 30)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images in two class folders, one of them no image at all."""
+    for i in range(12):
+        place = tmp_path / "images" / ("cat" if i % 2 else "dog")
+        place.mkdir(parents=True, exist_ok=True)
+        picture(i).save(place / f"{i:02d}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Three shards of 20, 25 and 30 images."""
+    count = 0
+    for shard, length in enumerate((20, 25, 30)):
+        rows = {
+            "image": [{"bytes": encoded(picture(count + i, (12, 12))), "path": None} for i in range(length)],
+            "label": list(range(length)),
+        }
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{shard}.parquet")
+        count += length
+    return tmp_path
+
+
+def viewer(source, seed=0, size=(16, 16), in_chans=3):
+    return Viewer(train_transform(size), in_chans, 16, seed, (source.image, source.label))
+
+
+def batches(source, workers=0, **plan):
+    plan = Plan(source.length, **({"batch_size": 4, "steps": 5} | plan))
+    return list(train_loader(source, viewer(source), plan, workers))

@@ -1,15 +1,11 @@
 import io
 import random
-import tarfile
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import tifffile
 import torch
-from datasets.splits import SplitDict
+from conftest import batches, encoded, picture, viewer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +14,6 @@ from mimkit.data import (
     Normalise,
     Order,
     Plan,
-    Viewer,
     eval_loader,
     eval_transform,
     guarded,
@@ -29,51 +24,7 @@ from mimkit.data import (
 )
 from mimkit.errors import UserError
 from mimkit.images import decode
-from mimkit.sources import open_labelled, open_source
-
-
-def picture(seed=0, size=(40, 30)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Twelve images in two class folders, one of them no image at all."""
-    for i in range(12):
-        place = tmp_path / "images" / ("cat" if i % 2 else "dog")
-        place.mkdir(parents=True, exist_ok=True)
-        picture(i).save(place / f"{i:02d}.png")
-    return tmp_path / "images"
-
-
-@pytest.fixture
-def parquet(tmp_path):
-    """Three shards of 20, 25 and 30 images."""
-    count = 0
-    for shard, length in enumerate((20, 25, 30)):
-        rows = {
-            "image": [{"bytes": encoded(picture(count + i, (12, 12))), "path": None} for i in range(length)],
-            "label": list(range(length)),
-        }
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{shard}.parquet")
-        count += length
-    return tmp_path
-
-
-def viewer(source, seed=0, size=(16, 16), in_chans=3):
-    return Viewer(train_transform(size), in_chans, 16, seed, (source.image, source.label))
-
-
-def batches(source, workers=0, **plan):
-    plan = Plan(source.length, **({"batch_size": 4, "steps": 5} | plan))
-    return list(train_loader(source, viewer(source), plan, workers))
+from mimkit.sources import open_source
 
 
 def same(a, b):
@@ -281,177 +232,6 @@ def test_sizes():
     for wrong in ("axb", "1x2x3", "", "-4", "0"):
         with pytest.raises(UserError, match="neither a number nor HEIGHTxWIDTH"):
             parse_size(wrong)
-
-
-# Sources
-
-
-def test_sample_ships_with_its_classes():
-    train, test = open_labelled("sample")
-    assert (train.length, test.length) == (10_000, 2_000)
-    assert len(train.rows.features["label"].names) == 10
-    assert np.bincount(train.rows["label"]).min() > 900
-
-
-def test_folders(folder):
-    source = open_source(str(folder))
-    assert source.rows.features["label"].names == ["cat", "dog"]
-    assert (source.length, source.label) == (12, "label")
-    picture().save(folder / "loose.png")
-    assert open_source(str(folder)).label is None  # an image beside the class folders: no classes
-    (folder / ".hidden").mkdir()
-    picture().save(folder / ".hidden" / "x.png")
-    assert open_source(str(folder)).length == 13
-
-
-def test_parts(folder, tmp_path):
-    root = tmp_path / "set"
-    root.mkdir()
-    (folder / "cat").parent.rename(root / "train")
-    with pytest.raises(UserError, match="no test part"):
-        open_source(str(root), train=False)
-    (root / "val" / "cat").mkdir(parents=True)
-    picture().save(root / "val" / "cat" / "a.png")
-    assert open_source(str(root)).length == 12
-    assert open_source(str(root), train=False).length == 1
-
-
-def test_a_class_may_be_called_train(tmp_path):
-    for name in ("bus", "car", "train"):
-        (tmp_path / name).mkdir()
-        picture().save(tmp_path / name / "a.png")
-    source = open_source(str(tmp_path))
-    assert source.rows.features["label"].names == ["bus", "car", "train"]
-
-
-def test_classes_mean_the_same_in_both_parts(tmp_path):
-    for part, classes in (("train", "ant bee cat"), ("val", "bee cat")):
-        for name in classes.split():
-            (tmp_path / part / name).mkdir(parents=True)
-            picture().save(tmp_path / part / name / "a.png")
-    train, test = open_labelled(str(tmp_path))
-    assert (train.rows["label"][:], test.rows["label"][:]) == ([0, 1, 2], [1, 2])
-    (tmp_path / "val" / "bee").rename(tmp_path / "val" / "dog")
-    with pytest.raises(UserError, match="classes that the training part lacks: dog"):
-        open_labelled(str(tmp_path))
-    for folder in ("dog", "cat"):
-        (tmp_path / "val" / folder / "a.png").rename(tmp_path / "val" / f"{folder}.png")
-    with pytest.raises(UserError, match="test part without labels"):
-        open_labelled(str(tmp_path))
-
-
-def test_files_of_two_kinds_are_not_guessed(folder):
-    (folder / "original.tar").write_bytes(b"")
-    with pytest.raises(UserError, match="holds images and webdataset files"):
-        open_source(str(folder))
-    assert open_source(str(folder / "*" / "*.png")).length == 12
-    assert open_source(str(folder / "cat" / "01.png")).length == 1
-
-
-def test_parquet_of_other_hands(tmp_path):
-    """Class names instead of numbers, and a struct of bytes that `datasets` was never told of."""
-    images = [{"bytes": encoded(picture(i)), "path": None} for i in range(10)]
-    table = pa.table({"picture": images, "label": ["dog", "cat"] * 5})
-    pq.write_table(table, tmp_path / "x.parquet")
-    source = open_source(str(tmp_path))
-    assert source.rows.features["label"].names == ["cat", "dog"]
-    assert batches(source, batch_size=5, steps=1)[0].images.shape == (5, 3, 16, 16)
-    assert open_source(str(tmp_path), streaming=True).label is None
-
-
-def test_labels_of_other_kinds_are_none(tmp_path):
-    """Lists (boxes, several labels) and empty columns are no classes, and plain pre-training does not mind them."""
-    images = [{"bytes": encoded(picture(i)), "path": None} for i in range(4)]
-    for labels in ([[1, 2]] * 4, pa.nulls(4)):
-        pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "x.parquet")
-        for streaming in (False, True):
-            source = open_source(str(tmp_path), streaming=streaming)
-            assert source.label is None
-            assert batches(source, batch_size=2, steps=1)[0].labels.tolist() == [-1, -1]
-
-
-def test_a_folder_with_brackets_and_a_link_that_leads_back(tmp_path):
-    folder = tmp_path / "run[1]"
-    folder.mkdir()
-    picture().save(folder / "a.png")
-    (folder / "again").symlink_to(folder)
-    assert open_source(str(folder)).length == 1
-
-
-def test_held_out_where_there_is_no_test_part(folder):
-    train, test = open_labelled(str(folder))
-    assert (train.length, test.length) == (9, 3)
-    assert not set(map(str, train.rows["image"])) & set(map(str, test.rows["image"]))
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_webdataset_shards(tmp_path, streaming):
-    for shard in range(2):
-        with tarfile.open(tmp_path / f"shard-{shard}.tar", "w") as tar:
-            for i in range(6):
-                for name, content in ((f"{i}.png", encoded(picture(i))), (f"{i}.cls", b"%d" % (i % 3))):
-                    info = tarfile.TarInfo(f"{shard}{name}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-    source = open_source(str(tmp_path / "shard-*.tar"), streaming=streaming)
-    assert (source.length, source.label) == (12, "cls")
-    found = batches(source, steps=3)
-    assert sorted(torch.cat([b.labels for b in found]).tolist()) == [0] * 4 + [1] * 4 + [2] * 4
-
-
-def test_a_stream_of_a_folder(folder):
-    found = batches(open_source(str(folder), streaming=True), steps=3)
-    assert sorted(torch.cat([b.labels for b in found]).tolist()) == [0] * 6 + [1] * 6
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_set_on_the_hub(parquet, monkeypatch, streaming):
-    """The hub is out of reach here: its two functions are replaced by ones that read local files."""
-    load = datasets.load_dataset
-
-    def fetch(name, split, streaming):
-        assert (name, split) == ("someone/pictures", "validation")
-        files = [str(f) for f in parquet.glob("*.parquet")]
-        rows = load("parquet", data_files=files, split="train", streaming=streaming)
-        rows.info.splits = SplitDict({split: datasets.SplitInfo(split, num_examples=75)})
-        return rows
-
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "validation"])
-    monkeypatch.setattr(datasets, "load_dataset", fetch)
-    source = open_source("someone/pictures", train=False, streaming=streaming)
-    assert (source.length, source.streaming) == (75, streaming)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train"])
-    with pytest.raises(UserError, match="has the parts train: none for testing"):
-        open_source("someone/pictures", train=False)
-
-
-def test_what_is_not_there_is_a_sentence(tmp_path):
-    for data, message in [
-        (str(tmp_path / "nowhere"), "no such file or folder"),
-        ("./nowhere.parquet", "no such file or folder"),
-        (str(tmp_path), "has no images"),
-        ("no/such-set", "could not be fetched from the hub"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            open_source(data)
-    (tmp_path / "a.parquet").write_bytes(b"torn")
-    with pytest.raises(UserError, match="cannot be read"):
-        open_source(str(tmp_path / "a.parquet"))
-    (tmp_path / "b.tar").write_bytes(b"torn")
-    with pytest.raises(UserError, match="holds parquet and webdataset files"):
-        open_source(str(tmp_path))
-
-
-def test_labels_where_they_are_needed(tmp_path):
-    for i in range(10):
-        picture(i).save(tmp_path / f"{i}.png")
-    with pytest.raises(UserError, match="has no labels"):
-        open_labelled(str(tmp_path))
-    (tmp_path / "only").mkdir()
-    for i in range(10):
-        (tmp_path / f"{i}.png").rename(tmp_path / "only" / f"{i}.png")
-    with pytest.raises(UserError, match="one class only"):
-        open_labelled(str(tmp_path))
 
 
 # Bad images
