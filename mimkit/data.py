@@ -274,7 +274,7 @@ class Stream(IterableDataset[Batch]):
             for row, content in enumerate(rows.shard(shards, shard).iter(1)):
                 heapq.heappush(window, (place + WINDOW * delays.random(), shard, row, content))
                 place += 1
-                while window[0][0] < place:
+                while window and window[0][0] < place:  # the first row may have no delay
                     yield _released(heapq.heappop(window))
         while window:
             yield _released(heapq.heappop(window))
@@ -322,21 +322,24 @@ def train_loader(source: Source, viewer: Viewer, plan: Plan, workers: int) -> Da
     return DataLoader(Rows(source, viewer), batch_sampler=Order(plan), collate_fn=collate, **common)
 
 
+def _spread(length: int, count: int) -> list[int]:
+    """Places of so many rows, evenly spread."""
+    return [int(i) for i in np.linspace(0, length - 1, min(count, length))]
+
+
 def eval_loader(
     source: Source, size: Size, in_chans: int, images: int | None = None, batch_size: int = 256, workers: int = 0
 ) -> DataLoader[Any]:
     """Images in order, uncropped, with labels; evenly spread ones where fewer are wanted."""
     viewer = Viewer(eval_transform(size), in_chans, 0, 0, (source.image, source.label))
-    chosen = np.linspace(0, source.length - 1, min(images or source.length, source.length)).astype(int)
-    places: Any = [(0, int(i)) for i in chosen]
+    places: Any = [(0, i) for i in _spread(source.length, images or source.length)]
     return DataLoader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate_good, num_workers=workers)
 
 
 def look(source: Source, size: Size, in_chans: int, count: int) -> Batch:
     """A few images, uncropped: evenly spread ones, or the first of a stream."""
     viewer = Viewer(eval_transform(size), in_chans, 0, 0, (source.image, source.label))
-    chosen = map(int, np.linspace(0, source.length - 1, min(count, source.length)))
-    rows = source.rows.take(count) if source.streaming else (source.rows[i] for i in chosen)
+    rows = source.rows.take(count) if source.streaming else (source.rows[i] for i in _spread(source.length, count))
     return collate([viewer(row, 0, i) for i, row in enumerate(rows)])
 
 

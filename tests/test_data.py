@@ -68,6 +68,15 @@ def test_an_epoch_sees_each_image_once_in_an_order_of_its_own(parquet, streaming
     assert runs < 15  # shuffled, not merely shards in another order
 
 
+@pytest.mark.parametrize("window", [0, 1, 5])
+def test_a_short_window_loses_no_row(parquet, monkeypatch, window):
+    """Also when a row, even the first one, is let go at once."""
+    monkeypatch.setattr("mimkit.data.WINDOW", window)
+    source = open_source(str(parquet), streaming=True)
+    labels = torch.cat([b.labels for b in batches(source, batch_size=25, steps=3)])
+    assert sorted(labels.tolist()) == sorted([*range(20), *range(25), *range(30)])
+
+
 def test_a_view_depends_on_seed_epoch_and_index_only(folder):
     source = open_source(str(folder))
     row = source.rows[3]
