@@ -1,0 +1,611 @@
+"""HPViT: a plain ViT's own blocks, run as a pyramid.
+
+After arXiv 2211.01785, no new pre-training: the embedding's stride goes from 16 to 4, and 2 x 2 pools stand between the
+blocks. Here it starts as the plain ViT exactly (docs/converting.md). The stride-4 map is 4 x 4 interleaved sub-grids,
+each of them the token grid of the plain ViT on a shifted image. They are folded into the batch, where the source's own
+code runs on them unchanged, and each pool starts as one tap, on the sub-grid that holds the source's own patches.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_abs_pos_embed_nhwc
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models._features import feature_take_indices
+from timm.models.beit import Beit, gen_relative_position_index
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_sam import VisionTransformerSAM
+from torch import Tensor, nn
+
+from mimkit.errors import UserError
+from mimkit.units import Grid
+
+PATCH, STRIDE = 16, 4
+SIDE = PATCH // STRIDE  # sub-grids along a side of the stride-4 map
+DEPTHS: dict[str, tuple[int | None, ...]] = {  # blocks in each stage; None: all the others
+    "light": (0, 1, None, 0),
+    "fine": (1, 1, None, 0),
+    "even": (3, 3, None, 0),
+    "swin": (2, 2, None, 2),
+}
+MAPS = {"subgrid": "b (h n) (w k) d", "local": "b (n h) (k w) d"}  # how n x k pieces lie in the map
+
+
+def resolve_depths(depths: str | Sequence[int], total: int) -> tuple[int, ...]:
+    """A preset's name, '0-1-11-0' or four numbers -> blocks in each of the four stages, `total` in all."""
+    if isinstance(depths, str) and depths in DEPTHS:
+        given = DEPTHS[depths]
+        found = tuple(total - sum(d or 0 for d in given) if d is None else d for d in given)
+    else:
+        words = depths.split("-") if isinstance(depths, str) else [str(d) for d in depths]
+        found = tuple(int(word) for word in words if word.isdigit())
+        found = found if len(found) == len(words) else ()
+    if len(found) != 4 or sum(found) != total or min(found) < 0:
+        raise UserError(
+            f"depths {depths!r} do not split {total} blocks over four stages: give numbers such as "
+            f"0-1-{total - 1}-0, or one of {', '.join(DEPTHS)}."
+        )
+    return found
+
+
+def plain_vit(
+    source: str, patch_size: int | None = None, any_grid: bool = False, norm_eps: float | None = None, **options: Any
+) -> Any:
+    """A plain ViT of timm, without weights.
+
+    Args:
+        source: its name in timm; a tag is ignored.
+        patch_size: side of its kernel in pixels, if it isn't to be its own; the token grid stays.
+        any_grid: whether its positions follow the input, where timm has that.
+        norm_eps: of all its norms, where it is not timm's.
+        options: timm's own.
+    """
+    name = source.split(".")[0]
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        with torch.device("meta"):
+            probe: Any = timm.create_model(name, **options)
+        if not isinstance(probe, VisionTransformer | Eva | Beit | VisionTransformerSAM):
+            raise UserError(f"{source} is a {type(probe).__name__}, not a plain ViT: try vit_base_patch16_224.")
+        if not isinstance(probe.patch_embed, PatchEmbed):
+            raise UserError(f"{source} embeds by a {type(probe.patch_embed).__name__}, not by patches: choose another.")
+        if patch_size:
+            options |= {
+                "patch_size": patch_size,
+                "img_size": [side * patch_size for side in probe.patch_embed.grid_size],
+            }
+        if any_grid and isinstance(probe, VisionTransformer | Eva):
+            options["dynamic_img_size"] = True
+        net: Any = timm.create_model(name, **options)
+    except (RuntimeError, TypeError, AssertionError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{source} cannot be built by timm ({reason}): check its name and options; "
+            "`mimkit convert --list true` prints the plain ViTs."
+        ) from error
+    if norm_eps is not None:
+        for module in net.modules():
+            if hasattr(module, "eps"):
+                module.eps = norm_eps
+    return net
+
+
+class Pool(nn.Module):
+    """Four neighbouring tokens become one, by weights that start at `share` of one tap and 1 - share of the mean.
+
+    Args:
+        kind: dw (a weight for each channel) or conv (dense).
+        tap: row and column of that token.
+    """
+
+    def __init__(self, dim: int, kind: str, share: float, tap: tuple[int, int]):
+        super().__init__()
+        self.kind, self.share, self.tap = kind, share, tap
+        self.weight = nn.Parameter(torch.empty(dim, 1 if kind == "dw" else dim, 2, 2))
+        self.reset_parameters()
+
+    def start(self) -> Tensor:
+        """The weights that it starts with."""
+        taps = torch.full((2, 2), (1 - self.share) / 4)
+        taps[self.tap] += self.share
+        dim, inputs = self.weight.shape[:2]
+        channels = torch.ones(dim, 1) if inputs == 1 else torch.eye(dim)
+        return channels[..., None, None] * taps
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew."""
+        self.weight.copy_(self.start())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(... 2 2 d) -> (... d)"""
+        weight = self.weight
+        if self.kind == "dw":
+            return (x * rearrange(weight, "d 1 p q -> p q d")).sum((-3, -2))
+        return F.linear(x.flatten(-3), rearrange(weight, "o d p q -> o (p q d)"))
+
+
+class Mean(nn.Module):
+    """Four neighbouring tokens become their mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(... 2 2 d) -> (... d)"""
+        return x.mean((-3, -2))
+
+
+class HPViT(nn.Module):
+    """A plain ViT of timm as a pyramid with maps at 1/4, 1/8, 1/16 and 1/32 of the input, all of the ViT's width.
+
+    At the start the 1/16 map and the prefix tokens at the end of stage 3 are the plain ViT's (its kernel at 16) after
+    as many blocks. With no block in stage 4 its final norm, pooling and head follow, so its logits are kept too, and
+    the 1/32 map is the mean of the 1/16 map. Any input size: images are padded at the right and bottom to a multiple
+    of 16 px, and positions follow the source's own resize.
+
+    Args:
+        source: name of the plain ViT in timm. Its parts stand here under their own names.
+        source_args: what it is built with, where it is not timm's default; also `norm_eps`.
+        depths: blocks in each stage; a preset's name, '0-1-11-0', or four numbers.
+        pool: dw (depthwise convolution), conv (dense) or avg (mean, without parameters).
+        pool_init: what the first two pools start as: aligned (one tap, on the source's own token), average, or the
+            share of the tap in between. A pool into a stage 4 that has blocks starts as the average.
+        attention: subgrid, or local: contiguous windows of the source's grid, for comparison.
+        window: side of windows inside a sub-grid, for large images; the last block of every quarter stays global.
+        padding: pixels before and after the image on each axis, (4, 8), (8, 4) or (0, 12).
+        prefix: keep or drop class and register tokens; the mean of the others then stands for them at the head.
+        img_size: the usual input, recorded only: the network takes any.
+        options: timm's own, for the source (in_chans, num_classes, drop_path_rate, ...).
+    """
+
+    source: Any
+    blocks: nn.ModuleList
+    patch_embed: Any
+    pretrained_cfg: dict[str, Any]
+
+    def __init__(
+        self,
+        source: str = "vit_base_patch16_224",
+        source_args: dict[str, Any] | None = None,
+        depths: str | Sequence[int] = "light",
+        pool: str = "dw",
+        pool_init: str | float = "aligned",
+        attention: str = "subgrid",
+        window: int = 0,
+        padding: Sequence[int] = (4, 8),
+        prefix: str = "keep",
+        img_size: int | tuple[int, int] | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        for name, value, allowed in (
+            ("pool", pool, ("dw", "conv", "avg")),
+            ("attention", attention, tuple(MAPS)),
+            ("prefix", prefix, ("keep", "drop")),
+            ("padding", tuple(padding), ((4, 8), (8, 4), (0, 12))),
+        ):
+            if value not in allowed:
+                raise UserError(f"{name} {value!r} is unknown: choose among {', '.join(map(str, allowed))}.")
+        arguments = {**(source_args or {}), **options}
+        if arguments.get("patch_drop_rate"):
+            raise UserError("patch_drop_rate drops tokens that a pyramid needs for its maps: leave it at 0.")
+        net = plain_vit(source, PATCH, any_grid=True, **arguments)
+        # Source and pyramid are two views of the same parameters: both see them under the source's own names
+        self.__dict__["source"] = net
+        for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            self.__dict__[shared] = net.__dict__[shared]
+
+        self.sam, self.beit, self.eva = (isinstance(net, kind) for kind in (VisionTransformerSAM, Beit, Eva))
+        self.grid: Grid = net.patch_embed.grid_size
+        self.in_chans = net.patch_embed.proj.in_channels
+        self.embed_dim, self.num_features = net.embed_dim, net.num_features
+        self.num_prefix_tokens = 0 if prefix == "drop" else getattr(net, "num_prefix_tokens", 0)
+        self.depths = resolve_depths(depths, len(net.blocks))
+        self.attention, self.window, self.padding = attention, window, tuple(padding)
+        quarters = [len(net.blocks) * (i + 1) // 4 - 1 for i in range(4)]
+        self.global_blocks = range(len(net.blocks)) if not window else quarters
+        if self.sam and (self.depths[3] or window or attention == "local"):
+            raise UserError(
+                f"{source} has windows with decomposed relative positions of its own, which are not defined for blocks "
+                "after the third pool, for other windows or for local attention: leave stage 4, window and attention."
+            )
+        rope = getattr(net, "rope", None)
+        if self.depths[3] and rope is not None and hasattr(rope, "mrope_section"):
+            raise UserError(f"{source} has MRoPE, which is not defined after the third pool: leave stage 4 empty.")
+
+        net.patch_embed.proj.stride = (STRIDE, STRIDE)
+        for block in net.blocks:
+            if self.eva:
+                block.attn.num_prefix_tokens = self.num_prefix_tokens  # they are not rotated
+            if self.beit:
+                block.attn._get_rel_pos_bias = _no_bias  # all of the bias comes in an argument, for any grid
+
+        offset = self.padding[0] // STRIDE  # of the sub-grid with the source's own patches
+        share = {"aligned": 1.0, "average": 0.0}.get(str(pool_init))
+        if share is None:
+            try:
+                share = float(pool_init)
+            except ValueError:
+                share = -1.0
+        if not 0 <= share <= 1:
+            raise UserError(f"pool_init {pool_init!r} is unknown: give aligned, average, or a share from 0 to 1.")
+        taps = ((offset % 2, share), (offset // 2, share), (0, 0.0))
+        learnt = [pool != "avg" and (stage < 2 or self.depths[3] > 0) for stage in range(3)]
+        self.pools = nn.ModuleList(
+            Pool(self.embed_dim, pool, part, (tap, tap)) if learns else Mean()
+            for (tap, part), learns in zip(taps, learnt, strict=True)
+        )
+        self.feature_info = []
+        for stage in range(4):
+            last = max(sum(self.depths[: stage + 1]) - 1, 0)
+            self.feature_info.append({"num_chs": self.embed_dim, "reduction": 4 * 2**stage, "module": f"blocks.{last}"})
+
+    # Forward ---------------------------------------------------------------------------------------------------------
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(b c H W) -> the map at stride 4 as sub-grids (b*16 gh gw d)"""
+        before, after = self.padding
+        height, width = x.shape[-2:]
+        x = F.pad(x, (before, after + -width % PATCH, before, after + -height % PATCH))
+        x = rearrange(self.patch_embed.proj(x), "b d h w -> b h w d")
+        x = rearrange(x, f"{MAPS[self.attention]} -> (b n k) h w d", n=SIDE, k=SIDE)
+        return self.patch_embed.norm(x) if hasattr(self.patch_embed, "norm") else x
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sub-grids (b gh gw d) -> what the source's first block takes, as tokens (b k+n d), and its RoPE"""
+        net, rope = self.source, None
+        if self.sam:
+            if net.pos_embed is not None:
+                x = x + resample_abs_pos_embed_nhwc(net.pos_embed, x.shape[1:3])
+            x = net.norm_pre(net.pos_drop(x)).flatten(1, 2)
+        elif self.beit:
+            grid = x.shape[1:3]
+            x = torch.cat([net.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+            if net.pos_embed is not None:
+                x = x + resample_abs_pos_embed(net.pos_embed, list(grid), list(self.grid))
+            x = net.pos_drop(x)
+        elif self.eva:
+            x, rope = net._pos_embed(x)
+            x = net.norm_pre(x)
+        else:
+            x = net.norm_pre(net._pos_embed(x))
+        return x[:, getattr(net, "num_prefix_tokens", 0) - self.num_prefix_tokens :], rope
+
+    def arguments(self, i: int, grid: Grid, rope: Tensor | None, part: tuple[slice, slice], coarse: bool) -> dict:
+        """Where the tokens of block i are, in the source's terms: a part of the 1/16 grid, or the grid pooled by 2."""
+        if rope is not None:
+            angles = rearrange(rope[i] if self.source.rope_mixed else rope, "... (h w) d -> ... h w d", h=grid[0])
+            angles = midpoints(angles) if coarse else angles[..., part[0], part[1], :]
+            return {"rope": rearrange(angles, "... h w d -> ... (h w) d")}
+        if not self.beit:
+            return {}
+        tables = [self.source.rel_pos_bias, self.blocks[i].attn]
+        tables = [t.relative_position_bias_table for t in tables if t is not None]
+        places = 1 + torch.arange(grid[0] * grid[1]).view(grid)[(slice(None, None, 2),) * 2 if coarse else part]
+        chosen = torch.cat([torch.arange(self.num_prefix_tokens), places.flatten()])
+        bias = sum(relative_bias(t, self.grid, grid, chosen) for t in tables if t is not None)
+        return {"shared_rel_pos_bias": bias if isinstance(bias, Tensor) else None}
+
+    def block(self, i: int, x: Tensor, grid: Grid, rope: Tensor | None, coarse: Grid | None = None) -> Tensor:
+        """Tokens (b k+n d) on a grid -> the same, after block i, in windows unless it is global"""
+        own = coarse or grid
+        windowed = i not in self.global_blocks and max(own) > self.window and not coarse
+        if windowed:
+            x, sides, mask = self.to_windows(x, own)
+        part = tuple(slice(side) for side in (sides if windowed else own))
+        arguments = self.arguments(i, grid, rope, part, coarse is not None)
+        if windowed and mask is not None:
+            name = "shared_rel_pos_bias" if self.beit else "attn_mask"
+            arguments[name] = mask + arguments[name] if self.beit else mask
+        if self.sam:
+            x = rearrange(x, "b (h w) d -> b h w d", h=own[0])
+        if self.source.grad_checkpointing and self.training:
+            x = checkpoint(self.blocks[i], x, **arguments)
+        else:
+            x = self.blocks[i](x, **arguments)
+        x = x.flatten(1, 2) if self.sam else x
+        return self.from_windows(x, own, sides) if windowed else x
+
+    def to_windows(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid, Tensor | None]:
+        """(b k+n d) -> windows of equal sides (b*windows k+m d), the prefix tokens in each; sides; mask for padding"""
+        counts = [-(-side // self.window) for side in grid]
+        h, w = sides = tuple(-(-side // count) for side, count in zip(grid, counts, strict=True))
+        prefix, maps = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        maps = rearrange(maps, "b (h w) d -> b h w d", h=grid[0])
+        below, right = h * counts[0] - grid[0], w * counts[1] - grid[1]
+        windows = rearrange(F.pad(maps, (0, 0, 0, right, 0, below)), "b (n h) (k w) d -> b (n k) (h w) d", h=h, w=w)
+        prefix = prefix[:, None].expand(-1, windows.shape[1], -1, -1)
+        mask = None
+        if below or right:
+            valid = F.pad(x.new_ones(1, *grid, 1), (0, 0, 0, right, 0, below))
+            valid = rearrange(valid, "1 (n h) (k w) 1 -> (n k) (h w)", h=h, w=w)
+            valid = F.pad(valid, (self.num_prefix_tokens, 0), value=1.0)
+            mask = torch.zeros_like(valid).masked_fill(valid == 0, -torch.inf)
+            mask = mask.repeat(len(x), 1)[:, None, None]
+        return torch.cat([prefix, windows], dim=2).flatten(0, 1), sides, mask
+
+    def from_windows(self, x: Tensor, grid: Grid, sides: Grid) -> Tensor:
+        """Back, the prefix tokens' copies averaged."""
+        h, w = sides
+        n, k = -(-grid[0] // h), -(-grid[1] // w)
+        x = rearrange(x, "(b m) t d -> b m t d", m=n * k)
+        prefix, windows = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
+        maps = rearrange(windows, "b (n k) (h w) d -> b (n h) (k w) d", n=n, h=h)[:, : grid[0], : grid[1]]
+        return torch.cat([prefix.mean(1), maps.flatten(1, 2)], dim=1)
+
+    def merge(self, x: Tensor, stage: int, grid: Grid) -> tuple[Tensor, Grid]:
+        """Tokens (b*sides^2 k+n d) at the end of a stage -> pooled 2x2 into a quarter of the sub-grids, or the last of
+        them into a coarser one; the new grid"""
+        pool, side = self.pools[stage], SIDE >> stage
+        n = max(side // 2, 1)
+        prefix, maps = (
+            x[:, : self.num_prefix_tokens],
+            unfold(x[:, self.num_prefix_tokens :], side, grid, self.attention),
+        )
+        odd = (0, maps.shape[2] % 2, 0, maps.shape[1] % 2)  # only ever at 1/16: the finer maps are multiples of 4
+        maps = pool(rearrange(F.pad(maps, (0, 0, *odd)), "b (h p) (w q) d -> b h w p q d", p=2, q=2))
+        if side > 1:
+            prefix = pool(rearrange(prefix, "(b n p k q) t d -> (b n k) t p q d", n=n, p=2, k=n, q=2))
+        elif any(odd):  # the mean is over the tokens that there are
+            valid = F.avg_pool2d(F.pad(x.new_ones(1, *grid), odd), 2)
+            maps = maps / rearrange(valid, "1 h w -> h w 1")
+        maps = rearrange(maps, f"{MAPS[self.attention]} -> (b n k) h w d", n=n, k=n)
+        return torch.cat([prefix, maps.flatten(1, 2)], dim=1), tuple(maps.shape[1:3])
+
+    def stages(self, x: Tensor, last: int = 3) -> list[tuple[Tensor, Grid]]:
+        """(b c H W) -> tokens at the end of each stage up to `last` and the grid they are on:
+        sub-grids (b*16 k+n d), (b*4 k+n d), then (b k+n d) at 1/16 and at 1/32"""
+        maps = self.embed(x)
+        fine = grid = tuple(maps.shape[1:3])
+        x, rope = self.enter(maps)
+        outputs, i = [], 0
+        for stage, depth in enumerate(self.depths[: last + 1]):
+            if stage:
+                x, grid = self.merge(x, stage - 1, grid)
+            for i in range(sum(self.depths[:stage]), sum(self.depths[:stage]) + depth):
+                x = self.block(i, x, fine, rope, coarse=grid if stage == 3 else None)
+            outputs.append((x, grid))
+        return outputs
+
+    def leave(self, x: Tensor, grid: Grid) -> Tensor:
+        """Tokens of the last block -> what the source's head takes: after its own final norm or neck"""
+        if self.sam:
+            return self.source.neck(rearrange(x, "b (h w) d -> b d h w", h=grid[0]))
+        x = self.source.norm(x)
+        dropped = self.source.num_prefix_tokens - self.num_prefix_tokens
+        return torch.cat([x.mean(1, keepdim=True).expand(-1, dropped, -1), x], dim=1) if dropped else x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(b c H W) -> the source's final tokens (b k+n d), or its final map (SAM)"""
+        return self.leave(*self.stages(x, 3 if self.depths[3] else 2)[-1])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Final tokens -> (b classes), or (b d) before the classifier, by the source's own head"""
+        return self.source.forward_head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b c H W) -> (b classes)"""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """(b c H W) -> maps (b d h w) at 1/4, 1/8, 1/16, 1/32; before them the final tokens, unless maps only.
+
+        timm's contract. `norm` applies the source's final norm to each map. Maps are of the padded image.
+        """
+        if output_fmt != "NCHW":
+            raise UserError(f"HPViT's maps come as NCHW, not {output_fmt!r}: pass output_fmt='NCHW'.")
+        take, last = feature_take_indices(4, indices)
+        outputs = self.stages(x, last if intermediates_only else 3)
+        maps = []
+        for i in take:
+            tokens, grid = outputs[i]
+            tokens = self.source.norm(tokens) if norm and not self.sam else tokens
+            tokens = tokens[:, self.num_prefix_tokens :]
+            maps.append(rearrange(unfold(tokens, max(SIDE >> i, 1), grid, self.attention), "b h w d -> b d h w"))
+        return maps if intermediates_only else (self.leave(*outputs[3 if self.depths[3] else 2]), maps)
+
+    # timm's other contracts ------------------------------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int:
+        """Of the source's head."""
+        return self.source.num_classes
+
+    @property
+    def global_pool(self) -> str:
+        """Of the source's head."""
+        return self.source.global_pool
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width before the classifier."""
+        return self.source.head_hidden_size
+
+    def train(self, mode: bool = True) -> "HPViT":
+        """The source is no child of the pyramid, but has its mode."""
+        self.source.training = mode
+        return super().train(mode)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen maps do not need; -> their indices."""
+        take, last = feature_take_indices(4, indices)
+        self.depths = tuple(depth if stage <= last else 0 for stage, depth in enumerate(self.depths))
+        self.source.blocks = self.blocks[: sum(self.depths)]
+        self.pools = self.pools[:last]
+        if prune_norm:
+            for name in ("norm", "neck"):
+                if hasattr(self.source, name):
+                    setattr(self.source, name, nn.Identity())
+        if prune_head:
+            for name in ("fc_norm", "attn_pool"):
+                if isinstance(getattr(self.source, name, None), nn.Module):
+                    setattr(self.source, name, nn.Identity() if name == "fc_norm" else None)
+            self.reset_classifier(0)
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        """The source's."""
+        return self.source.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head of the source's kind."""
+        self.source.reset_classifier(num_classes, global_pool)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.source.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """The source's, and the pools' weights."""
+        return self.source.no_weight_decay() | {f"pools.{i}.weight" for i in range(len(self.pools))}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for timm's layer decay: the source's; a pool belongs to the block after it."""
+        matcher = dict(self.source.group_matcher(coarse))
+        first = [min(sum(self.depths[: stage + 1]), sum(self.depths) - 1) for stage in range(3)]
+        pools = [(rf"^pools\.{i}\.", (block,)) for i, block in enumerate(first)]
+        blocks = matcher["blocks"]
+        return matcher | {"blocks": [*pools, *(blocks if isinstance(blocks, list) else [(blocks, None)])]}
+
+
+# Positions of another grid -------------------------------------------------------------------------------------------
+
+
+def unfold(x: Tensor, side: int, grid: Grid, attention: str) -> Tensor:
+    """Tokens of sub-grids (b*side*side n d) -> their map (b h w d)"""
+    return rearrange(x, f"(b n k) (h w) d -> {MAPS[attention]}", n=side, k=side, h=grid[0])
+
+
+def midpoints(angles: Tensor) -> Tensor:
+    """RoPE's sines and cosines (... h w d) at 0, 1, 2, ... -> the same at .5, 2.5, ... on both axes.
+
+    The rotation midway between two is their sum, scaled back to length 1: exact while neighbours are less than pi apart,
+    which holds for every band on grids of 5 and more. At an odd border there is one token, and its own rotation.
+    """
+    h, w = angles.shape[-3:-1]
+    flat = rearrange(angles, "... h w d -> (...) d h w")
+    summed = F.avg_pool2d(F.pad(flat, (0, w % 2, 0, h % 2)), 2)
+    sin, cos = summed.chunk(2, dim=1)
+    length = torch.linalg.vector_norm(torch.stack([sin, cos]), dim=0).clamp_min(1e-12)
+    result = torch.cat([sin / length, cos / length], dim=1)
+    return rearrange(result, "b d h w -> b h w d").reshape(*angles.shape[:-3], *result.shape[-2:], angles.shape[-1])
+
+
+def relative_bias(table: Tensor, old: Grid, new: Grid, chosen: Tensor) -> Tensor:
+    """BEiT's table (rows h) for the grid `old` -> bias (1 h n n) of some tokens of the grid `new`; 0 is the class
+    token."""
+    rows = (2 * new[0] - 1) * (2 * new[1] - 1) + 3
+    table = resize_rel_pos_bias_table(table, new, (rows, table.shape[1]), old_window_size=old)
+    index = gen_relative_position_index(new)[chosen][:, chosen].to(table.device)
+    return rearrange(table[index], "n k h -> 1 h n k")
+
+
+def _no_bias() -> float:
+    return 0.0
+
+
+# Sizes ---------------------------------------------------------------------------------------------------------------
+
+NAMED = {  # width, blocks, heads, and the source when none is given
+    "hpvit_s": (384, 12, 6, "vit_small_patch16_224"),
+    "hpvit_b": (768, 12, 12, "vit_base_patch16_224"),
+    "hpvit_l": (1024, 24, 16, "vit_large_patch16_224"),
+    "hpvit_h": (1280, 32, 16, "vit_huge_patch14_224"),
+}
+
+default_cfgs = generate_default_cfgs(dict.fromkeys(("hpvit", *NAMED), {"url": ""}))
+
+
+def shape_of(net: Any) -> tuple[int, int, int]:
+    """Width, blocks and heads of a plain ViT."""
+    heads = next(module.num_heads for module in net.blocks[0].modules() if hasattr(module, "num_heads"))
+    return net.embed_dim, len(net.blocks), heads
+
+
+def name_for(net: Any) -> str:
+    """The entry that fits a plain ViT: by width, blocks and heads, or the general one."""
+    return next((name for name, (*shape, _) in NAMED.items() if tuple(shape) == shape_of(net)), "hpvit")
+
+
+def describe_source(variant: str, net: Any, source: str) -> dict[str, Any]:
+    """What timm keeps of a pyramid around a plain ViT (`pretrained_cfg`): mean, std, interpolation, ... of its source."""
+    known = get_pretrained_cfg(source, allow_unregistered=True)
+    kept = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "license")
+    side = [PATCH * cells for cells in net.patch_embed.grid_size]
+    heads = {"VisionTransformerDistilled": ("head", "head_dist"), "VisionTransformerSAM": "head.fc"}
+    return {key: getattr(known, key) for key in kept if known and getattr(known, key) is not None} | {
+        "architecture": variant,
+        "input_size": (net.patch_embed.proj.in_channels, *side),
+        "num_classes": net.num_classes,
+        "fixed_input_size": False,
+        "first_conv": "patch_embed.proj",
+        "classifier": heads.get(type(net).__name__, "head"),
+    }
+
+
+def _hpvit(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> HPViT:
+    *shape, default = NAMED.get(variant, ("vit_base_patch16_224",))
+    source = kwargs.setdefault("source", default)
+
+    def pyramid(**options: Any) -> HPViT:
+        with torch.device("meta"):
+            net = plain_vit(source, **(options.get("source_args") or {}))
+        if shape and tuple(shape) != shape_of(net):
+            width, blocks, heads = shape_of(net)
+            raise UserError(
+                f"{variant} is {shape[0]} wide with {shape[1]} blocks of {shape[2]} heads, but {source} is {width} wide "
+                f"with {blocks} of {heads}: choose {name_for(net)}."
+            )
+        return HPViT(**options)
+
+    if not kwargs.get("pretrained_cfg"):
+        with torch.device("meta"):
+            net = plain_vit(source, **(kwargs.get("source_args") or {}))
+        kwargs["pretrained_cfg"] = describe_source(variant, net, source)
+    build: Any = build_model_with_cfg
+    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    return build(pyramid, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+@register_model
+def hpvit(pretrained: bool = False, **kwargs: Any) -> HPViT:
+    """Any plain ViT of timm as a pyramid."""
+    return _hpvit("hpvit", pretrained, kwargs)
+
+
+@register_model
+def hpvit_s(pretrained: bool = False, **kwargs: Any) -> HPViT:
+    """A plain ViT-S as a pyramid."""
+    return _hpvit("hpvit_s", pretrained, kwargs)
+
+
+@register_model
+def hpvit_b(pretrained: bool = False, **kwargs: Any) -> HPViT:
+    """A plain ViT-B as a pyramid."""
+    return _hpvit("hpvit_b", pretrained, kwargs)
+
+
+@register_model
+def hpvit_l(pretrained: bool = False, **kwargs: Any) -> HPViT:
+    """A plain ViT-L as a pyramid."""
+    return _hpvit("hpvit_l", pretrained, kwargs)
+
+
+@register_model
+def hpvit_h(pretrained: bool = False, **kwargs: Any) -> HPViT:
+    """A plain ViT-H as a pyramid."""
+    return _hpvit("hpvit_h", pretrained, kwargs)
