@@ -1,10 +1,8 @@
-"""Released MAE checkpoints, of a plain ViT (facebookresearch/mae) or a HiViT: encoder and decoder in one flat state.
-
-The encoder's names are timm's and mimkit's own already. In encoder-only files of HiViT the decoder's `mask_token` is
-left over alone.
-"""
+"""facebookresearch/mae: encoder-only, with its decoder, and fine-tuned. The encoder's names are timm's already."""
 
 from torch import Tensor
+
+from mimkit.conversion import Family, Remap
 
 State = dict[str, Tensor]
 DECODER = {"decoder_embed.": "embed.", "decoder_blocks.": "blocks.", "decoder_norm.": "norm.", "decoder_pred.": "pred."}
@@ -12,7 +10,10 @@ COMPUTED = ("decoder_pos_embed", "relative_position_index")  # sin-cos positions
 
 
 def split(state: State) -> tuple[State, State]:
-    """State of a file -> (encoder's, decoder's; the latter is empty in an encoder-only file)"""
+    """State of a file, of a ViT or a HiViT -> (encoder's, decoder's; the latter is empty in an encoder-only file).
+
+    In encoder-only files of HiViT the decoder's `mask_token` is left over alone.
+    """
     encoder, decoder = {}, {}
     for name, tensor in state.items():
         prefix = next((p for p in DECODER if name.startswith(p)), None)
@@ -23,3 +24,21 @@ def split(state: State) -> tuple[State, State]:
         elif name not in COMPUTED:
             encoder[name] = tensor
     return encoder, decoder if len(decoder) > 1 else {}
+
+
+def remap(m: Remap) -> None:
+    """The encoder stays as it is."""
+    m.drop(r"decoder_.*|mask_token", "the decoder of pre-training")
+    m.rename(r"(cls_token|pos_embed|(?:patch_embed|blocks|norm|fc_norm|head)\..*)", r"\1")
+
+
+FAMILY = Family(
+    title="facebookresearch/mae",
+    marks=(r"cls_token", r"pos_embed", r"blocks\.0\.attn\.qkv\.bias", r"blocks\.0\.mlp\.fc1\.weight"),
+    remap=remap,
+    aliases={
+        "vit_b_mae": "vit_base_patch16_224.mae",
+        "vit_l_mae": "vit_large_patch16_224.mae",
+        "vit_h_mae": "vit_huge_patch14_224.mae",
+    },
+)

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from timm.models import load_state_dict, save_for_hf
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from mimkit.decoder import Decoder
@@ -20,34 +21,93 @@ State = dict[str, Tensor]
 NAMES = ("model.safetensors", "pytorch_model.bin")  # in a folder, the first that is there
 
 
-def read_weights(path: str | Path) -> State:
+WRAPPERS = {  # names under which files keep a state, by what --weights calls them, the most wanted first
+    "ema": ("state_dict_ema", "model_ema", "ema"),
+    "teacher": ("teacher", "target_encoder"),
+    "student": ("student", "encoder"),
+    "model": ("state_dict", "model", "module", "network", "backbone"),
+}
+PREFIXES = ("module.", "_orig_mod.", "backbone.")
+
+
+def read_weights(path: str | Path, which: str | None = None) -> State:
     """Tensors of a .safetensors file, of a .pth, .pt or .bin file, or of a folder with one of them or its shards.
 
-    Pickles are read with weights_only; the wrappers `model`, `state_dict` and `module.` are taken off (by timm).
+    Pickles are read with weights_only. Wrappers (`model`, `state_dict`, ...) and prefixes (`module.`, `backbone.`,
+    `_orig_mod.`) are taken off.
+
+    Args:
+        which: of several states in a file, ema, teacher, student or model; by default the first of them that is there.
     """
     path = Path(path).expanduser()
-    index = path / "model.safetensors.index.json"
     try:
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return {name: tensor for shard in shards for name, tensor in load_file(path / shard).items()}
-        if path.is_dir():
-            found = [path / name for name in NAMES if (path / name).is_file()]
-            if not found:
-                raise UserError(f"{path} holds no weights ({' or '.join(NAMES)}): pass the folder or file that does.")
-            path = found[0]
-        if not path.is_file():
-            raise UserError(f"{path}: there is no such file or folder; check the path.")
-        state = load_file(path) if path.suffix == ".safetensors" else load_state_dict(str(path), weights_only=True)
+        files = weight_files(path)
+        content: Any = {}
+        for file in files:
+            safe = file.suffix == ".safetensors"
+            content |= load_file(file) if safe else torch.load(file, "cpu", weights_only=True, mmap=_zipped(file))
     except UserError:
         raise
     except Exception as error:  # torch, safetensors and pickle raise a dozen kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path} cannot be read as weights ({reason}): it is torn, or not only tensors.") from error
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    state = {name: tensor for name, tensor in unwrap(content, which, path).items() if isinstance(tensor, Tensor)}
+    if not state:
+        raise UserError(f"{path} holds no tensors: pass a file of weights.")
+    return strip(state)
 
 
-def load_strictly(model: nn.Module, state: State, origin: str | Path) -> None:
+def weight_files(path: Path) -> list[Path]:
+    """The file, or the files of a folder, that hold the weights."""
+    if path.is_dir():
+        for name in NAMES:
+            if (path / name).is_file():
+                return [path / name]
+            index = path / f"{name}.index.json"
+            if index.is_file():
+                return [path / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        raise UserError(f"{path} holds no weights ({' or '.join(NAMES)}): pass the folder or file that does.")
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file or folder; check the path.")
+    return [path]
+
+
+def _zipped(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(2) == b"PK"  # what torch.save writes, unlike its format before 1.6, can be mapped
+
+
+def unwrap(content: Any, which: str | None, path: Path) -> dict[str, Any]:
+    """A file's content -> the names and tensors in it."""
+    wanted = (
+        [*WRAPPERS[which], *WRAPPERS["model"]] if which else [name for names in WRAPPERS.values() for name in names]
+    )
+    found = which is None
+    while isinstance(content, dict):
+        inner = next((name for name in wanted if isinstance(content.get(name), dict)), None)
+        if inner is None:
+            break
+        found = found or inner in WRAPPERS[which or "model"]
+        content = content[inner]
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not names and tensors: pass a file of weights.")
+    if not found:
+        raise UserError(f"{path} holds no {which} weights: it has {', '.join(map(str, list(content)[:5]))}, ...")
+    return content
+
+
+def strip(state: State) -> State:
+    """Without the prefixes that training puts before names; what else is in the file keeps its own name."""
+    stripped = {}
+    for name, tensor in state.items():
+        short = name
+        while short.startswith(PREFIXES):
+            short = short.split(".", 1)[1]
+        stripped[short if short == name or short not in state else name] = tensor
+    return stripped
+
+
+def load_strictly(model: nn.Module, state: State, origin: str | Path, assign: bool = False) -> None:
     """Load every tensor, or say which ones do not fit and load none."""
     own = model.state_dict()
     problems = {
@@ -62,7 +122,7 @@ def load_strictly(model: nn.Module, state: State, origin: str | Path) -> None:
     if any(problems.values()):
         lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{origin} does not fit {type(model).__name__} ({lists}): check the model's name and options.")
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=assign)
 
 
 @contextmanager
@@ -109,7 +169,12 @@ def write_model(model: nn.Module, folder: str | Path, **data_config: Any) -> Non
         data_config: what travels with the weights: input_size (c H W), mean, std, interpolation.
     """
     with replacing(folder) as temporary:
-        save_for_hf(model, str(temporary), safe_serialization=True, data_config=data_config)
+        save_model(model, temporary, **data_config)
+
+
+def save_model(model: nn.Module, folder: Path, **data_config: Any) -> None:
+    """The same, into a folder that is there."""
+    save_for_hf(model, str(folder), safe_serialization=True, data_config=data_config)
 
 
 def write_decoder(decoder: Decoder, folder: str | Path, **method: Any) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from timm.data import resolve_data_config
 
 import mimkit.models  # noqa: F401  registers the networks with timm
-from mimkit import evaluation
+from mimkit import conversion, evaluation
 from mimkit.data import Normalise, Size, cpu_count, look, parse_size
 from mimkit.errors import UserError, one_sentence
 from mimkit.macs import count_gmacs
@@ -113,10 +113,88 @@ def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.pn
     print(f"wrote {out}")
 
 
+def convert(
+    from_: str | None = None,
+    to: str = "hpvit",
+    out: str | None = None,
+    checkpoint: str | None = None,
+    layout: str | None = None,
+    weights: str | None = None,
+    source_args: dict[str, Any] | None = None,
+    depths: str | None = None,
+    pool: str | None = None,
+    pool_init: str | None = None,
+    attention: str | None = None,
+    window: PositiveInt | None = None,
+    padding: tuple[int, int] | None = None,
+    prefix: str | None = None,
+    dry_run: bool = False,
+    no_checks: bool = False,
+    list_: bool = False,
+) -> None:
+    """Turn a released plain ViT into an HPViT, or bring it to timm's layout, and prove that nothing was lost.
+
+    Args:
+        from_: alias (--list prints them), name of a plain ViT in timm, or folder of a timm model.
+        to: hpvit, hpvit_s, hpvit_b, hpvit_l, hpvit_h, timm (the plain ViT), or a hivit_* for its own checkpoints.
+        out: directory to write.
+        checkpoint: file or folder of weights; the published ones by default.
+        layout: the checkpoint's family, such as mae, hf, timm, dinov2; an alias has its own.
+        weights: which of several states in a file: ema, teacher, student or model.
+        source_args: arguments of the source's network in timm, where its name does not say.
+        depths: blocks in each stage, such as 0-1-11-0, or light, fine, even, swin.
+        pool: between stages: dw, conv or avg.
+        pool_init: what pools start as: aligned, average, or the share of the aligned tap, from 0 to 1.
+        attention: subgrid, or local for comparison.
+        window: side of windows inside a sub-grid, for large images.
+        padding: pixels before and after the image: [4,8], [8,4] or [0,12].
+        prefix: keep or drop class and register tokens.
+        dry_run: do and check all of it, but write nothing.
+        no_checks: write without checks; report and config.json say so.
+        list_: print aliases and families.
+    """
+    if list_:
+        for layout, family in conversion.families().items():
+            print(f"--layout {layout}: {family.title}")
+            for alias, name in family.aliases.items():
+                print(f"  {alias:18s} {name}")
+        print(f"\nand the {len(conversion.plain_vits())} plain ViTs of timm, with or without a tag")
+        return
+    if from_ is None:
+        raise UserError("Nothing to convert: pass --from NAME, such as vit_b_mae, or --list.")
+    given = {
+        "depths": depths,
+        "pool": pool,
+        "pool_init": pool_init,
+        "attention": attention,
+        "window": window,
+        "padding": padding,
+        "prefix": prefix,
+    }
+    report = conversion.convert(
+        from_,
+        to,
+        out,
+        checkpoint,
+        layout,
+        weights,
+        source_args,
+        checks=not no_checks,
+        dry_run=dry_run,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    report.show()
+    if not dry_run:
+        print(
+            f"\nwrote {out}/: model.safetensors, config.json, report.json and report.md; timm loads it after\n"
+            f'`import mimkit`: timm.create_model("local-dir:{out}", pretrained=True)'
+        )
+
+
 @one_sentence
 def main() -> None:
     """The command's entry point."""
-    commands: list[Callable[..., None]] = [models, knn, probe, reconstruct]
+    commands: list[Callable[..., None]] = [models, convert, knn, probe, reconstruct]
     run_command(commands, "Masked image modelling for hierarchical vision transformers.", version("mimkit"))
 
 

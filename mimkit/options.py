@@ -1,5 +1,6 @@
 """Flags and YAML for flat dataclasses and plain functions, through jsonargparse, with hyphens in the flags."""
 
+import inspect
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import docstring_parser
 import jsonargparse
 
 if TYPE_CHECKING:
@@ -24,11 +26,16 @@ T = TypeVar("T")
 
 
 class HyphenParser(jsonargparse.ArgumentParser):
-    """`batch_size` is written --batch-size on the command line and batch_size in YAML."""
+    """`batch_size` is written --batch-size on the command line and batch_size in YAML.
+
+    A parameter that is named around one of Python's keywords, `from_`, is written --from.
+    """
 
     def add_argument(self, *names: Any, **kwargs: Any) -> Any:
         """argparse's, with hyphens."""
-        hyphened = [n.replace("_", "-") if n.startswith("--") and n != "--print_config" else n for n in names]
+        hyphened = [
+            n.rstrip("_").replace("_", "-") if n.startswith("--") and n != "--print_config" else n for n in names
+        ]
         return super().add_argument(*hyphened, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
@@ -80,7 +87,13 @@ def run_command(functions: list[Callable[..., None]], description: str, version:
 
 
 def call(function: Callable[..., None], prog: str, argv: list[str]) -> None:
-    """Call a function with its parameters as flags."""
+    """Call a function with its parameters as flags; one that is False by default is a switch."""
     parser = HyphenParser(prog=prog, description=(function.__doc__ or "").splitlines()[0])
-    parser.add_function_arguments(function)
-    function(**parser.parse_args(argv).as_dict())
+    parameters = inspect.signature(function).parameters
+    switches = [name for name, parameter in parameters.items() if parameter.default is False]
+    parser.add_function_arguments(function, skip=set(switches))
+    explained = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
+    for name in switches:
+        parser.add_argument(f"--{name}", action="store_true", help=explained.get(name))
+    values = parser.parse_args(argv).as_dict()
+    function(**{name: values[name.rstrip("_")] for name in parameters})

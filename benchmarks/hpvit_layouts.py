@@ -1,0 +1,127 @@
+"""What each layout of an HPViT costs and keeps, without any training: kNN on CIFAR-10 after every stage.
+
+python benchmarks/hpvit_layouts.py --data CIFAR10 --checkpoint VIT_S14 [--rows 3,4]
+
+CIFAR10 holds train.parquet and test.parquet; VIT_S14 is a DINOv2 ViT-S/14 in timm's layout (shared/tools/get_vit_s14:
+real weights, trained further for saliency). 2,000 + 2,000 images at 96 px (84 px for the plain network at its own
+patch of 14: the same 6 x 6 tokens), 10 nearest neighbours by the mean patch token of each stage, and by the network's own
+pooled output at its end. GMACs are those spent by the end of that stage.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimkit.checks import tokens_after
+from mimkit.conversion import Plain, as_pyramid, read_plain
+from mimkit.data import Normalise, eval_loader
+from mimkit.errors import one_sentence
+from mimkit.evaluation import Features, knn
+from mimkit.macs import gmacs_of
+from mimkit.models.hpvit import PATCH
+from mimkit.options import PositiveInt, call
+from mimkit.sources import open_labelled
+from mimkit.training import keep_freed_memory
+
+NAME = "vit_small_patch14_dinov2"
+FINE: dict[str, Any] = {"depths": "fine"}
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    ("default (light, aligned, sub-grids)", {}),
+    ("pools start half aligned", {"pool_init": 0.5}),
+    ("pools start as average", {"pool_init": "average"}),
+    ("padding [0,12]", {"padding": [0, 12]}),
+    ("padding [8,4]", {"padding": [8, 4]}),
+    ("prefix tokens dropped", {"prefix": "drop"}),
+    ("local windows", {"attention": "local"}),
+    ("fine", FINE),
+    ("fine, half aligned", {**FINE, "pool_init": 0.5}),
+    ("fine, average", {**FINE, "pool_init": "average"}),
+    ("fine, prefix tokens dropped", {**FINE, "prefix": "drop"}),
+    ("fine, local windows, average", {**FINE, "attention": "local", "pool_init": "average"}),
+    ("even", {"depths": "even"}),
+    ("even, average", {"depths": "even", "pool_init": "average"}),
+    ("1-1-8-2", {"depths": "1-1-8-2"}),
+    ("swin", {"depths": "swin"}),
+]
+
+
+def features(network: Any, x: Tensor) -> list[Tensor]:
+    """(b c H W) -> mean patch token of each stage, then the pooled output, each (b d)"""
+    if not hasattr(network, "stages"):
+        tokens, final = tokens_after(network, x, len(network.blocks))
+        return [tokens[:, network.num_prefix_tokens :].mean(1), network.forward_head(final, pre_logits=True)]
+    final, maps = network.forward_intermediates(x)
+    maps = maps if network.depths[3] else maps[:3]  # else the last is the mean of the one before
+    return [*(m.mean((2, 3)) for m in maps), network.forward_head(final, pre_logits=True)]
+
+
+class UpTo(torch.nn.Module):
+    """A pyramid up to a stage, to count it."""
+
+    def __init__(self, network: Any, stage: int):
+        super().__init__()
+        self.network, self.stage = network, stage
+
+    def forward(self, x: Tensor) -> Any:
+        """(b c H W) -> its stages"""
+        return self.network.stages(x, self.stage)
+
+
+@torch.no_grad()
+def row(name: str, network: Any, parts: Any, side: int, images: int) -> str:
+    """One line of the table."""
+    begun, found = time.time(), []
+    normalise = Normalise(network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
+    for part in parts:
+        batches = eval_loader(part, (side, side), 3, min(images, part.length), workers=0)
+        rows = [(features(network, normalise(batch.images)), batch.labels) for batch in batches]
+        labels = torch.cat([y for _, y in rows])
+        found.append([Features(torch.cat(x), labels) for x in zip(*(x for x, _ in rows), strict=True)])
+    scores = [knn(train, test)[10] for train, test in zip(*found, strict=True)]
+    one = torch.zeros(1, 3, side, side)
+    if hasattr(network, "stages"):
+        stages = len(scores) - 1
+        costs = [gmacs_of(UpTo(network, stage), one) for stage in range(stages)]
+        cells = [f"{score:.2f} ({cost:.2f})" for score, cost in zip(scores, costs, strict=False)]
+        depths = "-".join(str(d) for d in network.depths)
+    else:
+        cells, depths = ["", "", f"{scores[0]:.2f} ({gmacs_of(network, one):.2f})"], str(len(network.blocks))
+    cells += [""] * (4 - len(cells))
+    return f"| {name} | {depths} | {' | '.join(cells)} | {scores[-1]:.2f} | {time.time() - begun:.0f} |"
+
+
+def measure(data: str, checkpoint: str, rows: str | None = None, images: PositiveInt = 2_000) -> None:
+    """Print the table, a row as soon as it is done.
+
+    Args:
+        data: CIFAR-10 as parquet files.
+        checkpoint: DINOv2 ViT-S/14 in timm's layout.
+        rows: numbers of the rows wanted, such as 0,2,5; all by default.
+        images: training images, and test images.
+    """
+    keep_freed_memory()
+    parts = open_labelled(data)
+    plain: Plain = read_plain(NAME, Path(checkpoint), "timm")
+    networks = [
+        ("the plain ViT at its own patch of 14, 84 px", lambda: plain.build(any_grid=True), 84),
+        ("the plain ViT, its kernel at 16", lambda: plain.build(PATCH, any_grid=True), 96),
+        *(
+            (name, lambda options=options: as_pyramid(plain, "hpvit_s", options).net.eval(), 96)
+            for name, options in LAYOUTS
+        ),
+    ]
+    wanted = [int(i) for i in rows.split(",")] if rows else range(len(networks))
+    if rows is None or "0" in rows.split(","):
+        print("| layout | depths | 1/4 (GMACs so far) | 1/8 | 1/16 | 1/32 | pooled output | seconds |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
+    for i in wanted:
+        name, build, side = networks[i]
+        print(row(name, build(), parts, side, images), flush=True)
+
+
+if __name__ == "__main__":
+    one_sentence(call)(measure, "hpvit_layouts.py", sys.argv[1:])

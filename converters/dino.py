@@ -1,0 +1,22 @@
+"""facebookresearch/dino: backbones, and training checkpoints with a student and a teacher (choose by --weights)."""
+
+from mimkit.conversion import Family, Remap
+
+
+def remap(m: Remap) -> None:
+    """The backbone has timm's names; the rest is the projection head."""
+    m.drop(r"head\..*", "the projection head of pre-training")
+    m.rename(r"(cls_token|pos_embed|(?:patch_embed|blocks|norm)\..*)", r"\1")
+
+
+FAMILY = Family(
+    title="facebookresearch/dino",
+    marks=(r"cls_token", r"pos_embed", r"norm\.weight", r"blocks\.0\.attn\.qkv\.bias", r"blocks\.0\.mlp\.fc1\.weight"),
+    remap=remap,
+    aliases={
+        "dino_s16": "vit_small_patch16_224.dino",
+        "dino_s8": "vit_small_patch8_224.dino",
+        "dino_b16": "vit_base_patch16_224.dino",
+        "dino_b8": "vit_base_patch8_224.dino",
+    },
+)

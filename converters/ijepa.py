@@ -1,0 +1,17 @@
+"""facebookresearch/ijepa: an encoder and a target encoder in one file (--weights student or teacher, which is the
+default). timm's names; neither a class token nor a head."""
+
+from mimkit.conversion import Family, Remap
+
+
+def remap(m: Remap) -> None:
+    """As it is."""
+    m.rename(r"(pos_embed|(?:patch_embed|blocks|norm)\..*)", r"\1")
+
+
+FAMILY = Family(
+    title="facebookresearch/ijepa",
+    marks=(r"pos_embed", r"norm\.weight", r"blocks\.0\.attn\.qkv\.bias"),
+    remap=remap,
+    aliases={"ijepa_h": "vit_huge_patch14_gap_224.in1k_ijepa", "ijepa_g16": "vit_giant_patch16_gap_224.in22k_ijepa"},
+)

@@ -1,0 +1,51 @@
+"""OpenAI's CLIP and OpenCLIP: the image tower. OpenAI's weights need QuickGELU: a name with _quickgelu in it."""
+
+import torch
+
+from mimkit.conversion import Family, Remap
+
+BLOCK = {
+    r"ln_1\.(.*)": r"norm1.\1",
+    r"ln_2\.(.*)": r"norm2.\1",
+    r"attn\.in_proj_(.*)": r"attn.qkv.\1",
+    r"attn\.out_proj\.(.*)": r"attn.proj.\1",
+    r"mlp\.c_fc\.(.*)": r"mlp.fc1.\1",
+    r"mlp\.c_proj\.(.*)": r"mlp.fc2.\1",
+    r"ls_([12])\.gamma": r"ls\1.gamma",
+}
+
+
+def remap(m: Remap) -> None:
+    """`visual.*` to timm's names; the projection becomes the head, which has a bias of 0 in timm."""
+    m.rename(r"visual\.conv1\.weight", "patch_embed.proj.weight")
+    m.rename(r"visual\.class_embedding", "cls_token", lambda t: t[None, None])
+    m.rename(r"visual\.positional_embedding", "pos_embed", lambda t: t[None])
+    m.rename(r"visual\.ln_pre\.(.*)", r"norm_pre.\1")
+    m.rename(r"visual\.ln_post\.(.*)", r"norm.\1")
+    for pattern, to in BLOCK.items():
+        numbered = to.replace(r"\1", r"\2")
+        m.rename(rf"visual\.transformer\.resblocks\.(\d+)\.{pattern}", rf"blocks.\1.{numbered}")
+    m.rename(r"visual\.proj", "head.weight", lambda t: t.T)
+    if "head.weight" in m.found:
+        m.make("head.bias", torch.zeros(len(m.found["head.weight"])), "CLIP's projection has no bias")
+    m.drop(
+        r"transformer\..*|token_embedding\..*|positional_embedding|ln_final\..*|text_projection.*|logit_.*|text\..*"
+        r"|input_resolution|context_length|vocab_size|cls_emb|attn_mask",
+        "the text tower",
+    )
+
+
+FAMILY = Family(
+    title="OpenAI CLIP and OpenCLIP",
+    marks=(r"visual\.conv1\.weight", r"visual\.class_embedding", r"visual\.transformer\.resblocks\.0\.ln_1\.weight"),
+    remap=remap,
+    aliases={
+        "clip_b16": "vit_base_patch16_clip_quickgelu_224.openai",
+        "clip_b32": "vit_base_patch32_clip_quickgelu_224.openai",
+        "clip_l14": "vit_large_patch14_clip_quickgelu_224.openai",
+        "openclip_b16": "vit_base_patch16_clip_224.laion2b",
+        "openclip_b32": "vit_base_patch32_clip_224.laion2b",
+        "openclip_l14": "vit_large_patch14_clip_224.laion2b",
+        "openclip_h14": "vit_huge_patch14_clip_224.laion2b",
+    },
+)

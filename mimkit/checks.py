@@ -1,0 +1,286 @@
+"""The checks of a conversion, on the real weights, through the file as written and read back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mimkit.checkpoint import read_weights
+from mimkit.data import Normalise, look
+from mimkit.errors import UserError
+from mimkit.models.hpvit import PATCH, SIDE, HPViT, unfold
+from mimkit.sources import open_source
+
+if TYPE_CHECKING:
+    from mimkit.conversion import Family, Plain
+
+LIMIT, DOUBT, LIMIT64 = 1e-4, 1e-5, 1e-9  # relative differences: float32 fails; is looked at again; float64 fails
+IMAGES = 2
+
+Check = dict[str, Any]
+
+
+def run_checks(
+    folder: Path, to: str, plain: "Plain | None", file: Path, layout: str, which: str | None, family: "Family"
+) -> list[Check]:
+    """All that apply; one that fails is an error."""
+    if plain is None:
+        return [no_reader(family, "HiViT is in no other library")]
+    checks = [independent(plain, file, layout, which, family)]
+    if to == "timm":
+        return [*checks, read_back(folder, plain)]
+    return [*checks, kernel(plain), identity(folder, plain)]
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def shipped(cfg: dict[str, Any], size: tuple[int, int] | None = None, count: int = IMAGES) -> Tensor:
+    """Images that come with mimkit, as a network of this configuration takes them (b c H W)."""
+    in_chans, *own = cfg["input_size"]
+    images = look(open_source("sample"), size or (own[0], own[1]), in_chans, count).images
+    mean, std = (list(cfg[key])[:in_chans] for key in ("mean", "std"))
+    mean, std = (
+        values * (in_chans // len(values)) if in_chans % len(values) == 0 else values[:1] * in_chans
+        for values in (mean, std)
+    )
+    return Normalise(mean, std)(images)
+
+
+@torch.no_grad()
+def tokens_after(net: Any, x: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Tokens (b k+n d) of a plain ViT after so many blocks, and its final output."""
+    caught: list[Tensor] = []
+    if blocks:
+        hook = net.blocks[blocks - 1].register_forward_hook(lambda module, args, output: caught.append(output))
+    else:
+        hook = net.blocks[0].register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    try:
+        final = net.forward_features(x)
+    finally:
+        hook.remove()
+    return caught[0].flatten(1, -2), final
+
+
+@contextmanager
+def in_float64(net: nn.Module) -> Iterator[None]:
+    """Each part computes in float64 while it runs, and only then: the whole would take twice the memory."""
+    parts = [*net.blocks, *(child for name, child in net.named_children() if name != "blocks")]
+    hooks = [part.register_forward_pre_hook(lambda module, args: module.double() and None) for part in parts]
+    hooks += [part.register_forward_hook(lambda module, args, output: module.float() and None) for part in parts]
+    hooks += [
+        pool.register_forward_pre_hook(lambda module, args: module.double() and None)
+        for pool in getattr(net, "pools", [])
+    ]
+    hooks += [net.patch_embed.proj.register_forward_pre_hook(lambda module, args: module.double() and None)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        net.float()
+
+
+def inexact(pyramid: HPViT) -> str:
+    """Why an HPViT does not start as its source, if it doesn't."""
+    pools = [pool for pool in pyramid.pools[:2] if getattr(pool, "share", 0.0) != 1.0]
+    if pyramid.attention != "subgrid":
+        return "attention is local"
+    if pools:
+        return "its pools do not start as one tap"
+    if pyramid.num_prefix_tokens != getattr(pyramid.source, "num_prefix_tokens", 0):
+        return "the prefix tokens are dropped"
+    if len(pyramid.global_blocks) < len(pyramid.blocks) and pyramid.window < max(pyramid.grid):
+        return "its windows are smaller than the grid"
+    return ""
+
+
+@torch.no_grad()
+def identity(folder: Path, plain: "Plain") -> Check:
+    """(1) Stage 3, and the end where stage 4 is empty, are the source network's with its kernel at 16."""
+    pyramid: HPViT = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    source = plain.build(PATCH, any_grid=True)
+    images = shipped(pyramid.pretrained_cfg)
+    reason = inexact(pyramid)
+    if reason:
+        found = similarity(pyramid, source, images)
+        figures = ", ".join(f"stage {stage} {value:.3f}" for stage, value in found.items())
+        text = f"{reason.capitalize()}. Similarity of the features to the source's at the same depth (linear CKA): {figures}."
+        return {"name": "the pyramid is the plain ViT", "result": "not applicable", "text": text, "cka": found}
+
+    def compare(x: Tensor) -> list[float]:
+        depth = sum(pyramid.depths[:3])
+        ours = pyramid.stages(x, 2)[-1][0]
+        theirs, final = tokens_after(source, x, depth)
+        both = [difference(ours, theirs)]
+        if not pyramid.depths[3]:
+            both.append(difference(pyramid.forward_features(x), final))
+            if pyramid.num_classes:
+                both.append(difference(pyramid.forward_head(pyramid.forward_features(x)), source.forward_head(final)))
+        return both
+
+    figures32 = [max(values) for values in zip(*(compare(x[None]) for x in images), strict=True)]
+    worst = max(figures32)
+    names = ("end of stage 3", "final output", "logits")
+    text = ", ".join(f"{name} {figure:.1e}" for name, figure in zip(names, figures32, strict=False))
+    text = f"Relative difference in float32 on {len(images)} images of {images.shape[-2]}x{images.shape[-1]} px: {text}"
+    check = {"name": "the pyramid is the plain ViT", "result": "passed", "float32": worst}
+    if not worst <= LIMIT:
+        raise UserError(f"The pyramid is not the plain ViT ({text}; {LIMIT:.0e} is allowed): nothing was written.")
+    if worst > DOUBT:
+        with in_float64(pyramid), in_float64(source):
+            again = max(compare(images[:1].double()))
+        if not again <= LIMIT64:
+            raise UserError(f"The pyramid is not the plain ViT ({text}; in float64 {again:.1e}): nothing was written.")
+        check["float64"] = again
+        text += f"; in float64 {again:.1e}"
+    return {**check, "text": f"{text}."}
+
+
+@torch.no_grad()
+def similarity(pyramid: HPViT, source: Any, images: Tensor) -> dict[int, float]:
+    """Linear CKA of each stage's map, averaged to the coarser grid of the two, with the source's tokens as deep."""
+    found = {}
+    outputs = pyramid.stages(images)
+    for stage, (tokens, grid) in enumerate(outputs):
+        depth = sum(pyramid.depths[: stage + 1])
+        theirs = tokens_after(source, images, depth)[0][:, getattr(source, "num_prefix_tokens", 0) :]
+        height = images.shape[-2] // PATCH
+        maps = unfold(tokens[:, pyramid.num_prefix_tokens :], max(SIDE >> stage, 1), grid, pyramid.attention)
+        pair = [rearrange(maps, "b h w d -> b d h w"), rearrange(theirs, "b (h w) d -> b d h w", h=height)]
+        coarse = [min(a, b) for a, b in zip(pair[0].shape[2:], pair[1].shape[2:], strict=True)]
+        a, b = (rearrange(F.adaptive_avg_pool2d(x, coarse), "b d h w -> (b h w) d").double() for x in pair)
+        found[stage + 1] = linear_cka(a, b)
+    return found
+
+
+def linear_cka(a: Tensor, b: Tensor) -> float:
+    """Similarity (0 to 1) of two sets of features (n d) (Kornblith et al., ICML 2019, section 3)."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    return float((a.T @ b).norm() ** 2 / ((a.T @ a).norm() * (b.T @ b).norm()))
+
+
+def kernel(plain: "Plain") -> Check:
+    """(2) Resized patch times resized kernel is patch times kernel."""
+    from mimkit.conversion import KERNEL, resize_kernel, resize_matrix
+
+    name, weight = "the kernel's resize", plain.state[KERNEL].double()
+    side = weight.shape[-1]
+    if side == PATCH:
+        return {"name": name, "result": "not applicable", "text": "The kernel has 16 px already."}
+    cfg = {"input_size": (weight.shape[1], 8 * side, 8 * side), "mean": [0.5], "std": [0.5]}
+    patches = rearrange(shipped(cfg).double(), "b c (h p) (w q) -> (b h w) c (p q)", p=side, q=side)
+    before = torch.einsum("n c p, d c p -> n d", patches, weight.flatten(2))
+    resized = resize_kernel(weight, PATCH).flatten(2)
+    after = torch.einsum("n c p, d c p -> n d", patches @ resize_matrix(side, PATCH).T, resized)
+    error = difference(after, before)
+    text = f"Resized patches times the kernel at 16 px against patches times the kernel at {side} px: {error:.1e}"
+    if side > PATCH:
+        return {"name": name, "result": "shrunk", "error": error, "text": f"{text}; shrinking loses some of it."}
+    if not error <= LIMIT64:
+        raise UserError(f"The kernel's resize is wrong ({text}; {LIMIT64:.0e} is allowed): nothing was written.")
+    return {"name": name, "result": "passed", "error": error, "text": f"{text}."}
+
+
+def no_reader(family: "Family", why: str) -> Check:
+    """Say so, and what stands in."""
+    text = f"{why[0].upper()}{why[1:]}; the parity test of {family.stand_in} stands in."
+    return {"name": "an independent reader", "result": "no independent reader", "text": text}
+
+
+@torch.no_grad()
+def independent(plain: "Plain", file: Path, layout: str, which: str | None, family: "Family") -> Check:
+    """(3) The file read without us gives what our plain ViT gives, at its own patch size."""
+    if family.reader is None:
+        return no_reader(family, f"no installed library reads files of {layout}")
+    reader = {"timm": read_by_timm, "transformers": read_by_transformers}[family.reader]
+    ours = plain.build()
+    cfg = {"mean": [0.5], "std": [0.5], **ours.pretrained_cfg, **plain.data}
+    cfg["input_size"] = (ours.patch_embed.proj.in_channels, *ours.patch_embed.img_size)
+    x = shipped(cfg, count=1)
+    try:
+        theirs, ours_too = reader(plain, file, which, ours, x)
+    except (
+        RuntimeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        OSError,
+    ) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        return no_reader(family, f"{family.reader} cannot read this file ({reason})")
+    error = difference(ours_too, theirs)
+    text = f"Tokens of the plain ViT at {x.shape[-1]} px, as {family.reader} reads the file, against ours: {error:.1e}"
+    if not error <= LIMIT:
+        raise UserError(
+            f"{family.reader} reads {file} otherwise ({text}; {LIMIT:.0e} is allowed): nothing was written."
+        )
+    return {"name": "an independent reader", "result": "passed", "float32": error, "text": f"{text}."}
+
+
+def read_by_timm(plain: "Plain", file: Path, which: str | None, ours: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """By timm's own loader, strictly, without the tensors that are no part of the ViT."""
+    dropped = {name for row in plain.rows if row.action == "dropped" for name in row.origins}
+    state = {name: tensor for name, tensor in read_weights(file, which).items() if name not in dropped}
+    name, arguments = plain.name.split(".")[0], {k: v for k, v in plain.arguments.items() if k != "norm_eps"}
+    net = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay(plain, ours, state), **arguments
+    ).eval()
+    if "norm_eps" in plain.arguments:
+        for module in net.modules():
+            if hasattr(module, "eps"):
+                module.eps = plain.arguments["norm_eps"]
+    return net(x), ours(x)
+
+
+def overlay(plain: "Plain", ours: Any, state: dict[str, Tensor]) -> dict[str, Any]:
+    """timm's words for: load these tensors, which are for this network as it is built."""
+    size = (ours.patch_embed.proj.in_channels, *ours.patch_embed.img_size)
+    return {
+        "state_dict": state,
+        "num_classes": plain.arguments["num_classes"],
+        "input_size": size,
+        "custom_load": False,
+    }
+
+
+def read_by_transformers(plain: "Plain", file: Path, which: str | None, ours: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """By the class that config.json beside the file names."""
+    import transformers
+
+    folder = file if file.is_dir() else file.parent
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if config.model_type == "vit_mae":
+        config.mask_ratio = 0.0
+    kinds: Any = {"clip": "CLIPVisionModel", "clip_vision_model": "CLIPVisionModel"}
+    kind = getattr(transformers, kinds.get(config.model_type, "AutoModel"))
+    net = kind.from_pretrained(folder, config=config, attn_implementation="eager").eval()
+    more = {"noise": torch.arange(ours.patch_embed.num_patches)[None].float()} if config.model_type == "vit_mae" else {}
+    states = net(pixel_values=x, output_hidden_states=True, **more).hidden_states
+    return states[-1], tokens_after(ours, x, len(ours.blocks))[0]
+
+
+@torch.no_grad()
+def read_back(folder: Path, plain: "Plain") -> Check:
+    """What was written for timm, read by timm, is the plain ViT."""
+    net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    ours = plain.build()
+    x = shipped(net.pretrained_cfg, tuple(ours.patch_embed.img_size), count=1)
+    error = difference(net(x), ours(x))
+    text = f"Its output, read back by timm, against ours: {error:.1e}"
+    if not error <= LIMIT:
+        raise UserError(f"What was written is not the plain ViT ({text}; {LIMIT:.0e} is allowed): nothing was kept.")
+    eps = plain.arguments.get("norm_eps")
+    note = f" (norms' epsilon {eps:g} is timm's own there: its config.json cannot hold one)" if eps else ""
+    return {"name": "the file as written", "result": "passed", "float32": error, "text": f"{text}{note}."}

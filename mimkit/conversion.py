@@ -1,0 +1,623 @@
+"""From any released plain ViT to HPViT, and back: the engine, and its report.
+
+file or name -> source family (named, then verified) -> the plain ViT's state under timm's names, and what travels with
+it -> the target's layout -> strict load -> checks on the file as written (checks.py) -> report + safetensors.
+"""
+
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import pkgutil
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from timm.models._manipulate import reinit_non_persistent_buffers
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from mimkit.checkpoint import State, load_strictly, read_weights, replacing, save_model, weight_files
+from mimkit.checks import run_checks
+from mimkit.errors import UserError
+from mimkit.macs import count_gmacs
+from mimkit.models.hpvit import PATCH, HPViT, Pool, describe_source, plain_vit
+
+DATA = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # what travels with weights
+MODULES = ("vision_transformer", "deit", "beit", "eva", "vision_transformer_sam")  # of timm, with plain ViTs
+
+
+# Families ------------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What became of a file's tensors, or where the target's came from."""
+
+    action: str  # copied, renamed, resized, dropped or fresh
+    origins: tuple[str, ...]  # names in the file
+    target: str | None
+    why: str = ""
+
+
+class Remap:
+    """A file's tensors on their way to timm's names. A family calls its methods; what it leaves is an error.
+
+    Args:
+        state: the file's tensors.
+        wanted: names that the plain ViT of timm has.
+    """
+
+    def __init__(self, state: State, wanted: set[str]):
+        self.left, self.wanted = dict(state), wanted
+        self.found: State = {}
+        self.rows: list[Row] = []
+
+    def take(self, pattern: str) -> list[tuple[re.Match[str], Tensor]]:
+        """Tensors whose whole name matches, taken out of what is left."""
+        matches = [match for name in self.left if (match := re.fullmatch(pattern, name))]
+        return [(match, self.left.pop(match[0])) for match in matches]
+
+    def put(self, action: str, origins: tuple[str, ...], target: str, tensor: Tensor, why: str = "") -> None:
+        """A tensor under its name in timm."""
+        if target in self.found:
+            raise UserError(f"{', '.join(origins)}: {target} is there already, so this file holds two networks.")
+        self.found[target] = tensor
+        self.rows.append(Row(action, origins, target, why))
+
+    def rename(self, pattern: str, to: str, change: Callable[[Tensor], Tensor] | None = None, why: str = "") -> None:
+        """One to one, e.g. r"layer\\.(\\d+)\\.(.*)" to r"blocks.\\1.\\2"."""
+        for match, tensor in self.take(pattern):
+            target = match.expand(to)
+            action = "copied" if target == match[0] and change is None else "renamed"
+            self.put(action, (match[0],), target, change(tensor) if change else tensor, why)
+
+    def rename_all(self, table: Mapping[str, str]) -> None:
+        """Several of them, in order."""
+        for pattern, to in table.items():
+            self.rename(pattern, to)
+
+    def fuse(self, pattern: str, to: str, parts: tuple[str, ...]) -> None:
+        """Several to one, along the first axis; the pattern's group `part` names which of the parts a tensor is."""
+        groups: dict[str, dict[str, tuple[str, Tensor]]] = {}
+        for match, tensor in self.take(pattern):
+            groups.setdefault(match.expand(to), {})[match["part"]] = (match[0], tensor)
+        for target, group in groups.items():
+            if missing := set(parts) - group.keys():
+                raise UserError(f"{target} has no {', '.join(sorted(missing))} in this file: it is not complete.")
+            names, tensors = zip(*(group[part] for part in parts), strict=True)
+            self.put("renamed", names, target, torch.cat(tensors), f"{', '.join(parts)} fused")
+
+    def drop(self, pattern: str, why: str) -> None:
+        """Not of the plain ViT."""
+        self.rows.extend(Row("dropped", (match[0],), None, why) for match, _ in self.take(pattern))
+
+    def skip(self, name: str, why: str) -> None:
+        """The same for one that was taken."""
+        self.rows.append(Row("dropped", (name,), None, why))
+
+    def split(self, name: str, parts: Mapping[str, Tensor], why: str) -> None:
+        """One that was taken, to several."""
+        self.found |= parts
+        self.rows.append(Row("renamed", (name,), ", ".join(parts), why))
+
+    def make(self, target: str, tensor: Tensor, why: str) -> None:
+        """Not of the file."""
+        self.put("fresh", (), target, tensor, why)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A layout of checkpoints. Each module of mimkit.converters holds one as FAMILY; its name is the module's.
+
+    Args:
+        title: where such files come from.
+        marks: patterns, each of which is the whole name of some tensor in every file of the family.
+        remap: puts a file's tensors under timm's names.
+        options: what a folder's config.json says of the network beyond its weights -> arguments of `plain_vit`.
+        reader: of the file without us: 'timm', 'transformers', or None.
+        stand_in: the parity test that takes the reader's place where there is none.
+        aliases: short names of released networks -> names in timm.
+    """
+
+    title: str
+    marks: tuple[str, ...]
+    remap: Callable[[Remap], None]
+    options: Callable[[State, dict[str, Any]], dict[str, Any]] = lambda state, config: {}
+    reader: str | None = "timm"
+    stand_in: str = "tests/test_converters.py"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def fits(self, state: State) -> bool:
+        """Whether a file looks like one of the family's."""
+        return all(any(re.fullmatch(mark, name) for name in state) for mark in self.marks)
+
+
+@cache
+def families() -> dict[str, Family]:
+    """All of them, by name."""
+    import mimkit.converters as package
+
+    modules = {info.name: f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)}
+    return {name: importlib.import_module(module).FAMILY for name, module in modules.items()}
+
+
+@cache
+def plain_vits() -> list[str]:
+    """Names in timm."""
+    return [name for module in MODULES for name in timm.list_models(module=module)]
+
+
+class Origin(NamedTuple):
+    """Where a conversion starts."""
+
+    name: str  # in timm, with its tag
+    layout: str | None  # the family of an alias' original files
+    folder: Path | None  # in timm's hub layout, if that is what was named
+    config: dict[str, Any]  # its model_args
+
+
+def find(source: str) -> Origin:
+    """An alias, a name of timm, or a folder in timm's hub layout."""
+    folder = Path(source).expanduser()
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text())
+        if "architecture" not in config:
+            raise UserError(
+                f"--from {source} is a folder of transformers, not of timm: name the network with --from and pass the "
+                "folder with --checkpoint FOLDER --layout hf."
+            )
+        return Origin(config["architecture"], "timm", folder, config)
+    for layout, family in families().items():
+        if source in family.aliases:
+            return Origin(family.aliases[source], layout, None, {})
+    name = source.split(".")[0]
+    if name in plain_vits() or name in timm.list_models("hivit_*"):
+        tags = [full for full in timm.list_models(f"{name}.*", pretrained=True) if full == source]
+        if "." in source and not tags:
+            known = ", ".join(timm.list_models(f"{name}.*", pretrained=True)) or "none"
+            raise UserError(f"--from {source}: timm has no such tag of {name}; it has {known}.")
+        return Origin(source, "hivit" if name.startswith("hivit") else None, None, {})
+    aliases = [alias for family in families().values() for alias in family.aliases]
+    near = difflib.get_close_matches(source, [*aliases, *plain_vits()], 3, 0.3)
+    raise UserError(f"--from {source} is no alias, plain ViT of timm or folder: try {', '.join(near)}, or --list.")
+
+
+def published(name: str) -> tuple[Path, str]:
+    """Fetch the weights that timm's name stands for -> the file, cached, and its layout."""
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not (cfg.hf_hub_id or cfg.url):
+        raise UserError(f"No weights are published for {name}: pass --checkpoint FILE --layout FAMILY, or name a tag.")
+    where = f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
+    try:
+        if cfg.hf_hub_id:
+            from huggingface_hub import hf_hub_download
+
+            file = cfg.hf_hub_filename or "model.safetensors"
+            repository = f"{cfg.hf_hub_id}{name}" if cfg.hf_hub_id.endswith("/") else cfg.hf_hub_id
+            where = f"https://huggingface.co/{repository}/resolve/main/{file}"
+            return Path(hf_hub_download(repository, file)), "openclip" if "open_clip" in file else "timm"
+        return Path(timm.models.download_cached_file(cfg.url, progress=True)), "timm"
+    except Exception as error:  # requests, urllib and huggingface_hub raise dozens of kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(
+            f"The weights of {name} cannot be fetched ({type(error).__name__}: {reason}): download {where} elsewhere "
+            "and pass it with --checkpoint FILE."
+        ) from error
+
+
+# The plain ViT of a file ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plain:
+    """A plain ViT's state under timm's names, and what it takes to build it."""
+
+    name: str
+    arguments: dict[str, Any]  # of plain_vit
+    state: State
+    rows: list[Row]
+    data: dict[str, Any] = field(default_factory=dict)  # mean, std, interpolation, where the file says
+
+    def build(self, patch_size: int | None = None, any_grid: bool = False) -> Any:
+        """The network with these weights, by timm's own code; its kernel at another size if one is given."""
+        with torch.device("meta"):
+            net = plain_vit(self.name, patch_size, any_grid, **self.arguments)
+        kernel = resize_kernel(self.state[KERNEL], net.patch_embed.patch_size[0])
+        return assemble(net, self.state | {KERNEL: kernel}).eval()
+
+
+KERNEL = "patch_embed.proj.weight"
+
+
+def assemble(net: nn.Module, state: State) -> Any:
+    """Weights into a network on the meta device, without copying them."""
+    net.load_state_dict(state, assign=True)
+    for module in net.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    reinit_non_persistent_buffers(net)
+    return net
+
+
+def resize_matrix(old: int, new: int) -> Tensor:
+    """(new*new old*old): patches of one side as linear functions of patches of another."""
+    basis = torch.eye(old * old, dtype=torch.float64).view(-1, 1, old, old)
+    return F.interpolate(basis, (new, new), mode="bicubic", antialias=True).flatten(1).T
+
+
+def resize_kernel(kernel: Tensor, side: int) -> Tensor:
+    """(d c p p) -> (d c side side) by the pseudo-inverse of the resize of patches (FlexiViT, section 3.4).
+
+    Resized kernel times resized patch is kernel times patch when enlarging.
+    """
+    old = kernel.shape[-1]
+    if old == side:
+        return kernel
+    resized = kernel.double().flatten(2) @ torch.linalg.pinv(resize_matrix(old, side))
+    return resized.view(*kernel.shape[:2], side, side).to(kernel.dtype)
+
+
+def restore_kernel(kernel: Tensor, side: int) -> Tensor:
+    """The inverse of an enlarging `resize_kernel`: by the transpose of the resize, not by another resize."""
+    if kernel.shape[-1] == side:
+        return kernel
+    if side > kernel.shape[-1]:
+        raise UserError(f"A kernel of {side} px was shrunk to {kernel.shape[-1]}, which lost some of it: convert anew.")
+    restored = kernel.double().flatten(2) @ resize_matrix(side, kernel.shape[-1])
+    return restored.view(*kernel.shape[:2], side, side).to(kernel.dtype)
+
+
+def fit(name: str, found: State, given: dict[str, Any], origin: Path) -> dict[str, Any]:
+    """Arguments with which timm's network of this name has the shape of the state found."""
+    with torch.device("meta"):
+        net = plain_vit(name, **given)
+    own = net.state_dict()
+    if KERNEL not in found:
+        raise UserError(f"{origin} has no patch embedding, so it is no plain ViT: check --checkpoint and --layout.")
+    width, in_chans, side = found[KERNEL].shape[:3]
+    blocks = 1 + max((int(n.split(".")[1]) for n in found if re.match(r"blocks\.\d+\.", n)), default=-1)
+    patch = net.patch_embed.patch_size[0]
+    if (width, blocks, side) != (net.embed_dim, len(net.blocks), patch):
+        raise UserError(
+            f"{origin} holds a ViT {width} wide with {blocks} blocks and patches of {side} px, but {name} is "
+            f"{net.embed_dim} wide with {len(net.blocks)} and {patch} px: give --from another name."
+        )
+    arguments = dict(given)
+    if in_chans != net.patch_embed.proj.in_channels:
+        arguments["in_chans"] = in_chans
+    head = "head.fc.weight" if "head.fc.weight" in own else "head.weight"
+    arguments["num_classes"] = len(found[head]) if head in found else 0
+    pooled = "fc_norm.weight" in found
+    if pooled != ("fc_norm.weight" in own) and (pooled or "norm.weight" in found):
+        arguments["use_fc_norm" if isinstance(net, Beit | Eva) else "fc_norm"] = pooled
+        if pooled:
+            arguments["global_pool"] = "avg"
+    cells = _cells(net, found)
+    if cells and cells != math.prod(net.patch_embed.grid_size):
+        if math.isqrt(cells) ** 2 != cells:
+            raise UserError(f"{origin} has {cells} positions, which is no square grid: check --from.")
+        arguments["img_size"] = math.isqrt(cells) * patch
+    return arguments
+
+
+def _cells(net: Any, found: State) -> int:
+    """Tokens of the grid that the position tables are for; 0 if there are none."""
+    for name, tensor in found.items():
+        if name == "pos_embed":
+            if tensor.ndim == 4:
+                return tensor.shape[1] * tensor.shape[2]
+            return tensor.shape[1] - (0 if getattr(net, "no_embed_class", False) else net.num_prefix_tokens)
+        if name.endswith("relative_position_bias_table"):  # (2 side - 1)^2 + 3 rows
+            return ((math.isqrt(len(tensor) - 3) + 1) // 2) ** 2
+    return 0
+
+
+def read_plain(
+    name: str, file: Path, layout: str, which: str | None = None, given: dict[str, Any] | None = None
+) -> Plain:
+    """A file of a family -> the plain ViT in it, every tensor accounted for."""
+    family = families()[layout]
+    state = read_weights(file, which)
+    if not family.fits(state):
+        others = [other for other, candidate in families().items() if candidate.fits(state)]
+        hint = f"it looks like {' or '.join(others)}" if others else "no family knows it"
+        raise UserError(f"{file} is not in the layout {layout} ({family.title}); {hint}: pass --layout.")
+    broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{file} has NaN or infinite values in {', '.join(broken[:5])}: get another copy of it.")
+    config, data = _beside(file)
+    given = {**family.options(state, config), **(given or {})}
+    with torch.device("meta"):
+        wanted = set(plain_vit(name, **given).state_dict())
+    remap = Remap(state, wanted)
+    del state
+    family.remap(remap)
+    if remap.left:
+        raise UserError(
+            f"{file} has {len(remap.left)} tensors that {layout} does not explain: {', '.join(sorted(remap.left))}."
+        )
+    arguments = fit(name, remap.found, given, file)
+    with torch.device("meta"):
+        own = plain_vit(name, **arguments).state_dict()
+    problems = [f"{key} is missing" for key in own if key not in remap.found]
+    problems += [f"{key} is not of {name}" for key in remap.found if key not in own]
+    problems += [
+        f"{key} is {tuple(tensor.shape)} instead of {tuple(own[key].shape)}"
+        for key, tensor in remap.found.items()
+        if key in own and own[key].shape != tensor.shape
+    ]
+    if problems:
+        raise UserError(f"{file} does not fit {name}: {'; '.join(problems)}; check --from and --layout.")
+    return Plain(name, arguments, {key: t.contiguous() for key, t in remap.found.items()}, remap.rows, data)
+
+
+def _beside(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json of transformers beside a file, and what its preprocessor says of images."""
+    folder = file if file.is_dir() else file.parent
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    data: dict[str, Any] = {}
+    if (folder / "preprocessor_config.json").is_file():
+        said = json.loads((folder / "preprocessor_config.json").read_text())
+        kinds = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+        data = {"mean": said.get("image_mean"), "std": said.get("image_std")}
+        data["interpolation"] = kinds.get(said.get("resample", -1))
+    return config if "model_type" in config else {}, {k: v for k, v in data.items() if v}
+
+
+def from_pyramid(origin: Origin, folder: Path) -> Plain:
+    """An HPViT that was never trained -> the plain ViT it came from."""
+    state = read_weights(folder)
+    arguments = dict(origin.config.get("model_args", {}))
+    pyramid: HPViT = timm.create_model(origin.name, **arguments)
+    for i, pool in enumerate(pyramid.pools):
+        weight = state.pop(f"pools.{i}.weight", None)
+        if weight is not None and not torch.equal(weight, pool.start()):
+            raise UserError(
+                f"{folder} was trained: pools.{i} is no longer what it started as, and a plain ViT cannot hold it."
+            )
+    name, given = arguments["source"], arguments.get("source_args") or {}
+    with torch.device("meta"):
+        side = plain_vit(name, **given).patch_embed.patch_size[0]
+    rows = [Row("copied", (key,), key) for key in state if key != KERNEL]
+    why = f"kernel {PATCH} -> {side} px, by the transpose of the resize"
+    rows.append(Row("resized" if side != PATCH else "copied", (KERNEL,), KERNEL, why if side != PATCH else ""))
+    rows += [
+        Row("dropped", (f"pools.{i}.weight",), None, "as it started")
+        for i, p in enumerate(pyramid.pools)
+        if [*p.parameters()]
+    ]
+    state[KERNEL] = restore_kernel(state[KERNEL], side)
+    return Plain(name, given, state, rows)
+
+
+# Conversion ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """What a conversion did."""
+
+    source: str
+    file: str
+    sha256: str
+    layout: str
+    target: str
+    rows: list[Row]
+    sizes: dict[str, tuple[float, float]]  # parameters (M) and GMACs, of source and target
+    checks: list[dict[str, Any]] | None
+
+    def counts(self) -> Counter[tuple[str, str]]:
+        """Tensors by what became of them and why."""
+        return Counter((row.action, row.why) for row in self.rows)
+
+    def markdown(self) -> str:
+        """The whole report."""
+        lines = [
+            f"# {self.source} -> {self.target}",
+            "",
+            f"File: `{self.file}` ({self.layout}), SHA-256 `{self.sha256}`.",
+        ]
+        lines += ["", "| | parameters (M) | GMACs |", "|---|---|---|"]
+        lines += [f"| {name} | {p:.3f} | {g:.3f} |" for name, (p, g) in self.sizes.items()]
+        lines += ["", "## Checks", ""]
+        if self.checks is None:
+            lines.append("NOT CHECKED (--no-checks).")
+        lines += [f"- **{c['name']}**: {c['result']}. {c['text']}" for c in self.checks or []]
+        lines += [
+            "",
+            "## Tensors",
+            "",
+            "| what became of it | in the file | in the target | why |",
+            "|---|---|---|---|",
+        ]
+        lines += [f"| {r.action} | {', '.join(r.origins)} | {r.target or ''} | {r.why} |" for r in self.rows]
+        return "\n".join(lines) + "\n"
+
+    def show(self) -> None:
+        """The short of it, on the screen."""
+        console = Console()
+        console.print(f"{self.source} -> {self.target}\n{self.file} ({self.layout})\nSHA-256 {self.sha256}")
+        table = Table("tensors", "what became of them", "why")
+        for (action, why), count in sorted(self.counts().items()):
+            table.add_row(str(count), action, why)
+        console.print(table)
+        for name, (parameters, gmacs) in self.sizes.items():
+            console.print(f"{name}: {parameters:.3f} M parameters, {gmacs:.3f} GMACs")
+        if self.checks is None:
+            console.print("NOT CHECKED")
+        for check in self.checks or []:
+            console.print(f"{check['name']}: {check['result']}. {check['text']}")
+
+    def save(self, folder: Path) -> None:
+        """As report.json and report.md."""
+        content = {**self.__dict__, "rows": [row._asdict() for row in self.rows]}
+        (folder / "report.json").write_text(json.dumps(content, indent=1))
+        (folder / "report.md").write_text(self.markdown())
+
+
+def sha256(file: Path) -> str:
+    """Of a file, or of all files of a folder's weights in turn."""
+    digest = hashlib.sha256()
+    for part in weight_files(file):
+        with part.open("rb") as opened:
+            while block := opened.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def measure(net: nn.Module, size: tuple[int, ...]) -> tuple[float, float]:
+    """Parameters (M) and GMACs."""
+    return sum(p.numel() for p in net.parameters()) / 1e6, count_gmacs(net, 1, *size)
+
+
+class Written(NamedTuple):
+    """What is to be written: a network on the meta device with its weights in place."""
+
+    net: Any
+    rows: list[Row]
+    data: dict[str, Any]
+
+
+def as_pyramid(plain: Plain, to: str, options: dict[str, Any]) -> Written:
+    """The plain ViT's weights in an HPViT."""
+    with torch.device("meta"):
+        net = timm.create_model(to, source=plain.name, source_args=plain.arguments, **options)
+    rows = list(plain.rows)
+    side = plain.state[KERNEL].shape[-1]
+    if side != PATCH:
+        at = next(i for i, row in enumerate(rows) if row.target == KERNEL)
+        rows[at] = Row("resized", rows[at].origins, KERNEL, f"kernel {side} -> {PATCH} px by the pseudo-inverse")
+    starts = {f"pools.{i}.weight": pool.start() for i, pool in enumerate(net.pools) if isinstance(pool, Pool)}
+    rows += [Row("fresh", (), name, "a pool, at its start") for name in starts]
+    state = plain.state | {KERNEL: resize_kernel(plain.state[KERNEL], PATCH)} | starts
+    return Written(assemble(net, state), rows, plain.data)
+
+
+def as_timm(plain: Plain) -> Written:
+    """The plain ViT itself. timm's config.json cannot hold an epsilon: its own then stands for the file's."""
+    arguments = {key: value for key, value in plain.arguments.items() if key != "norm_eps"}
+    with torch.device("meta"):
+        net = timm.create_model(plain.name.split(".")[0], **arguments)
+    known = describe_source(plain.name.split(".")[0], net, plain.name)
+    net.pretrained_cfg.update({**known, "input_size": (known["input_size"][0], *net.patch_embed.img_size)})
+    return Written(assemble(net, plain.state), plain.rows, plain.data)
+
+
+def as_hivit(to: str, file: Path, which: str | None) -> Written:
+    """A released HiViT in ours."""
+    state = read_weights(file, which)
+    family = families()["hivit"]
+    if not family.fits(state):
+        raise UserError(f"{file} is not in the layout hivit ({family.title}): check --checkpoint.")
+    remap = Remap(state, set())
+    family.remap(remap)
+    if remap.left:
+        raise UserError(f"{file} has tensors that hivit does not explain: {', '.join(sorted(remap.left))}.")
+    found = remap.found
+    options = {"unit_form": not any(name.endswith("position_bias_table") for name in found)}
+    side = math.isqrt(found["absolute_pos_embed"].shape[1]) if "absolute_pos_embed" in found else 14
+    classes = len(found["head.weight"]) if "head.weight" in found else 0
+    multi_scale = "norm.weight" in found and found["norm.weight"].shape != found["absolute_pos_embed"].shape[2:]
+    with torch.device("meta"):
+        net = timm.create_model(to, num_classes=classes, img_size=16 * side, multi_scale=multi_scale, **options)
+    load_strictly(net, found, file, assign=True)
+    return Written(assemble(net, found), remap.rows, {})
+
+
+def convert(
+    source: str,
+    to: str = "hpvit",
+    out: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    layout: str | None = None,
+    weights: str | None = None,
+    source_args: dict[str, Any] | None = None,
+    checks: bool = True,
+    dry_run: bool = False,
+    **options: Any,
+) -> Report:
+    """Convert a checkpoint and write it in timm's hub layout, with its report.
+
+    Args:
+        source: alias, name in timm, or folder of a timm model (a run's encoder/, or a converted HPViT).
+        to: hpvit, hpvit_s, hpvit_b, hpvit_l, hpvit_h, a hivit_*, or timm (the plain ViT).
+        out: directory to write.
+        checkpoint: file or folder of weights; the published ones by default.
+        layout: the family of the checkpoint.
+        weights: which of the states in it.
+        source_args: of the source's network, where the name does not say.
+        checks: run them; without them report and config.json say NOT CHECKED.
+        dry_run: do all of it but leave no files.
+        options: HPViT's.
+    """
+    origin = find(source)
+    targets = ["timm", "hpvit", "hpvit_s", "hpvit_b", "hpvit_l", "hpvit_h", *timm.list_models("hivit_*")]
+    if to not in targets:
+        raise UserError(f"--to {to} is unknown: choose among {', '.join(targets)}.")
+    if not dry_run:
+        check_place(out)
+    if checkpoint:
+        file, layout = Path(checkpoint).expanduser(), layout or origin.layout or "timm"
+    elif origin.folder:
+        file, layout = origin.folder, layout or "timm"
+    else:
+        file, layout = published(origin.name)
+    if layout not in families():
+        raise UserError(f"--layout {layout} is unknown: choose among {', '.join(families())}.")
+    if to.startswith("hivit") != (layout == "hivit"):
+        raise UserError(f"A checkpoint of {layout} does not become {to}: only HiViT's own become a HiViT.")
+    if options and not to.startswith("hpvit"):
+        raise UserError(f"--to {to} takes no {', '.join(options)}: these are options of an HPViT.")
+
+    plain: Plain | None = None
+    if layout == "hivit":
+        written = as_hivit(to, file, weights)
+    else:
+        if origin.name.startswith("hpvit"):
+            plain = from_pyramid(origin, file)
+        else:
+            given = {**origin.config.get("model_args", {}), **(source_args or {})}
+            plain = read_plain(origin.name, file, layout, weights, given)
+        written = as_timm(plain) if to == "timm" else as_pyramid(plain, to, options)
+    net, name = written.net, to if to != "timm" else origin.name.split(".")[0]
+    sizes = {name: measure(net, net.pretrained_cfg["input_size"])}
+    if plain and to != "timm":
+        before = plain.build()
+        side = before.patch_embed.img_size
+        sizes = {plain.name: measure(before, (before.patch_embed.proj.in_channels, *side)), **sizes}
+    digest = sha256(file)
+    report = Report(source, str(file), digest, layout, name, written.rows, sizes, None)
+    kept = {k: v for k, v in {**net.pretrained_cfg, **written.data}.items() if k in DATA}
+    with tempfile.TemporaryDirectory() if dry_run else replacing(str(out)) as temporary:
+        folder = Path(temporary)
+        save_model(net, folder, **kept)
+        del written, net
+        if checks:
+            report.checks = run_checks(folder, to, plain, file, layout, weights, families()[layout])
+        note = {"source": source, "file": str(file), "sha256": digest, "checks": report.checks or "NOT CHECKED"}
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "mimkit": note}, indent=2))
+        report.save(folder)
+    return report
+
+
+def check_place(out: str | Path | None) -> None:
+    """Refuse to replace a folder that is not a converted one."""
+    if out is None:
+        raise UserError("Nowhere to write: pass --out DIR, or --dry-run.")
+    folder = Path(out)
+    if folder.exists() and not (folder / "report.json").exists() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError(f"--out {out} is there and is no conversion: choose another directory.")
