@@ -2,10 +2,10 @@
 
 python benchmarks/hpvit_layouts.py --data CIFAR10 --checkpoint VIT_S14 [--rows 3,4]
 
-CIFAR10 holds train.parquet and test.parquet; VIT_S14 is a DINOv2 ViT-S/14 in timm's layout (shared/tools/get_vit_s14:
-real weights, trained further for saliency). 2,000 + 2,000 images at 96 px (84 px for the plain network at its own
-patch of 14: the same 6 x 6 tokens), 10 nearest neighbours by the mean patch token of each stage, and by the network's own
-pooled output at its end. GMACs are those spent by the end of that stage.
+CIFAR10 holds train.parquet and test.parquet; VIT_S14 is a DINOv2 ViT-S/14 that was trained further for saliency, in
+timm's layout (shared/tools/get_vit_s14). 2,000 + 2,000 images at 96 px (84 px for the plain network at its own patch of
+14: the same 6 x 6 tokens), 10 nearest neighbours by the mean patch token of each stage, and by the network's own pooled
+output at its end. GMACs are those spent by the end of that stage.
 """
 
 import sys

@@ -9,11 +9,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from mimkit.checkpoint import read_weights
 from mimkit.data import Normalise, look
 from mimkit.errors import UserError
+from mimkit.kernels import KERNEL, resize_kernel, resize_matrix
 from mimkit.models.hpvit import PATCH, SIDE, HPViT, unfold
 from mimkit.sources import open_source
 
@@ -29,13 +30,13 @@ Check = dict[str, Any]
 def run_checks(
     folder: Path, to: str, plain: "Plain | None", file: Path, layout: str, which: str | None, family: "Family"
 ) -> list[Check]:
-    """All that apply; one that fails is an error."""
+    """All that apply to a file and what was made of it; one that fails is an error."""
     if plain is None:
         return [no_reader(family, "HiViT is in no other library")]
+    if plain.pyramid:  # our own file: the pyramid in it is what the plain ViT must equal
+        return [identity(file, plain), *([read_back(folder, plain)] if to == "timm" else [identity(folder, plain)])]
     checks = [independent(plain, file, layout, which, family)]
-    if to == "timm":
-        return [*checks, read_back(folder, plain)]
-    return [*checks, kernel(plain), identity(folder, plain)]
+    return [*checks, *([read_back(folder, plain)] if to == "timm" else [kernel(plain), identity(folder, plain)])]
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -43,16 +44,13 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def shipped(cfg: dict[str, Any], size: tuple[int, int] | None = None, count: int = IMAGES) -> Tensor:
-    """Images that come with mimkit, as a network of this configuration takes them (b c H W)."""
-    in_chans, *own = cfg["input_size"]
-    images = look(open_source("sample"), size or (own[0], own[1]), in_chans, count).images
-    mean, std = (list(cfg[key])[:in_chans] for key in ("mean", "std"))
+def shipped(size: tuple[int, ...], colours: dict[str, Any], count: int = IMAGES) -> Tensor:
+    """Images that come with mimkit as a network takes them (b c H W), by its size (c H W), mean and std."""
+    in_chans, height, width = size
     mean, std = (
-        values * (in_chans // len(values)) if in_chans % len(values) == 0 else values[:1] * in_chans
-        for values in (mean, std)
+        list(colours[name]) if len(colours[name]) == in_chans else [0.5] * in_chans for name in ("mean", "std")
     )
-    return Normalise(mean, std)(images)
+    return Normalise(mean, std)(look(open_source("sample"), (height, width), in_chans, count).images)
 
 
 @torch.no_grad()
@@ -71,22 +69,17 @@ def tokens_after(net: Any, x: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def in_float64(net: nn.Module) -> Iterator[None]:
+def in_float64(net: Any) -> Iterator[None]:
     """Each part computes in float64 while it runs, and only then: the whole would take twice the memory."""
-    parts = [*net.blocks, *(child for name, child in net.named_children() if name != "blocks")]
+    children = [child for name, child in net.named_children() if name not in ("blocks", "pools", "patch_embed")]
+    parts = [*children, *net.blocks, *getattr(net, "pools", []), *net.patch_embed.children()]
     hooks = [part.register_forward_pre_hook(lambda module, args: module.double() and None) for part in parts]
     hooks += [part.register_forward_hook(lambda module, args, output: module.float() and None) for part in parts]
-    hooks += [
-        pool.register_forward_pre_hook(lambda module, args: module.double() and None)
-        for pool in getattr(net, "pools", [])
-    ]
-    hooks += [net.patch_embed.proj.register_forward_pre_hook(lambda module, args: module.double() and None)]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        net.float()
 
 
 def inexact(pyramid: HPViT) -> str:
@@ -106,14 +99,14 @@ def inexact(pyramid: HPViT) -> str:
 @torch.no_grad()
 def identity(folder: Path, plain: "Plain") -> Check:
     """(1) Stage 3, and the end where stage 4 is empty, are the source network's with its kernel at 16."""
-    pyramid: HPViT = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    pyramid: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     source = plain.build(PATCH, any_grid=True)
-    images = shipped(pyramid.pretrained_cfg)
+    images = shipped(pyramid.pretrained_cfg["input_size"], pyramid.pretrained_cfg)
     reason = inexact(pyramid)
     if reason:
         found = similarity(pyramid, source, images)
         figures = ", ".join(f"stage {stage} {value:.3f}" for stage, value in found.items())
-        text = f"{reason.capitalize()}. Similarity of the features to the source's at the same depth (linear CKA): {figures}."
+        text = f"{reason.capitalize()}. Linear CKA with the source's features at the same depth: {figures}."
         return {"name": "the pyramid is the plain ViT", "result": "not applicable", "text": text, "cka": found}
 
     def compare(x: Tensor) -> list[float]:
@@ -156,7 +149,7 @@ def similarity(pyramid: HPViT, source: Any, images: Tensor) -> dict[int, float]:
         height = images.shape[-2] // PATCH
         maps = unfold(tokens[:, pyramid.num_prefix_tokens :], max(SIDE >> stage, 1), grid, pyramid.attention)
         pair = [rearrange(maps, "b h w d -> b d h w"), rearrange(theirs, "b (h w) d -> b d h w", h=height)]
-        coarse = [min(a, b) for a, b in zip(pair[0].shape[2:], pair[1].shape[2:], strict=True)]
+        coarse = (min(m.shape[2] for m in pair), min(m.shape[3] for m in pair))
         a, b = (rearrange(F.adaptive_avg_pool2d(x, coarse), "b d h w -> (b h w) d").double() for x in pair)
         found[stage + 1] = linear_cka(a, b)
     return found
@@ -170,14 +163,12 @@ def linear_cka(a: Tensor, b: Tensor) -> float:
 
 def kernel(plain: "Plain") -> Check:
     """(2) Resized patch times resized kernel is patch times kernel."""
-    from mimkit.conversion import KERNEL, resize_kernel, resize_matrix
-
     name, weight = "the kernel's resize", plain.state[KERNEL].double()
     side = weight.shape[-1]
     if side == PATCH:
         return {"name": name, "result": "not applicable", "text": "The kernel has 16 px already."}
-    cfg = {"input_size": (weight.shape[1], 8 * side, 8 * side), "mean": [0.5], "std": [0.5]}
-    patches = rearrange(shipped(cfg).double(), "b c (h p) (w q) -> (b h w) c (p q)", p=side, q=side)
+    images = shipped((weight.shape[1], 8 * side, 8 * side), {"mean": [], "std": []})
+    patches = rearrange(images.double(), "b c (h p) (w q) -> (b h w) c (p q)", p=side, q=side)
     before = torch.einsum("n c p, d c p -> n d", patches, weight.flatten(2))
     resized = resize_kernel(weight, PATCH).flatten(2)
     after = torch.einsum("n c p, d c p -> n d", patches @ resize_matrix(side, PATCH).T, resized)
@@ -203,36 +194,27 @@ def independent(plain: "Plain", file: Path, layout: str, which: str | None, fami
         return no_reader(family, f"no installed library reads files of {layout}")
     reader = {"timm": read_by_timm, "transformers": read_by_transformers}[family.reader]
     ours = plain.build()
-    cfg = {"mean": [0.5], "std": [0.5], **ours.pretrained_cfg, **plain.data}
-    cfg["input_size"] = (ours.patch_embed.proj.in_channels, *ours.patch_embed.img_size)
-    x = shipped(cfg, count=1)
+    size = (ours.patch_embed.proj.in_channels, *ours.patch_embed.img_size)
+    x = shipped(size, {**ours.pretrained_cfg, **plain.data}, count=1)
     try:
         theirs, ours_too = reader(plain, file, which, ours, x)
-    except (
-        RuntimeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AssertionError,
-        AttributeError,
-        ImportError,
-        OSError,
-    ) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    except Exception as refused:  # timm and transformers raise a dozen kinds
+        reason = (str(refused).strip().splitlines() or [type(refused).__name__])[0][:160]
         return no_reader(family, f"{family.reader} cannot read this file ({reason})")
-    error = difference(ours_too, theirs)
-    text = f"Tokens of the plain ViT at {x.shape[-1]} px, as {family.reader} reads the file, against ours: {error:.1e}"
-    if not error <= LIMIT:
+    gap = difference(ours_too, theirs)
+    text = f"Tokens of the plain ViT at {x.shape[-1]} px, as {family.reader} reads the file, against ours: {gap:.1e}"
+    if not gap <= LIMIT:
         raise UserError(
             f"{family.reader} reads {file} otherwise ({text}; {LIMIT:.0e} is allowed): nothing was written."
         )
-    return {"name": "an independent reader", "result": "passed", "float32": error, "text": f"{text}."}
+    return {"name": "an independent reader", "result": "passed", "float32": gap, "text": f"{text}."}
 
 
 def read_by_timm(plain: "Plain", file: Path, which: str | None, ours: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """By timm's own loader, strictly, without the tensors that are no part of the ViT."""
     dropped = {name for row in plain.rows if row.action == "dropped" for name in row.origins}
     state = {name: tensor for name, tensor in read_weights(file, which).items() if name not in dropped}
+    net: Any
     name, arguments = plain.name.split(".")[0], {k: v for k, v in plain.arguments.items() if k != "norm_eps"}
     net = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay(plain, ours, state), **arguments
@@ -274,9 +256,9 @@ def read_by_transformers(plain: "Plain", file: Path, which: str | None, ours: An
 @torch.no_grad()
 def read_back(folder: Path, plain: "Plain") -> Check:
     """What was written for timm, read by timm, is the plain ViT."""
-    net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    net: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     ours = plain.build()
-    x = shipped(net.pretrained_cfg, tuple(ours.patch_embed.img_size), count=1)
+    x = shipped((net.patch_embed.proj.in_channels, *net.patch_embed.img_size), net.pretrained_cfg, count=1)
     error = difference(net(x), ours(x))
     text = f"Its output, read back by timm, against ours: {error:.1e}"
     if not error <= LIMIT:

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from timm.models._hub import download_cached_file
 from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from mimkit.checkpoint import State, load_strictly, read_weights, replacing, save_model, weight_files
 from mimkit.checks import run_checks
 from mimkit.errors import UserError
+from mimkit.kernels import KERNEL, resize_kernel, restore_kernel
 from mimkit.macs import count_gmacs
-from mimkit.models.hpvit import PATCH, HPViT, Pool, describe_source, plain_vit
+from mimkit.models.hpvit import PATCH, Pool, describe_source, plain_vit
 
 DATA = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # what travels with weights
 MODULES = ("vision_transformer", "deit", "beit", "eva", "vision_transformer_sam")  # of timm, with plain ViTs
@@ -208,7 +209,7 @@ def published(name: str) -> tuple[Path, str]:
             repository = f"{cfg.hf_hub_id}{name}" if cfg.hf_hub_id.endswith("/") else cfg.hf_hub_id
             where = f"https://huggingface.co/{repository}/resolve/main/{file}"
             return Path(hf_hub_download(repository, file)), "openclip" if "open_clip" in file else "timm"
-        return Path(timm.models.download_cached_file(cfg.url, progress=True)), "timm"
+        return Path(download_cached_file(str(cfg.url), progress=True)), "timm"
     except Exception as error:  # requests, urllib and huggingface_hub raise dozens of kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(
@@ -229,16 +230,19 @@ class Plain:
     state: State
     rows: list[Row]
     data: dict[str, Any] = field(default_factory=dict)  # mean, std, interpolation, where the file says
+    pyramid: bool = False  # whether it was taken out of an HPViT
 
     def build(self, patch_size: int | None = None, any_grid: bool = False) -> Any:
         """The network with these weights, by timm's own code; its kernel at another size if one is given."""
-        with torch.device("meta"):
-            net = plain_vit(self.name, patch_size, any_grid, **self.arguments)
+        net = on_meta(plain_vit, self.name, patch_size, any_grid, **self.arguments)
         kernel = resize_kernel(self.state[KERNEL], net.patch_embed.patch_size[0])
         return assemble(net, self.state | {KERNEL: kernel}).eval()
 
 
-KERNEL = "patch_embed.proj.weight"
+def on_meta(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A network's shapes, without memory."""
+    with torch.device("meta"):
+        return build(*args, **kwargs)
 
 
 def assemble(net: nn.Module, state: State) -> Any:
@@ -252,38 +256,9 @@ def assemble(net: nn.Module, state: State) -> Any:
     return net
 
 
-def resize_matrix(old: int, new: int) -> Tensor:
-    """(new*new old*old): patches of one side as linear functions of patches of another."""
-    basis = torch.eye(old * old, dtype=torch.float64).view(-1, 1, old, old)
-    return F.interpolate(basis, (new, new), mode="bicubic", antialias=True).flatten(1).T
-
-
-def resize_kernel(kernel: Tensor, side: int) -> Tensor:
-    """(d c p p) -> (d c side side) by the pseudo-inverse of the resize of patches (FlexiViT, section 3.4).
-
-    Resized kernel times resized patch is kernel times patch when enlarging.
-    """
-    old = kernel.shape[-1]
-    if old == side:
-        return kernel
-    resized = kernel.double().flatten(2) @ torch.linalg.pinv(resize_matrix(old, side))
-    return resized.view(*kernel.shape[:2], side, side).to(kernel.dtype)
-
-
-def restore_kernel(kernel: Tensor, side: int) -> Tensor:
-    """The inverse of an enlarging `resize_kernel`: by the transpose of the resize, not by another resize."""
-    if kernel.shape[-1] == side:
-        return kernel
-    if side > kernel.shape[-1]:
-        raise UserError(f"A kernel of {side} px was shrunk to {kernel.shape[-1]}, which lost some of it: convert anew.")
-    restored = kernel.double().flatten(2) @ resize_matrix(side, kernel.shape[-1])
-    return restored.view(*kernel.shape[:2], side, side).to(kernel.dtype)
-
-
 def fit(name: str, found: State, given: dict[str, Any], origin: Path) -> dict[str, Any]:
     """Arguments with which timm's network of this name has the shape of the state found."""
-    with torch.device("meta"):
-        net = plain_vit(name, **given)
+    net = on_meta(plain_vit, name, **given)
     own = net.state_dict()
     if KERNEL not in found:
         raise UserError(f"{origin} has no patch embedding, so it is no plain ViT: check --checkpoint and --layout.")
@@ -340,8 +315,7 @@ def read_plain(
         raise UserError(f"{file} has NaN or infinite values in {', '.join(broken[:5])}: get another copy of it.")
     config, data = _beside(file)
     given = {**family.options(state, config), **(given or {})}
-    with torch.device("meta"):
-        wanted = set(plain_vit(name, **given).state_dict())
+    wanted = set(on_meta(plain_vit, name, **given).state_dict())
     remap = Remap(state, wanted)
     del state
     family.remap(remap)
@@ -350,8 +324,7 @@ def read_plain(
             f"{file} has {len(remap.left)} tensors that {layout} does not explain: {', '.join(sorted(remap.left))}."
         )
     arguments = fit(name, remap.found, given, file)
-    with torch.device("meta"):
-        own = plain_vit(name, **arguments).state_dict()
+    own = on_meta(plain_vit, name, **arguments).state_dict()
     problems = [f"{key} is missing" for key in own if key not in remap.found]
     problems += [f"{key} is not of {name}" for key in remap.found if key not in own]
     problems += [
@@ -381,7 +354,7 @@ def from_pyramid(origin: Origin, folder: Path) -> Plain:
     """An HPViT that was never trained -> the plain ViT it came from."""
     state = read_weights(folder)
     arguments = dict(origin.config.get("model_args", {}))
-    pyramid: HPViT = timm.create_model(origin.name, **arguments)
+    pyramid: Any = on_meta(timm.create_model, origin.name, **arguments)
     for i, pool in enumerate(pyramid.pools):
         weight = state.pop(f"pools.{i}.weight", None)
         if weight is not None and not torch.equal(weight, pool.start()):
@@ -389,8 +362,7 @@ def from_pyramid(origin: Origin, folder: Path) -> Plain:
                 f"{folder} was trained: pools.{i} is no longer what it started as, and a plain ViT cannot hold it."
             )
     name, given = arguments["source"], arguments.get("source_args") or {}
-    with torch.device("meta"):
-        side = plain_vit(name, **given).patch_embed.patch_size[0]
+    side = on_meta(plain_vit, name, **given).patch_embed.patch_size[0]
     rows = [Row("copied", (key,), key) for key in state if key != KERNEL]
     why = f"kernel {PATCH} -> {side} px, by the transpose of the resize"
     rows.append(Row("resized" if side != PATCH else "copied", (KERNEL,), KERNEL, why if side != PATCH else ""))
@@ -400,7 +372,7 @@ def from_pyramid(origin: Origin, folder: Path) -> Plain:
         if [*p.parameters()]
     ]
     state[KERNEL] = restore_kernel(state[KERNEL], side)
-    return Plain(name, given, state, rows)
+    return Plain(name, given, state, rows, pyramid=True)
 
 
 # Conversion ----------------------------------------------------------------------------------------------------------
@@ -493,8 +465,7 @@ class Written(NamedTuple):
 
 def as_pyramid(plain: Plain, to: str, options: dict[str, Any]) -> Written:
     """The plain ViT's weights in an HPViT."""
-    with torch.device("meta"):
-        net = timm.create_model(to, source=plain.name, source_args=plain.arguments, **options)
+    net = on_meta(timm.create_model, to, source=plain.name, source_args=plain.arguments, **options)
     rows = list(plain.rows)
     side = plain.state[KERNEL].shape[-1]
     if side != PATCH:
@@ -509,8 +480,7 @@ def as_pyramid(plain: Plain, to: str, options: dict[str, Any]) -> Written:
 def as_timm(plain: Plain) -> Written:
     """The plain ViT itself. timm's config.json cannot hold an epsilon: its own then stands for the file's."""
     arguments = {key: value for key, value in plain.arguments.items() if key != "norm_eps"}
-    with torch.device("meta"):
-        net = timm.create_model(plain.name.split(".")[0], **arguments)
+    net = on_meta(timm.create_model, plain.name.split(".")[0], **arguments)
     known = describe_source(plain.name.split(".")[0], net, plain.name)
     net.pretrained_cfg.update({**known, "input_size": (known["input_size"][0], *net.patch_embed.img_size)})
     return Written(assemble(net, plain.state), plain.rows, plain.data)
@@ -527,12 +497,13 @@ def as_hivit(to: str, file: Path, which: str | None) -> Written:
     if remap.left:
         raise UserError(f"{file} has tensors that hivit does not explain: {', '.join(sorted(remap.left))}.")
     found = remap.found
-    options = {"unit_form": not any(name.endswith("position_bias_table") for name in found)}
+    unit_form = not any(name.endswith("position_bias_table") for name in found)
     side = math.isqrt(found["absolute_pos_embed"].shape[1]) if "absolute_pos_embed" in found else 14
     classes = len(found["head.weight"]) if "head.weight" in found else 0
     multi_scale = "norm.weight" in found and found["norm.weight"].shape != found["absolute_pos_embed"].shape[2:]
-    with torch.device("meta"):
-        net = timm.create_model(to, num_classes=classes, img_size=16 * side, multi_scale=multi_scale, **options)
+    net = on_meta(
+        timm.create_model, to, num_classes=classes, img_size=16 * side, multi_scale=multi_scale, unit_form=unit_form
+    )
     load_strictly(net, found, file, assign=True)
     return Written(assemble(net, found), remap.rows, {})
 

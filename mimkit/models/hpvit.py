@@ -275,7 +275,7 @@ class HPViT(nn.Module):
             x = net.norm_pre(net._pos_embed(x))
         return x[:, getattr(net, "num_prefix_tokens", 0) - self.num_prefix_tokens :], rope
 
-    def arguments(self, i: int, grid: Grid, rope: Tensor | None, part: tuple[slice, slice], coarse: bool) -> dict:
+    def arguments(self, i: int, grid: Grid, rope: Tensor | None, part: tuple[slice, ...], coarse: bool) -> dict:
         """Where the tokens of block i are, in the source's terms: a part of the 1/16 grid, or the grid pooled by 2."""
         if rope is not None:
             angles = rearrange(rope[i] if self.source.rope_mixed else rope, "... (h w) d -> ... h w d", h=grid[0])
@@ -313,7 +313,7 @@ class HPViT(nn.Module):
     def to_windows(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid, Tensor | None]:
         """(b k+n d) -> windows of equal sides (b*windows k+m d), the prefix tokens in each; sides; mask for padding"""
         counts = [-(-side // self.window) for side in grid]
-        h, w = sides = tuple(-(-side // count) for side, count in zip(grid, counts, strict=True))
+        h, w = (-(-side // count) for side, count in zip(grid, counts, strict=True))
         prefix, maps = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         maps = rearrange(maps, "b (h w) d -> b h w d", h=grid[0])
         below, right = h * counts[0] - grid[0], w * counts[1] - grid[1]
@@ -326,7 +326,7 @@ class HPViT(nn.Module):
             valid = F.pad(valid, (self.num_prefix_tokens, 0), value=1.0)
             mask = torch.zeros_like(valid).masked_fill(valid == 0, -torch.inf)
             mask = mask.repeat(len(x), 1)[:, None, None]
-        return torch.cat([prefix, windows], dim=2).flatten(0, 1), sides, mask
+        return torch.cat([prefix, windows], dim=2).flatten(0, 1), (h, w), mask
 
     def from_windows(self, x: Tensor, grid: Grid, sides: Grid) -> Tensor:
         """Back, the prefix tokens' copies averaged."""
@@ -342,10 +342,8 @@ class HPViT(nn.Module):
         them into a coarser one; the new grid"""
         pool, side = self.pools[stage], SIDE >> stage
         n = max(side // 2, 1)
-        prefix, maps = (
-            x[:, : self.num_prefix_tokens],
-            unfold(x[:, self.num_prefix_tokens :], side, grid, self.attention),
-        )
+        prefix, maps = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        maps = unfold(maps, side, grid, self.attention)
         odd = (0, maps.shape[2] % 2, 0, maps.shape[1] % 2)  # only ever at 1/16: the finer maps are multiples of 4
         maps = pool(rearrange(F.pad(maps, (0, 0, *odd)), "b (h p) (w q) d -> b h w p q d", p=2, q=2))
         if side > 1:
@@ -354,19 +352,20 @@ class HPViT(nn.Module):
             valid = F.avg_pool2d(F.pad(x.new_ones(1, *grid), odd), 2)
             maps = maps / rearrange(valid, "1 h w -> h w 1")
         maps = rearrange(maps, f"{MAPS[self.attention]} -> (b n k) h w d", n=n, k=n)
-        return torch.cat([prefix, maps.flatten(1, 2)], dim=1), tuple(maps.shape[1:3])
+        return torch.cat([prefix, maps.flatten(1, 2)], dim=1), (maps.shape[1], maps.shape[2])
 
     def stages(self, x: Tensor, last: int = 3) -> list[tuple[Tensor, Grid]]:
         """(b c H W) -> tokens at the end of each stage up to `last` and the grid they are on:
         sub-grids (b*16 k+n d), (b*4 k+n d), then (b k+n d) at 1/16 and at 1/32"""
         maps = self.embed(x)
-        fine = grid = tuple(maps.shape[1:3])
+        fine = grid = (maps.shape[1], maps.shape[2])
         x, rope = self.enter(maps)
-        outputs, i = [], 0
+        outputs = []
         for stage, depth in enumerate(self.depths[: last + 1]):
             if stage:
                 x, grid = self.merge(x, stage - 1, grid)
-            for i in range(sum(self.depths[:stage]), sum(self.depths[:stage]) + depth):
+            first = sum(self.depths[:stage])
+            for i in range(first, first + depth):
                 x = self.block(i, x, fine, rope, coarse=grid if stage == 3 else None)
             outputs.append((x, grid))
         return outputs
@@ -493,8 +492,8 @@ def unfold(x: Tensor, side: int, grid: Grid, attention: str) -> Tensor:
 def midpoints(angles: Tensor) -> Tensor:
     """RoPE's sines and cosines (... h w d) at 0, 1, 2, ... -> the same at .5, 2.5, ... on both axes.
 
-    The rotation midway between two is their sum, scaled back to length 1: exact while neighbours are less than pi apart,
-    which holds for every band on grids of 5 and more. At an odd border there is one token, and its own rotation.
+    The rotation midway between two is their sum, scaled back to length 1: exact while neighbours are less than pi
+    apart, which holds for every band on grids of 6 and more. At an odd border there is one token: its own rotation.
     """
     h, w = angles.shape[-3:-1]
     flat = rearrange(angles, "... h w d -> (...) d h w")
@@ -527,7 +526,7 @@ NAMED = {  # width, blocks, heads, and the source when none is given
     "hpvit_h": (1280, 32, 16, "vit_huge_patch14_224"),
 }
 
-default_cfgs = generate_default_cfgs(dict.fromkeys(("hpvit", *NAMED), {"url": ""}))
+default_cfgs = generate_default_cfgs({name: {"url": ""} for name in ("hpvit", *NAMED)})
 
 
 def shape_of(net: Any) -> tuple[int, int, int]:
@@ -542,7 +541,7 @@ def name_for(net: Any) -> str:
 
 
 def describe_source(variant: str, net: Any, source: str) -> dict[str, Any]:
-    """What timm keeps of a pyramid around a plain ViT (`pretrained_cfg`): mean, std, interpolation, ... of its source."""
+    """`pretrained_cfg` of a pyramid around a plain ViT: mean, std, interpolation, ... are its source's."""
     known = get_pretrained_cfg(source, allow_unregistered=True)
     kept = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "license")
     side = [PATCH * cells for cells in net.patch_embed.grid_size]
@@ -567,8 +566,8 @@ def _hpvit(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> HPViT:
         if shape and tuple(shape) != shape_of(net):
             width, blocks, heads = shape_of(net)
             raise UserError(
-                f"{variant} is {shape[0]} wide with {shape[1]} blocks of {shape[2]} heads, but {source} is {width} wide "
-                f"with {blocks} of {heads}: choose {name_for(net)}."
+                f"{variant} is {shape[0]} wide with {shape[1]} blocks of {shape[2]} heads, but {source} is {width} "
+                f"wide with {blocks} of {heads}: choose {name_for(net)}."
             )
         return HPViT(**options)
 
