@@ -12,7 +12,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_abs_pos_embed_nhwc
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg, register_model
@@ -85,10 +85,7 @@ def plain_vit(
         net: Any = timm.create_model(name, **options)
     except (RuntimeError, TypeError, AssertionError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{source} cannot be built by timm ({reason}): check its name and options; "
-            "`mimkit convert --list true` prints the plain ViTs."
-        ) from error
+        raise UserError(f"{source} cannot be built by timm ({reason}): check its name and options.") from error
     if norm_eps is not None:
         for module in net.modules():
             if hasattr(module, "eps"):
@@ -217,7 +214,7 @@ class HPViT(nn.Module):
         if self.depths[3] and rope is not None and hasattr(rope, "mrope_section"):
             raise UserError(f"{source} has MRoPE, which is not defined after the third pool: leave stage 4 empty.")
 
-        net.patch_embed.proj.stride = (STRIDE, STRIDE)
+        net.patch_embed.proj.stride, net.patch_embed.strict_img_size = (STRIDE, STRIDE), False
         for block in net.blocks:
             if self.eva:
                 block.attn.num_prefix_tokens = self.num_prefix_tokens  # they are not rotated
@@ -275,67 +272,52 @@ class HPViT(nn.Module):
             x = net.norm_pre(net._pos_embed(x))
         return x[:, getattr(net, "num_prefix_tokens", 0) - self.num_prefix_tokens :], rope
 
-    def arguments(self, i: int, grid: Grid, rope: Tensor | None, part: tuple[slice, ...], coarse: bool) -> dict:
-        """Where the tokens of block i are, in the source's terms: a part of the 1/16 grid, or the grid pooled by 2."""
+    def arguments(self, i: int, x: Tensor, grid: Grid, rope: Tensor | None, sides: Grid | None, coarse: bool) -> dict:
+        """Where the tokens x of block i are, in the source's terms: on the 1/16 grid, in windows of it, or on the grid
+        pooled by 2."""
         if rope is not None:
             angles = rearrange(rope[i] if self.source.rope_mixed else rope, "... (h w) d -> ... h w d", h=grid[0])
-            angles = midpoints(angles) if coarse else angles[..., part[0], part[1], :]
+            if sides:  # every window at its own place: prefix tokens are not rotated, so differences are not enough
+                angles = cut(angles if self.source.rope_mixed else angles[None], sides)
+                return {"rope": repeat(angles, "h m n d -> (b m) h n d", b=len(x) // angles.shape[1])}
+            angles = midpoints(angles) if coarse else angles
             return {"rope": rearrange(angles, "... h w d -> ... (h w) d")}
         if not self.beit:
             return {}
-        tables = [self.source.rel_pos_bias, self.blocks[i].attn]
-        tables = [t.relative_position_bias_table for t in tables if t is not None]
-        places = 1 + torch.arange(grid[0] * grid[1]).view(grid)[(slice(None, None, 2),) * 2 if coarse else part]
-        chosen = torch.cat([torch.arange(self.num_prefix_tokens), places.flatten()])
-        bias = sum(relative_bias(t, self.grid, grid, chosen) for t in tables if t is not None)
-        return {"shared_rel_pos_bias": bias if isinstance(bias, Tensor) else None}
+        tables = [table for table in (self.source.rel_pos_bias, self.blocks[i].attn) if table is not None]
+        tables = [table.relative_position_bias_table for table in tables]
+        part = (slice(None, None, 2),) * 2 if coarse else tuple(slice(side) for side in sides or grid)
+        places = 1 + torch.arange(grid[0] * grid[1]).view(grid)[part].flatten()
+        chosen = torch.cat([torch.arange(self.num_prefix_tokens), places])
+        found = [relative_bias(table, self.grid, grid, chosen) for table in tables if table is not None]
+        return {"shared_rel_pos_bias": sum(found[1:], found[0]) if found else None}
 
-    def block(self, i: int, x: Tensor, grid: Grid, rope: Tensor | None, coarse: Grid | None = None) -> Tensor:
-        """Tokens (b k+n d) on a grid -> the same, after block i, in windows unless it is global"""
-        own = coarse or grid
-        windowed = i not in self.global_blocks and max(own) > self.window and not coarse
-        if windowed:
-            x, sides, mask = self.to_windows(x, own)
-        part = tuple(slice(side) for side in (sides if windowed else own))
-        arguments = self.arguments(i, grid, rope, part, coarse is not None)
-        if windowed and mask is not None:
-            name = "shared_rel_pos_bias" if self.beit else "attn_mask"
-            arguments[name] = mask + arguments[name] if self.beit else mask
-        if self.sam:
-            x = rearrange(x, "b (h w) d -> b h w d", h=own[0])
+    def block(self, i: int, x: Tensor, fine: Grid, rope: Tensor | None, coarse: Grid | None = None) -> Tensor:
+        """Tokens (b k+n d) on the 1/16 grid, or on a coarse one after the third pool -> the same, after block i"""
+        grid, k, batch, sides = coarse or fine, self.num_prefix_tokens, len(x), None
+        if i not in self.global_blocks and max(grid) > self.window and not coarse:
+            counts = [-(-side // self.window) for side in grid]
+            sides = (-(-grid[0] // counts[0]), -(-grid[1] // counts[1]))
+            windows = cut(rearrange(x[:, k:], "b (h w) d -> b h w d", h=grid[0]), sides)
+            prefix = repeat(x[:, :k], "b k d -> b m k d", m=windows.shape[1])
+            x = torch.cat([prefix, windows], dim=2).flatten(0, 1)
+        arguments = self.arguments(i, x, fine, rope, sides, coarse is not None)
+        if sides and (grid[0] % sides[0] or grid[1] % sides[1]):  # no token looks at padding
+            padding = F.pad(1 - cut(x.new_ones(1, *grid, 1), sides)[0, :, :, 0], (k, 0))
+            mask = repeat(padding, "m n -> (b m) 1 1 n", b=batch) * torch.finfo(x.dtype).min
+            bias = arguments.pop("shared_rel_pos_bias", None)
+            arguments["shared_rel_pos_bias" if self.beit else "attn_mask"] = mask if bias is None else mask + bias
+        x = rearrange(x, "b (h w) d -> b h w d", h=grid[0]) if self.sam else x
         if self.source.grad_checkpointing and self.training:
             x = checkpoint(self.blocks[i], x, **arguments)
         else:
             x = self.blocks[i](x, **arguments)
         x = x.flatten(1, 2) if self.sam else x
-        return self.from_windows(x, own, sides) if windowed else x
-
-    def to_windows(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid, Tensor | None]:
-        """(b k+n d) -> windows of equal sides (b*windows k+m d), the prefix tokens in each; sides; mask for padding"""
-        counts = [-(-side // self.window) for side in grid]
-        h, w = (-(-side // count) for side, count in zip(grid, counts, strict=True))
-        prefix, maps = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        maps = rearrange(maps, "b (h w) d -> b h w d", h=grid[0])
-        below, right = h * counts[0] - grid[0], w * counts[1] - grid[1]
-        windows = rearrange(F.pad(maps, (0, 0, 0, right, 0, below)), "b (n h) (k w) d -> b (n k) (h w) d", h=h, w=w)
-        prefix = prefix[:, None].expand(-1, windows.shape[1], -1, -1)
-        mask = None
-        if below or right:
-            valid = F.pad(x.new_ones(1, *grid, 1), (0, 0, 0, right, 0, below))
-            valid = rearrange(valid, "1 (n h) (k w) 1 -> (n k) (h w)", h=h, w=w)
-            valid = F.pad(valid, (self.num_prefix_tokens, 0), value=1.0)
-            mask = torch.zeros_like(valid).masked_fill(valid == 0, -torch.inf)
-            mask = mask.repeat(len(x), 1)[:, None, None]
-        return torch.cat([prefix, windows], dim=2).flatten(0, 1), (h, w), mask
-
-    def from_windows(self, x: Tensor, grid: Grid, sides: Grid) -> Tensor:
-        """Back, the prefix tokens' copies averaged."""
-        h, w = sides
-        n, k = -(-grid[0] // h), -(-grid[1] // w)
-        x = rearrange(x, "(b m) t d -> b m t d", m=n * k)
-        prefix, windows = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
-        maps = rearrange(windows, "b (n k) (h w) d -> b (n h) (k w) d", n=n, h=h)[:, : grid[0], : grid[1]]
-        return torch.cat([prefix.mean(1), maps.flatten(1, 2)], dim=1)
+        if not sides:
+            return x
+        x = rearrange(x, "(b m) n d -> b m n d", b=batch)
+        maps = rearrange(x[:, :, k:], "b (n m) (h w) d -> b (n h) (m w) d", n=-(-grid[0] // sides[0]), h=sides[0])
+        return torch.cat([x[:, :, :k].mean(1), maps[:, : grid[0], : grid[1]].flatten(1, 2)], dim=1)
 
     def merge(self, x: Tensor, stage: int, grid: Grid) -> tuple[Tensor, Grid]:
         """Tokens (b*sides^2 k+n d) at the end of a stage -> pooled 2x2 into a quarter of the sub-grids, or the last of
@@ -487,6 +469,13 @@ class HPViT(nn.Module):
 def unfold(x: Tensor, side: int, grid: Grid, attention: str) -> Tensor:
     """Tokens of sub-grids (b*side*side n d) -> their map (b h w d)"""
     return rearrange(x, f"(b n k) (h w) d -> {MAPS[attention]}", n=side, k=side, h=grid[0])
+
+
+def cut(x: Tensor, sides: Grid) -> Tensor:
+    """Maps (b gh gw d) -> windows of these sides (b windows h*w d), padded with zeros at the right and bottom"""
+    h, w = sides
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % w, 0, -x.shape[1] % h))
+    return rearrange(x, "b (n h) (m w) d -> b (n m) (h w) d", h=h, w=w)
 
 
 def midpoints(angles: Tensor) -> Tensor:

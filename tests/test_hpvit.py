@@ -1,0 +1,403 @@
+"""HPViT: at its start it is the plain ViT, whichever timm has; and it is a timm citizen."""
+
+import copy
+import math
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import fill
+from einops import rearrange, repeat
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers.pos_embed_sincos import get_mixed_freqs
+from timm.optim import param_groups_layer_decay
+
+from mimkit.checkpoint import write_model
+from mimkit.checks import difference, tokens_after
+from mimkit.errors import UserError
+from mimkit.models.hpvit import midpoints, plain_vit, relative_bias, resolve_depths
+
+TINY = {"depth": 4, "embed_dim": 48, "num_heads": 3}
+KINDS = {  # one architecture for each kind of block, position and prefix in timm
+    "vit_tiny_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "deit3_small_patch16_224": {},
+    "vit_base_patch16_clip_quickgelu_224": {},
+    "vit_base_patch16_siglip_224": {},
+    "vit_base_patch14_dinov2": {"img_size": 98},
+    "vit_small_patch14_reg4_dinov2": {"img_size": 98},
+    "vit_small_patch8_224": {"img_size": 64},
+    "vit_small_patch32_224": {},
+    "vit_base_patch16_rpn_224": {},
+    "vit_small_patch16_18x2_224": {},
+    "vit_base_patch16_xp_224": {"num_heads": 6},
+    "vit_dpwee_patch16_reg1_gap_256": {},
+    "vit_small_patch16_dinov3": {},
+    "vit_small_patch16_rope_mixed_224": {},
+    "vit_medium_patch16_rope_reg1_gap_256": {},
+    "eva02_tiny_patch14_336": {"img_size": 98},
+    "eva_giant_patch14_224": {"img_size": 98},
+    "vit_pe_core_tiny_patch16_384": {"img_size": 112},
+    "beit_base_patch16_224": {"img_size": 112},
+    "samvit_base_patch16": {"img_size": 112, "window_size": 3, "global_attn_indexes": (1, 3)},
+}
+FAMILIES = ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "beit_base_patch16_224", "samvit_base_patch16"]
+
+
+def pyramid(name="vit_tiny_patch16_224", depths="1-1-2-0", **options):
+    """An HPViT with every tensor at order 1, and its pools at their start."""
+    arguments = {**TINY, **KINDS.get(name, {}), **options.pop("source_args", {})}
+    net = fill(timm.create_model("hpvit", source=name, source_args=arguments, depths=depths, **options)).eval()
+    for pool in net.pools:
+        if hasattr(pool, "reset_parameters"):
+            pool.reset_parameters()
+    return net, arguments
+
+
+def plain(net, name, arguments, **options):
+    """timm's own network with the same weights, its kernel at 16."""
+    source = plain_vit(name, 16, any_grid=True, **{**arguments, **options}).eval()
+    source.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("pools.")})
+    return source
+
+
+@torch.no_grad()
+def gaps(net, source, x):
+    """Relative differences of stage 3, of the final output and of the logits."""
+    depth = sum(net.depths[:3])
+    padded = F.pad(x, (0, -x.shape[-1] % 16, 0, -x.shape[-2] % 16))
+    tokens, final = tokens_after(source, padded, depth)
+    found = [difference(net.stages(x, 2)[-1][0], tokens)]
+    if not net.depths[3]:
+        found += [difference(net.forward_features(x), final), difference(net(x), source.forward_head(final))]
+    return found
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_starts_as_the_plain_vit(name):
+    net, arguments = pyramid(name)
+    net, source = net.double(), plain(net, name, arguments).double()
+    x = torch.randn(2, *net.pretrained_cfg["input_size"], dtype=torch.float64)
+    assert max(gaps(net, source, x)) < 1e-9
+    net.pools[0].weight.data = net.pools[0].weight.data.flip(-1)  # a wrong tap
+    assert min(gaps(net, source, x)) > 1e-3
+
+
+@pytest.mark.parametrize("depths", ["0-1-3-0", "2-0-2-0", "0-0-4-0", "1-1-1-1", "4-0-0-0", "0-0-0-4"])
+@pytest.mark.parametrize("padding", [(4, 8), (8, 4), (0, 12)])
+def test_any_split_and_padding(depths, padding):
+    net, arguments = pyramid(depths=depths, padding=padding)
+    source = plain(net, "vit_tiny_patch16_224", arguments)
+    assert max(gaps(net.double(), source.double(), torch.randn(1, 3, 64, 64, dtype=torch.float64))) < 1e-12
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("size", [(240, 240), (592, 592), (100, 180)])
+def test_any_size(name, size):
+    if name.startswith("beit"):  # timm's takes one size; its own resize gives another
+        net, arguments = pyramid(name)
+        source = plain(net, name, arguments).double()
+        source.set_input_size([-(-side // 16) * 16 for side in size])
+    else:
+        net, arguments = pyramid(name)
+        source = plain(net, name, arguments).double()
+    if size[0] > 500:
+        net.depths = (0, 1, 3, 0)
+    x = torch.randn(1, 3, *size, dtype=torch.float64)
+    assert max(gaps(net.double(), source, x)) < 1e-9
+    cells = [-(-side // 16) for side in size]
+    with torch.no_grad():
+        shapes = [m.shape[2:] for m in net.forward_intermediates(x, intermediates_only=True)]
+    expected = [(4 * cells[0], 4 * cells[1]), (2 * cells[0], 2 * cells[1]), tuple(cells)]
+    assert [tuple(s) for s in shapes] == [*expected, tuple(-(-c // 2) for c in cells)]
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+def test_any_channels(in_chans):
+    net, arguments = pyramid(in_chans=in_chans)
+    source = plain(net, "vit_tiny_patch16_224", arguments, in_chans=in_chans)
+    assert max(gaps(net.double(), source.double(), torch.randn(1, in_chans, 64, 96, dtype=torch.float64))) < 1e-12
+
+
+@torch.no_grad()
+def test_the_third_pool_is_the_mean_of_valid_tokens():
+    net, _ = pyramid()
+    third, fourth = net.forward_intermediates(torch.randn(1, 3, 48, 80), indices=[2, 3], intermediates_only=True)
+    assert fourth.shape[2:] == (2, 3)
+    torch.testing.assert_close(fourth[..., 0, 0], third[..., :2, :2].mean((2, 3)))
+    torch.testing.assert_close(fourth[..., 1, 2], third[..., 2, 4])
+    torch.testing.assert_close(fourth[..., 1, 0], third[..., 2, :2].mean(2))
+    stage3, stage4 = pyramid(depths="1-1-2-0")[0].stages(torch.randn(1, 3, 48, 80))[2:]
+    torch.testing.assert_close(stage3[0][:, 0], stage4[0][:, 0])  # the class token passes unchanged
+    learnt, _ = pyramid(depths="1-1-1-1")
+    x = torch.randn(1, 3, 48, 80)
+    mean, _ = pyramid(depths="1-1-1-1", pool="avg")
+    mean.load_state_dict({k: v for k, v in learnt.state_dict().items() if not k.startswith("pools.")})
+    mean.pools[0], mean.pools[1] = learnt.pools[0], learnt.pools[1]
+    torch.testing.assert_close(learnt(x), mean(x))
+
+
+@torch.no_grad()
+def test_kinds_of_pools_start_alike():
+    x = torch.randn(1, 3, 64, 64)
+    for init in ("aligned", 0.5, "average"):
+        depthwise, _ = pyramid(pool_init=init)
+        dense, _ = pyramid(pool="conv", pool_init=init)
+        shared = {k: v for k, v in depthwise.state_dict().items() if not k.startswith("pools.")}
+        dense.load_state_dict({**dense.state_dict(), **shared})
+        torch.testing.assert_close(depthwise(x), dense(x), rtol=1e-4, atol=1e-5)
+    mean, _ = pyramid(pool="avg")
+    mean.load_state_dict(shared)
+    torch.testing.assert_close(depthwise(x), mean(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_window_as_large_as_the_grid_is_none():
+    options = {"source_args": {"depth": 8}, "depths": "1-1-6-0"}
+    net, _ = pyramid(**options)
+    windowed, _ = pyramid(window=6, **options)
+    windowed.load_state_dict(net.state_dict())
+    assert list(windowed.global_blocks) == [1, 3, 5, 7]
+    x, larger = torch.randn(1, 3, 96, 96), torch.randn(1, 3, 112, 112)
+    assert torch.equal(net(x), windowed(x))
+    assert difference(net(larger), windowed(larger)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "beit_base_patch16_224"])
+@torch.no_grad()
+def test_a_window_sees_itself_and_the_prefix_tokens_only(name):
+    net, arguments = pyramid(name, depths="0-0-8-0", window=3, source_args={"depth": 8})
+    net, source = net.double(), plain(net, name, arguments).double()
+    x = torch.randn(1, 3, 96, 80, dtype=torch.float64)  # 6 x 5 tokens: the windows are 3 x 3, the last column padded
+    first, tokens = [], net.stages(x, 1)[-1][0]  # nothing ran yet but the embedding
+    tokens = net.merge(tokens, 1, (6, 5))[0]
+    rope = net.enter(net.embed(x))[1]
+    k = net.num_prefix_tokens
+    ours = net.block(0, tokens, (6, 5), rope)
+    maps = tokens[:, k:].reshape(1, 6, 5, -1)
+    for rows, columns in ((slice(0, 3), slice(0, 3)), (slice(3, 6), slice(3, 5))):
+        piece = torch.cat([tokens[:, :k], maps[:, rows, columns].flatten(1, 2)], dim=1)
+        places = torch.arange(30).reshape(6, 5)[rows, columns].flatten()
+        kwargs = {}
+        if rope is not None:
+            kwargs["rope"] = rope[places]
+        if net.beit:
+            source.set_input_size((96, 80))
+            chosen = torch.cat([torch.zeros(1, dtype=torch.long), 1 + places])
+            attention = source.blocks[0].attn
+            bias = attention._get_rel_pos_bias()[:, :, chosen][..., chosen]
+            attention._get_rel_pos_bias = lambda bias=bias: bias
+        theirs = source.blocks[0](piece, **kwargs)
+        got = ours[:, k:].reshape(1, 6, 5, -1)[:, rows, columns].flatten(1, 2)
+        torch.testing.assert_close(got, theirs[:, k:], rtol=1e-6, atol=1e-7)
+        first.append(theirs[:, :k])
+        if net.beit:
+            del attention._get_rel_pos_bias
+    assert len(first) == 2
+
+
+@torch.no_grad()
+def test_local_windows_of_tiled_tokens_are_the_source():
+    """Facts, identity 5: a map tiled from the source's tokens, with its positions, equals it in every window."""
+    net, arguments = pyramid(depths="4-0-0-0", attention="local")
+    source = plain(net, "vit_tiny_patch16_224", arguments)
+    tokens = torch.randn(1, 14, 14, 48)
+    ours = net.enter(repeat(tokens, "1 h w d -> (n k) h w d", n=4, k=4))[0]
+    for block in net.blocks:
+        ours = block(ours)
+    theirs = source.blocks(source._pos_embed(tokens))
+    torch.testing.assert_close(ours, theirs.expand_as(ours), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (7, 9), (14, 14)])
+def test_rope_after_the_third_pool_is_at_the_midpoints(size):
+    """At coordinates 2 i + .5, for every kind of RoPE, by the formulas of each."""
+    h, w = size
+    ys, xs = ([2 * i + (0.5 if 2 * i + 1 < n else 0.0) for i in range(-(-n // 2))] for n in size)
+    y, x = (t.flatten() for t in torch.meshgrid(torch.tensor(ys), torch.tensor(xs), indexing="ij"))
+
+    def ours(rope, embedding):
+        return midpoints(rearrange(embedding, "... (h w) d -> ... h w d", h=h)).flatten(-3, -2)
+
+    dinov3 = timm.create_model("vit_small_patch16_dinov3", **TINY).rope
+    coordinates = torch.stack([2 * (y + 0.5) / h - 1, 2 * (x + 0.5) / w - 1], dim=-1)
+    theirs = torch.cat(dinov3._get_pos_embed_from_coords(coordinates), dim=-1)
+    torch.testing.assert_close(ours(dinov3, dinov3.get_embed(size)), theirs, rtol=0, atol=2e-5)
+
+    mixed = timm.create_model("vit_small_patch16_rope_mixed_224", **TINY, dynamic_img_size=True).rope
+    assert mixed.grid_indexing == "xy"
+    theirs = get_mixed_freqs(mixed.freqs, x, y)
+    torch.testing.assert_close(ours(mixed, mixed.get_embed(size)), theirs, rtol=0, atol=2e-5)
+
+    eva = timm.create_model("eva02_tiny_patch14_336", **TINY, dynamic_img_size=True).rope
+    scale = [16 / n for n in size]  # timm's ref_feat_shape
+    angles = torch.cat([(y * scale[0])[:, None] * eva.bands, (x * scale[1])[:, None] * eva.bands], dim=-1)
+    theirs = torch.cat([angles.sin().repeat_interleave(2, -1), angles.cos().repeat_interleave(2, -1)], dim=-1)
+    torch.testing.assert_close(ours(eva, eva.get_embed(size)), theirs, rtol=0, atol=2e-5)
+
+
+def test_relative_tables_after_the_third_pool_are_at_even_offsets():
+    table = torch.randn(13 * 13 + 3, 3)
+    places = torch.arange(49).reshape(7, 7)[::2, ::2].flatten()
+    bias = relative_bias(table, (7, 7), (7, 7), torch.cat([torch.zeros(1, dtype=torch.long), 1 + places]))
+    for i in range(16):
+        for j in range(16):
+            dy, dx = 2 * (i // 4 - j // 4), 2 * (i % 4 - j % 4)
+            assert torch.equal(bias[0, :, 1 + i, 1 + j], table[(dy + 6) * 13 + dx + 6])
+    assert torch.equal(bias[0, :, 0, 5], table[-3])
+    assert torch.equal(bias[0, :, 5, 0], table[-2])
+    assert torch.equal(bias[0, :, 0, 0], table[-1])
+
+
+def test_every_tap_learns():
+    net, _ = pyramid(depths="1-1-1-1")
+    net(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+    for pool in net.pools:
+        assert (pool.weight.grad != 0).all()
+    for name in ("vit_small_patch16_dinov3", "beit_base_patch16_224"):
+        net, _ = pyramid(name)
+        net(torch.randn(1, 3, 64, 64)).sum().backward()
+        assert [n for n, p in net.named_parameters() if p.grad is None] == []
+
+
+@torch.no_grad()
+def test_dropped_prefix_tokens():
+    net, arguments = pyramid(prefix="drop")
+    x = torch.randn(1, 3, 64, 64)
+    assert [tokens.shape[1] for tokens, _ in net.stages(x)] == [16, 16, 16, 4]
+    features = net.forward_features(x)
+    torch.testing.assert_close(features[:, 0], features[:, 1:].mean(1))
+    assert net(x).shape == (1, 1000)
+    assert difference(net(x), plain(net, "vit_tiny_patch16_224", arguments)(x)) > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_is_a_timm_citizen(name):
+    net, arguments = pyramid(name)
+    source = timm.create_model(name, **arguments)
+    own = set(net.state_dict())
+    assert {n for n in own if not n.startswith("pools.")} == set(source.state_dict())
+    assert {n for n in own if n.startswith("pools.")} == {"pools.0.weight", "pools.1.weight"}
+    assert net.no_weight_decay() >= {"pools.0.weight", "pools.1.weight", "pos_embed"} & own | set()
+    x = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        y = net(x)
+        again = copy.deepcopy(net)
+        assert again.source._parameters is again._parameters
+        assert torch.equal(again(x), y)
+        maps = timm.create_model(
+            "hpvit", source=name, source_args=arguments, depths="1-1-2-0", features_only=True, out_indices=(1, 2)
+        )
+        maps.model.load_state_dict({k: v for k, v in net.state_dict().items() if k in maps.model.state_dict()})
+        assert maps.feature_info.reduction() == [8, 16]
+        for ours, theirs in zip(
+            maps.eval()(x), net.forward_intermediates(x, [1, 2], intermediates_only=True), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+        final, _ = net.forward_intermediates(x)
+        assert torch.equal(final, net.forward_features(x))
+    net.reset_classifier(7)
+    assert net(x).shape == (2, 7)
+    assert net.num_classes == 7
+    net.train()
+    assert net.source.training
+    net.set_grad_checkpointing()
+    grads = []
+    for enable in (False, True):
+        net.set_grad_checkpointing(enable)
+        net.zero_grad()
+        net(x).square().mean().backward()
+        grads.append({n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None})
+    assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
+
+
+def test_layer_decay():
+    net, _ = pyramid(depths="1-1-2-0")
+    groups = param_groups_layer_decay(net, layer_decay=0.5, no_weight_decay_list=net.no_weight_decay())
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    of = {name: math.log2(scale[id(p)]) for name, p in net.named_parameters()}
+    assert of["head.weight"] == 0
+    assert of["blocks.3.mlp.fc1.weight"] - of["blocks.0.mlp.fc1.weight"] == 3
+    assert of["pools.0.weight"] == of["blocks.1.mlp.fc1.weight"]
+    assert of["pools.1.weight"] == of["blocks.2.mlp.fc1.weight"]
+    assert of["patch_embed.proj.weight"] == of["cls_token"] == of["blocks.0.mlp.fc1.weight"] - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fresh_process_rebuilds_it(name, tmp_path):
+    net, _ = pyramid(name, depths="1-1-2-0", num_classes=5)
+    x = torch.randn(1, 3, 96, 64)
+    write_model(net, tmp_path / "model", mean=(0.1, 0.2, 0.3))
+    torch.save((x, net(x).detach()), tmp_path / "expected.pt")
+    code = (
+        "import timm, torch, mimkit; x, y = torch.load('expected.pt');"
+        "net = timm.create_model('local-dir:model', pretrained=True).eval();"
+        "assert list(net.pretrained_cfg['mean']) == [.1, .2, .3]; assert not net.pretrained_cfg['fixed_input_size'];"
+        "torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-5);"
+        "assert timm.create_model('local-dir:model', pretrained=True, num_classes=3, in_chans=1)"
+        "(x[:, :1]).shape == (1, 3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_named_entries():
+    for name, width, side in (("s", 384, 224), ("b", 768, 224), ("l", 1024, 224), ("h", 1280, 256)):
+        with torch.device("meta"):
+            net = timm.create_model(f"hpvit_{name}")
+        assert (net.embed_dim, net.pretrained_cfg["input_size"]) == (width, (3, side, side))
+    with pytest.raises(UserError, match="choose hpvit_s"), torch.device("meta"):
+        timm.create_model("hpvit_b", source="vit_small_patch14_dinov2")
+    inputs = {"vit_large_patch14_clip_224": 256, "vit_base_patch8_224": 448, "vit_base_patch32_224": 112}
+    for source, side in inputs.items():
+        with torch.device("meta"):
+            net = timm.create_model("hpvit", source=source)
+        assert net.pretrained_cfg["input_size"] == (3, side, side)
+
+
+@given(st.integers(4, 48), st.data())
+@settings(max_examples=30, deadline=None)
+def test_depths(total, data):
+    first, second = data.draw(st.integers(0, total)), data.draw(st.integers(0, total))
+    split = (first, second, total - first - second, 0)
+    if split[2] < 0:
+        with pytest.raises(UserError, match="do not split"):
+            resolve_depths(split, total)
+    else:
+        assert resolve_depths(split, total) == resolve_depths("-".join(map(str, split)), total) == split
+    assert sum(resolve_depths("light", total)) == total
+    with pytest.raises(UserError, match="0-1-"):
+        resolve_depths("cheap", total)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depths": "1-1-1-0"}, "do not split 4 blocks"),
+        ({"pool": "max"}, "pool 'max' is unknown"),
+        ({"pool_init": "tap"}, "pool_init 'tap' is unknown"),
+        ({"pool_init": 1.5}, "pool_init 1.5"),
+        ({"attention": "global"}, "attention 'global'"),
+        ({"padding": (6, 6)}, "padding"),
+        ({"prefix": "some"}, "prefix 'some'"),
+        ({"patch_drop_rate": 0.5}, "patch_drop_rate"),
+        ({"source": "resnet50"}, "not a plain ViT"),
+        ({"source": "vit_base_r50_s16_224"}, "not by patches"),
+        ({"source": "vit_nowhere"}, "cannot be built"),
+        ({"source": "samvit_base_patch16_224", "depths": "1-1-1-1"}, "samvit_base_patch16_224 has windows"),
+        ({"source": "samvit_base_patch16_224", "window": 4}, "has windows"),
+    ],
+)
+def test_wrong_options_are_one_sentence(options, message):
+    source = options.pop("source", "vit_tiny_patch16_224")
+    arguments = TINY if source.startswith(("vit_tiny", "sam")) else {}
+    with pytest.raises(UserError, match=message):
+        timm.create_model("hpvit", source=source, source_args=arguments, **options)
