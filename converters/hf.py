@@ -96,12 +96,9 @@ def classifier(m: Remap) -> None:
     """A head that takes the pooled width; Dinov2's takes class token and mean, which timm's networks don't."""
     m.rename(r"distillation_classifier\.(.*)", r"head_dist.\1")
     width = m.found["patch_embed.proj.weight"].shape[0] if "patch_embed.proj.weight" in m.found else 0
-    for match, tensor in m.take(r"(?:cls_)?classifier\.(weight|bias)"):
-        weight = m.found.get("head.weight", tensor)
-        if weight.shape[-1] == width or (match[1] == "bias" and "head.weight" in m.found):
-            m.put("renamed", (match[0],), f"head.{match[1]}", tensor)
-        else:
-            m.skip(match[0], "a classifier of class token and mean together")
+    if any(n.endswith("classifier.weight") and tensor.shape[1] != width for n, tensor in m.left.items()):
+        m.drop(r"classifier\..*", "a classifier of class token and mean together")
+    m.rename(r"(?:cls_)?classifier\.(.*)", r"head.\1")
 
 
 def options(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mimkit.checkpoint import read_weights
+from mimkit.checkpoint import State, read_weights
 from mimkit.data import Normalise, look
 from mimkit.errors import UserError
 from mimkit.kernels import KERNEL, resize_kernel, resize_matrix
@@ -211,30 +211,26 @@ def independent(plain: "Plain", file: Path, layout: str, which: str | None, fami
 
 
 def read_by_timm(plain: "Plain", file: Path, which: str | None, ours: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """By timm's own loader, strictly, without the tensors that are no part of the ViT."""
+    """By timm's own loader, strictly: the whole file, or what is left without tensors that are no part of the ViT."""
+    arguments = {key: value for key, value in plain.arguments.items() if key != "norm_eps"}
+    size = (ours.patch_embed.proj.in_channels, *ours.patch_embed.img_size)
     dropped = {name for row in plain.rows if row.action == "dropped" for name in row.origins}
-    state = {name: tensor for name, tensor in read_weights(file, which).items() if name not in dropped}
-    net: Any
-    name, arguments = plain.name.split(".")[0], {k: v for k, v in plain.arguments.items() if k != "norm_eps"}
-    net = timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay=overlay(plain, ours, state), **arguments
-    ).eval()
+
+    def load(state: State) -> Any:
+        cfg = {"state_dict": state, "num_classes": arguments["num_classes"], "input_size": size, "custom_load": False}
+        name = plain.name.split(".")[0]
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=cfg, **arguments).eval()
+
+    state = read_weights(file, which)
+    try:
+        net = load(dict(state))
+    except RuntimeError:
+        net = load({name: tensor for name, tensor in state.items() if name not in dropped})
     if "norm_eps" in plain.arguments:
         for module in net.modules():
             if hasattr(module, "eps"):
                 module.eps = plain.arguments["norm_eps"]
     return net(x), ours(x)
-
-
-def overlay(plain: "Plain", ours: Any, state: dict[str, Tensor]) -> dict[str, Any]:
-    """timm's words for: load these tensors, which are for this network as it is built."""
-    size = (ours.patch_embed.proj.in_channels, *ours.patch_embed.img_size)
-    return {
-        "state_dict": state,
-        "num_classes": plain.arguments["num_classes"],
-        "input_size": size,
-        "custom_load": False,
-    }
 
 
 def read_by_transformers(plain: "Plain", file: Path, which: str | None, ours: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,10 +243,27 @@ def read_by_transformers(plain: "Plain", file: Path, which: str | None, ours: An
         config.mask_ratio = 0.0
     kinds: Any = {"clip": "CLIPVisionModel", "clip_vision_model": "CLIPVisionModel"}
     kind = getattr(transformers, kinds.get(config.model_type, "AutoModel"))
-    net = kind.from_pretrained(folder, config=config, attn_implementation="eager").eval()
+    with quiet(transformers.logging):
+        net, found = kind.from_pretrained(folder, config=config, attn_implementation="eager", output_loading_info=True)
+    if missing := [name for name in found["missing_keys"] if "pooler" not in name and not name.startswith("decoder")]:
+        raise KeyError(f"{', '.join(sorted(missing)[:3])} missing")
+    net.eval()
     more = {"noise": torch.arange(ours.patch_embed.num_patches)[None].float()} if config.model_type == "vit_mae" else {}
     states = net(pixel_values=x, output_hidden_states=True, **more).hidden_states
     return states[-1], tokens_after(ours, x, len(ours.blocks))[0]
+
+
+@contextmanager
+def quiet(logging: Any) -> Iterator[None]:
+    """transformers without its bar and its table of names."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 def count_gmacs(model: nn.Module, *shape: int) -> float:
     """GMACs of a forward pass on one input of this shape (1 c H W), counted without computing anything."""
-    model = copy.deepcopy(model).to("meta").eval()
+    model = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     with torch.device("meta"):
         return gmacs_of(model, torch.empty(shape))
 

@@ -284,8 +284,8 @@ class HPViT(nn.Module):
             return {"rope": rearrange(angles, "... h w d -> ... (h w) d")}
         if not self.beit:
             return {}
-        tables = [table for table in (self.source.rel_pos_bias, self.blocks[i].attn) if table is not None]
-        tables = [table.relative_position_bias_table for table in tables]
+        owners: list[Any] = [self.source.rel_pos_bias, self.blocks[i].attn]  # shared by all blocks, or of this one
+        tables = [owner.relative_position_bias_table for owner in owners if owner is not None]
         part = (slice(None, None, 2),) * 2 if coarse else tuple(slice(side) for side in sides or grid)
         places = 1 + torch.arange(grid[0] * grid[1]).view(grid)[part].flatten()
         chosen = torch.cat([torch.arange(self.num_prefix_tokens), places])
