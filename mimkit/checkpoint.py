@@ -41,17 +41,14 @@ def read_weights(path: str | Path, which: str | None = None) -> State:
     """
     path = Path(path).expanduser()
     try:
-        files = weight_files(path)
-        content: Any = {}
-        for file in files:
-            safe = file.suffix == ".safetensors"
-            content |= load_file(file) if safe else torch.load(file, "cpu", weights_only=True, mmap=_zipped(file))
+        contents = [_load(file) for file in weight_files(path)]
     except UserError:
         raise
     except Exception as error:  # torch, safetensors and pickle raise a dozen kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path} cannot be read as weights ({reason}): it is torn, or not only tensors.") from error
-    state = {name: tensor for name, tensor in unwrap(content, which, path).items() if isinstance(tensor, Tensor)}
+    states = [unwrap(content, which, path) for content in contents]
+    state = {name: tensor for part in states for name, tensor in part.items() if isinstance(tensor, Tensor)}
     if not state:
         raise UserError(f"{path} holds no tensors: pass a file of weights.")
     return strip(state)
@@ -72,9 +69,12 @@ def weight_files(path: Path) -> list[Path]:
     return [path]
 
 
-def _zipped(file: Path) -> bool:
+def _load(file: Path) -> Any:
+    if file.suffix == ".safetensors":
+        return load_file(file)
     with file.open("rb") as opened:
-        return opened.read(2) == b"PK"  # what torch.save writes, unlike its format before 1.6, can be mapped
+        zipped = opened.read(2) == b"PK"  # what torch.save writes, unlike its format before 1.6, can be mapped
+    return torch.load(file, "cpu", weights_only=True, mmap=zipped)
 
 
 def unwrap(content: Any, which: str | None, path: Path) -> dict[str, Any]:

@@ -1,0 +1,477 @@
+"""The engine and the command: what it refuses, what it leaves, what its checks catch."""
+
+import errno
+import json
+import pickle
+import re
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import fill
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from mimkit import checks, cli, conversion
+from mimkit.checkpoint import read_weights
+from mimkit.checks import difference, in_float64, linear_cka
+from mimkit.conversion import Remap, convert, families, find, plain_vits, read_plain
+from mimkit.errors import UserError
+from mimkit.kernels import resize_kernel, resize_matrix, restore_kernel
+from mimkit.models.hpvit import Pool, plain_vit
+
+TINY = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64}
+NAME = "vit_base_patch16_224"
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A small random ViT, every tensor at order 1, in timm's layout."""
+    net = fill(plain_vit(NAME, **TINY, num_classes=0)).eval()
+    torch.save({"model": net.state_dict()}, tmp_path / "vit.pth")
+    return tmp_path / "vit.pth"
+
+
+def run(capsys, monkeypatch, *argv):
+    """-> (exit code, what it printed, what it complained)"""
+    monkeypatch.setattr(sys, "argv", ["mimkit", "convert", *map(str, argv)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    return code, " ".join(printed.out.split()), " ".join(printed.err.split())
+
+
+def options(file, **more):
+    return {"checkpoint": file, "layout": "timm", "source_args": TINY, **more}
+
+
+def flags(file):
+    return ["--from", NAME, "--checkpoint", file, "--layout", "timm", "--source-args", json.dumps(TINY)]
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def test_convert_and_back(capsys, monkeypatch, file, tmp_path):
+    code, out, _ = run(capsys, monkeypatch, *flags(file), "--to", "hpvit", "--out", tmp_path / "out")
+    assert code == 0
+    assert "the pyramid is the plain ViT: passed" in out
+    assert "an independent reader: passed" in out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "report.json",
+        "report.md",
+    }
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["sha256"]) == 64
+    assert report["sizes"]["hpvit"][1] > report["sizes"][NAME][1]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [check["result"] for check in config["mimkit"]["checks"]] == ["passed", "not applicable", "passed"]
+    code, out, _ = run(capsys, monkeypatch, "--from", tmp_path / "out", "--to", "timm", "--out", tmp_path / "back")
+    assert code == 0
+    assert "the pyramid is the plain ViT: passed" in out
+    before, after = read_weights(file), load_file(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    # a run's encoder, as timm's hub layout has it, goes the same way
+    code, out, _ = run(capsys, monkeypatch, "--from", tmp_path / "back", "--out", tmp_path / "again")
+    assert code == 0
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(
+        torch.equal(again[key], value) for key, value in load_file(tmp_path / "out" / "model.safetensors").items()
+    )
+
+
+def test_dry_run_and_no_checks(capsys, monkeypatch, file, tmp_path):
+    code, out, _ = run(capsys, monkeypatch, *flags(file), "--dry-run")
+    assert code == 0
+    assert "passed" in out
+    assert [p.name for p in tmp_path.iterdir()] == ["vit.pth"]
+    code, out, _ = run(capsys, monkeypatch, *flags(file), "--no-checks", "--out", tmp_path / "out")
+    assert (code, "NOT CHECKED" in out) == (0, True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["mimkit"]["checks"] == "NOT CHECKED"
+    assert "NOT CHECKED" in (tmp_path / "out" / "report.md").read_text()
+    assert timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).depths == (0, 1, 3, 0)
+
+
+def test_options_reach_the_network(capsys, monkeypatch, file, tmp_path):
+    more = "--depths 1-1-1-1 --pool conv --pool-init 0.5 --attention local --padding [0,12] --prefix drop --window 3"
+    code, out, _ = run(capsys, monkeypatch, *flags(file), "--out", tmp_path / "out", *more.split())
+    assert code == 0
+    assert "not applicable" in out
+    assert "Linear CKA" in out
+    net = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True)
+    assert (net.depths, net.padding, net.num_prefix_tokens, net.window) == ((1, 1, 1, 1), (0, 12), 0, 3)
+    assert (net.pools[0].kind, net.pools[0].share, net.attention) == ("conv", 0.5, "local")
+
+
+def test_list(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "--list")
+    assert code == 0
+    for word in (
+        "vit_b_mae vit_base_patch16_224.mae",
+        "dinov2_s",
+        "clip_b16",
+        "--layout hf",
+        f"{len(plain_vits())} plain",
+    ):
+        assert word in out
+
+
+def test_every_alias_is_a_plain_vit_with_weights():
+    for layout, family in families().items():
+        for alias, name in family.aliases.items():
+            assert name in timm.list_models(f"{name.split('.')[0]}.*", pretrained=True), alias
+            assert find(alias)[:2] == (name, layout)
+
+
+# What it refuses -----------------------------------------------------------------------------------------------------
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def torn(state, path):
+    save_file(state, path.with_suffix(".safetensors"))
+    whole = path.with_suffix(".safetensors").read_bytes()
+    path.with_suffix(".safetensors").write_bytes(whole[: len(whole) // 2])
+    return path.with_suffix(".safetensors")
+
+
+def torn_pickle(state, path):
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:5000])
+    return path
+
+
+def harmful(state, path):
+    path.write_bytes(pickle.dumps({"model": Harmful()}))
+    return path
+
+
+def saved(change):
+    def save(state, path):
+        torch.save(change(dict(state)), path)
+        return path
+
+    save.__name__ = change.__name__
+    return save
+
+
+def with_nan(state):
+    state["blocks.1.mlp.fc1.weight"] = torch.full_like(state["blocks.1.mlp.fc1.weight"], torch.nan)
+    return state
+
+
+def without_a_block(state):
+    return {key: value for key, value in state.items() if not key.startswith("blocks.3.")}
+
+
+def without_a_tensor(state):
+    return {key: value for key, value in state.items() if key != "blocks.2.attn.qkv.bias"}
+
+
+def with_another_tensor(state):
+    return state | {"surprise.weight": torch.zeros(3)}
+
+
+def of_another_shape(state):
+    return state | {"blocks.0.mlp.fc1.bias": torch.zeros(3)}
+
+
+def with_odd_positions(state):
+    return state | {"pos_embed": torch.zeros(1, 12, 48)}
+
+
+def of_mmpretrain(state):
+    return {f"layers.0.ln1.weight{i}": torch.zeros(3) for i in range(2)} | {
+        "patch_embed.projection.weight": torch.zeros(3),
+        "layers.0.ln1.weight": torch.zeros(3),
+        "layers.0.ffn.layers.0.0.weight": torch.zeros(3),
+    }
+
+
+def no_network(state):
+    return {"weight": torch.zeros(3)}
+
+
+def a_list(state):
+    return [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (torn, "cannot be read as weights"),
+        (torn_pickle, "cannot be read as weights"),
+        (harmful, "cannot be read as weights"),
+        (saved(with_nan), "has NaN or infinite values in blocks.1.mlp.fc1.weight"),
+        (
+            saved(without_a_block),
+            "48 wide with 3 blocks and patches of 16 px, but vit_base_patch16_224 is 48 w",
+        ),
+        (saved(without_a_tensor), "blocks.2.attn.qkv.bias is missing"),
+        (saved(with_another_tensor), "surprise.weight is not of vit_base"),
+        (saved(of_another_shape), r"blocks.0.mlp.fc1.bias is \(3,\) instead of \(192,\)"),
+        (saved(with_odd_positions), "11 positions, which is no square grid"),
+        (saved(of_mmpretrain), "it looks like mmpretrain: pass --layout"),
+        (saved(no_network), "no family knows it"),
+        (saved(a_list), "holds a list"),
+    ],
+)
+def test_bad_files_end_in_a_sentence(damage, message, capsys, monkeypatch, tmp_path, file):
+    bad = damage(read_weights(file), tmp_path / "bad.pth")
+    code, out, err = run(capsys, monkeypatch, *flags(bad), "--out", tmp_path / "out")
+    assert code == 2
+    assert re.search(message, err), err
+    assert "code ran" not in out + err
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--to", "hpvit"], "pass --from NAME"),
+        (["--from", "vit_b_may", "--dry-run"], "vit_b_mae"),
+        (["--from", "resnet50", "--dry-run"], "no alias, plain ViT of timm or folder"),
+        (["--from", "vit_base_patch16_224.nobody", "--dry-run"], "no such tag"),
+        (["--from", "vit_b_mae"], "pass --out DIR, or --dry-run"),
+        (["--from", "vit_b_mae", "--to", "svit", "--dry-run"], "--to svit is unknown"),
+        (["--from", "vit_b_mae", "--checkpoint", "nowhere.pth", "--dry-run"], "nowhere.pth: there is no such file"),
+        (["--from", "vit_b_mae", "--layout", "jax", "--checkpoint", "x", "--dry-run"], "--layout jax is unknown"),
+        (["--from", "vit_b_mae", "--depths", "1-1", "--checkpoint", "FILE", "--dry-run"], "12 blocks, but|4 blocks"),
+        (["--from", "vit_b_mae", "--to", "hivit_b", "--checkpoint", "FILE", "--dry-run"], "does not become hivit_b"),
+        (["--from", "vit_base_patch32_224", "--checkpoint", "FILE", "--dry-run"], "32 px: give --from another name"),
+        (["--from", NAME, "--to", "timm", "--pool", "dw", "--checkpoint", "FILE", "--dry-run"], "takes no pool"),
+    ],
+)
+def test_wrong_words_end_in_a_sentence(argv, message, capsys, monkeypatch, file):
+    argv = [str(file) if word == "FILE" else word for word in argv]
+    code, _, err = run(capsys, monkeypatch, *argv)
+    assert code == 2
+    assert re.search(message, err), err
+
+
+def test_a_named_target_must_fit(capsys, monkeypatch, file):
+    code, _, err = run(capsys, monkeypatch, *flags(file), "--to", "hpvit_s", "--dry-run")
+    assert code == 2
+    assert "choose hpvit." in err
+
+
+def test_no_network(capsys, monkeypatch):
+    """conftest puts the hub out of reach."""
+    code, _, err = run(capsys, monkeypatch, "--from", "vit_b_mae", "--dry-run")
+    assert code == 2
+    assert "download https://huggingface.co/timm/vit_base_patch16_224.mae/resolve/main/model.safetensors" in err
+    assert "--checkpoint FILE" in err
+
+
+def test_published_weights(monkeypatch, file, tmp_path):
+    """As huggingface_hub would hand them over."""
+    import huggingface_hub
+
+    save_file(read_weights(file), tmp_path / "model.safetensors")
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *words: asked.append(words) or str(tmp_path / "model.safetensors")
+    )
+    report = convert("vit_b_mae", dry_run=True, source_args=TINY)
+    assert asked == [("timm/vit_base_patch16_224.mae", "model.safetensors")]
+    assert (report.layout, report.checks[-1]["result"]) == ("timm", "passed")
+    assert conversion.published("vit_base_patch16_siglip_224.webli")[1] in ("timm", "openclip")
+
+
+def test_another_folder_is_not_replaced(file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match="is no conversion"):
+        convert(NAME, out=tmp_path / "out", **options(file))
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years"
+
+
+@pytest.mark.parametrize("when", ["weights", "report"])
+def test_a_full_disk_leaves_nothing(when, capsys, monkeypatch, file, tmp_path):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out"))
+
+    if when == "weights":
+        monkeypatch.setattr("safetensors.torch.save_file", full)
+    else:
+        monkeypatch.setattr(conversion.Report, "save", full)
+    code, _, err = run(capsys, monkeypatch, *flags(file), "--out", tmp_path / "out")
+    assert code == 2
+    assert "the disk is full" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["vit.pth"]
+
+
+def test_an_interrupt_leaves_nothing(capsys, monkeypatch, file, tmp_path):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checks, "identity", stop)
+    code, _, err = run(capsys, monkeypatch, *flags(file), "--out", tmp_path / "out")
+    assert (code, "Interrupted" in err) == (130, True)
+    assert [p.name for p in tmp_path.iterdir()] == ["vit.pth"]
+
+
+def test_a_trained_pyramid_does_not_go_back(capsys, monkeypatch, file, tmp_path):
+    convert(NAME, out=tmp_path / "out", checks=False, **options(file))
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    state["pools.1.weight"] += 1e-3
+    save_file(state, tmp_path / "out" / "model.safetensors")
+    code, _, err = run(capsys, monkeypatch, "--from", tmp_path / "out", "--to", "timm", "--out", tmp_path / "back")
+    assert code == 2
+    assert "was trained: pools.1" in err
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_shards_and_prefixes_and_parts(file, tmp_path):
+    state = read_weights(file)
+    names = sorted(state)
+    for kind, save in (("model.safetensors", save_file), ("pytorch_model.bin", torch.save)):
+        folder = tmp_path / kind
+        folder.mkdir()
+        stem, ending = kind.split(".")
+        shards = {f"{stem}-{i}.{ending}": names[i::2] for i in range(2)}
+        for shard, chosen in shards.items():
+            save({name: state[name] for name in chosen}, folder / shard)
+        index = {"weight_map": {name: shard for shard, chosen in shards.items() for name in chosen}}
+        (folder / f"{kind}.index.json").write_text(json.dumps(index))
+        read = read_weights(folder)
+        assert read.keys() == state.keys()
+        assert all(torch.equal(read[name], state[name]) for name in names)
+        assert len(conversion.sha256(folder)) == 64
+    prefixed = {f"module._orig_mod.backbone.{name}": tensor for name, tensor in state.items()}
+    noise = {name: torch.randn_like(tensor) for name, tensor in state.items()}
+    content = {"student": noise, "teacher": prefixed, "state_dict": noise, "state_dict_ema": noise, "epoch": 1}
+    torch.save(content, tmp_path / "parts.pth")
+    assert torch.equal(read_weights(tmp_path / "parts.pth", "teacher")["cls_token"], state["cls_token"])
+    for which in (None, "ema", "student", "model"):
+        assert torch.equal(read_weights(tmp_path / "parts.pth", which)["cls_token"], noise["cls_token"])
+    torch.save({"model": state}, tmp_path / "one.pth")
+    with pytest.raises(UserError, match="holds no teacher weights"):
+        read_weights(tmp_path / "one.pth", "teacher")
+
+
+def test_what_is_left_is_an_error():
+    remap = Remap({"a.weight": torch.zeros(1), "b.weight": torch.ones(1)}, set())
+    remap.rename(r"a\.(.*)", r"c.\1")
+    assert list(remap.left) == ["b.weight"]
+    with pytest.raises(UserError, match="there already"):
+        remap.rename(r"b\.(.*)", r"c.\1")
+    halves = Remap({"q.weight": torch.zeros(1)}, set())
+    with pytest.raises(UserError, match="has no k"):
+        halves.fuse(r"(?P<part>q|k)\.weight", "qk.weight", ("q", "k"))
+
+
+def test_unexplained_tensors_are_all_named(file, tmp_path, capsys, monkeypatch):
+    state = read_weights(file) | {"surprise.weight": torch.zeros(2), "wonder": torch.zeros(1)}
+    torch.save(state, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=r"2 tensors that mae does not explain: surprise.weight, wonder"):
+        read_plain(NAME, tmp_path / "more.pth", "mae", given=TINY)
+
+
+def test_what_travels(tmp_path):
+    """Epsilon, mean, std and interpolation of a folder of transformers reach the written network."""
+    import transformers
+
+    size = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 192}
+    config = transformers.ViTConfig(**size, image_size=64, layer_norm_eps=1e-3, hidden_act="gelu_pytorch_tanh")
+    transformers.ViTModel(config).save_pretrained(tmp_path / "hf")
+    said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(said))
+    convert(NAME, out=tmp_path / "out", checkpoint=tmp_path / "hf", layout="hf", source_args=TINY)
+    net = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True)
+    assert {m.eps for m in net.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-3}
+    assert net.blocks[0].mlp.act.__class__.__name__ == "GELUTanh"
+    cfg = net.pretrained_cfg
+    assert list(cfg["mean"]) == [0.1, 0.2, 0.3]
+    assert (list(cfg["std"]), cfg["interpolation"]) == ([0.4, 0.5, 0.6], "bilinear")
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_tap_is_caught(monkeypatch, file, tmp_path):
+    right = Pool.start
+    monkeypatch.setattr(Pool, "start", lambda self: right(self).flip(-1))
+    with pytest.raises(UserError, match="The pyramid is not the plain ViT"):
+        convert(NAME, out=tmp_path / "out", **options(file))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_kernel_is_caught(monkeypatch, tmp_path):
+    net = fill(plain_vit("vit_base_patch14_dinov2", **{**TINY, "img_size": 56}, num_classes=0))
+    save_file(net.state_dict(), tmp_path / "vit.safetensors")
+    more = {"checkpoint": tmp_path / "vit.safetensors", "layout": "timm", "source_args": {**TINY, "img_size": 56}}
+    wrong = torch.nn.functional.interpolate
+    monkeypatch.setattr(checks, "resize_kernel", lambda kernel, side: wrong(kernel, (side, side), mode="bilinear"))
+    with pytest.raises(UserError, match="The kernel's resize is wrong"):
+        convert("vit_base_patch14_dinov2", out=tmp_path / "out", **more)
+    monkeypatch.undo()
+    assert convert("vit_base_patch14_dinov2", dry_run=True, **more).checks[1]["error"] < 1e-12
+
+
+def test_doubt_is_settled_in_float64(monkeypatch, file):
+    monkeypatch.setattr(checks, "DOUBT", -1.0)  # always in doubt
+    found = convert(NAME, dry_run=True, **options(file)).checks[-1]
+    assert found["float64"] < 1e-9
+    net = fill(timm.create_model("hpvit", source=NAME, source_args=TINY)).eval()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with torch.no_grad(), in_float64(net):
+        doubled = net(torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    assert doubled.dtype == torch.float64
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    monkeypatch.setattr(checks, "LIMIT64", -1.0)
+    with pytest.raises(UserError, match="in float64"):
+        convert(NAME, dry_run=True, **options(file))
+
+
+def test_cka():
+    a = torch.randn(500, 8, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    assert linear_cka(a, 3 * a @ turn + 5) == pytest.approx(1)
+    assert linear_cka(a, torch.randn(500, 8, dtype=torch.float64)) < 0.1
+
+
+@given(st.integers(4, 16), st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_kernels_there_and_back(side, seed):
+    generator = torch.Generator().manual_seed(seed)
+    kernel = torch.randn(5, 3, side, side, generator=generator)
+    resized = resize_kernel(kernel, 16)
+    patch = torch.randn(3, side, side, generator=generator, dtype=torch.float64)
+    larger = (resize_matrix(side, 16) @ patch.flatten(1).T).T
+    expected = (kernel.double().flatten(1) @ patch.flatten())[:, None]
+    torch.testing.assert_close(resized.double().flatten(1) @ larger.reshape(-1, 1), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(restore_kernel(resized, side), kernel, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_like_timm():
+    kernel = torch.randn(5, 3, 14, 14)
+    theirs = timm.layers.resample_patch_embed(kernel, [16, 16])
+    assert difference(resize_kernel(kernel, 16), theirs) < 1e-4
+    with pytest.raises(UserError, match="was shrunk"):
+        restore_kernel(torch.randn(5, 3, 16, 16), 32)
+
+
+def test_a_kernel_of_32_is_shrunk_and_says_so(tmp_path):
+    net = fill(plain_vit("vit_base_patch32_224", **{**TINY, "img_size": 128}, num_classes=0))
+    save_file(net.state_dict(), tmp_path / "vit.safetensors")
+    more = {"checkpoint": tmp_path / "vit.safetensors", "layout": "timm", "source_args": {**TINY, "img_size": 128}}
+    report = convert("vit_base_patch32_224", out=tmp_path / "out", **more)
+    assert report.checks[1]["result"] == "shrunk"
+    assert report.checks[1]["error"] > 1e-3
+    with pytest.raises(UserError, match="32 px was shrunk"):
+        convert(str(tmp_path / "out"), "timm", dry_run=True)
