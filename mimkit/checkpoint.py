@@ -1,5 +1,6 @@
 """Weight files: read any safely, write safetensors + config.json in timm's hub layout."""
 
+import argparse
 import json
 import os
 import shutil
@@ -74,7 +75,8 @@ def _load(file: Path) -> Any:
         return load_file(file)
     with file.open("rb") as opened:
         zipped = opened.read(2) == b"PK"  # what torch.save writes, unlike its format before 1.6, can be mapped
-    return torch.load(file, "cpu", weights_only=True, mmap=zipped)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a run, kept beside its weights
+        return torch.load(file, "cpu", weights_only=True, mmap=zipped)
 
 
 def unwrap(content: Any, which: str | None, path: Path) -> dict[str, Any]:
