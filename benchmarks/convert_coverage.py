@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mimkit.checkpoint import assemble
 from mimkit.checks import difference, tokens_after
 from mimkit.conversion import Plain, Remap, as_pyramid, families, fit, plain_vits
 from mimkit.errors import UserError, one_sentence
@@ -64,9 +65,10 @@ def row(name: str) -> tuple[str, bool]:
     """A line of the table, and whether it is as it should be."""
     try:
         plain = read(name, 0)
-        pyramid = as_pyramid(plain, "hpvit", {"depths": "1-1-1-0"}).net.double().eval()
+        target = as_pyramid(plain, "hpvit", {"depths": "1-1-1-0"})
     except UserError as error:
         return f"| {name} | refused: {error} | | | |", False
+    pyramid = assemble(target.net, target.state).double().eval()
     source = copy.deepcopy(plain.build(PATCH, any_grid=True)).double()  # they share their tensors otherwise
     in_chans, side, _ = pyramid.pretrained_cfg["input_size"]
     side = side if pyramid.beit else min(side, CUT)  # timm's Beit takes its own size only

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimkit.checkpoint import assemble
 from mimkit.checks import tokens_after
 from mimkit.conversion import Plain, as_pyramid, read_plain
 from mimkit.data import Normalise, eval_loader
@@ -57,6 +58,12 @@ def features(network: Any, x: Tensor) -> list[Tensor]:
     final, maps = network.forward_intermediates(x)
     maps = maps if network.depths[3] else maps[:3]  # else the last is the mean of the one before
     return [*(m.mean((2, 3)) for m in maps), network.forward_head(final, pre_logits=True)]
+
+
+def pyramid(plain: Plain, options: dict[str, Any]) -> Any:
+    """The HPViT of a layout."""
+    target = as_pyramid(plain, "hpvit_s", options)
+    return assemble(target.net, target.state).eval()
 
 
 class UpTo(torch.nn.Module):
@@ -109,10 +116,7 @@ def measure(data: str, checkpoint: str, rows: str | None = None, images: Positiv
     networks = [
         ("the plain ViT at its own patch of 14, 84 px", lambda: plain.build(any_grid=True), 84),
         ("the plain ViT, its kernel at 16", lambda: plain.build(PATCH, any_grid=True), 96),
-        *(
-            (name, lambda options=options: as_pyramid(plain, "hpvit_s", options).net.eval(), 96)
-            for name, options in LAYOUTS
-        ),
+        *((name, lambda options=options: pyramid(plain, options), 96) for name, options in LAYOUTS),
     ]
     wanted = [int(i) for i in rows.split(",")] if rows else range(len(networks))
     if rows is None or "0" in rows.split(","):

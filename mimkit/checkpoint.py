@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
+from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import Tensor, nn
 
 from mimkit.decoder import Decoder
@@ -125,6 +126,28 @@ def load_strictly(model: nn.Module, state: State, origin: str | Path, assign: bo
         lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{origin} does not fit {type(model).__name__} ({lists}): check the model's name and options.")
     model.load_state_dict(state, assign=assign)
+
+
+def on_meta(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A network without memory: shapes only."""
+    with torch.device("meta"):
+        return build(*args, **kwargs)
+
+
+def assemble(net: nn.Module, state: State) -> Any:
+    """Weights into a network on the meta device, without copying them."""
+    net.load_state_dict(state, assign=True)
+    return materialise(net)
+
+
+def materialise(net: nn.Module) -> Any:
+    """Compute what a network on the meta device has beside its weights."""
+    for module in net.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    reinit_non_persistent_buffers(net)
+    return net
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The checks of a conversion, on the real weights, through the file as written and read back."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +11,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.models import load_pretrained
 from torch import Tensor
 
-from mimkit.checkpoint import State, read_weights
+from mimkit.checkpoint import State, assemble, materialise, on_meta, read_weights
 from mimkit.data import Normalise, look
 from mimkit.errors import UserError
 from mimkit.kernels import KERNEL, resize_kernel, resize_matrix
@@ -24,18 +27,18 @@ if TYPE_CHECKING:
 LIMIT, DOUBT, LIMIT64 = 1e-4, 1e-5, 1e-9  # relative differences: float32 fails; is looked at again; float64 fails
 IMAGES = 2
 
+REFUSALS = (RuntimeError, LookupError, ValueError, TypeError, AssertionError, AttributeError, ImportError, OSError)
+
 Check = dict[str, Any]
 
 
-def run_checks(
-    folder: Path, to: str, plain: "Plain | None", file: Path, layout: str, which: str | None, family: "Family"
-) -> list[Check]:
+def run_checks(folder: Path, to: str, plain: "Plain | None", file: Path, family: "Family") -> list[Check]:
     """All that apply to a file and what was made of it; one that fails is an error."""
     if plain is None:
         return [no_reader(family, "HiViT is in no other library")]
     if plain.pyramid:  # our own file: the pyramid in it is what the plain ViT must equal
         return [identity(file, plain), *([read_back(folder, plain)] if to == "timm" else [identity(folder, plain)])]
-    checks = [independent(plain, file, layout, which, family)]
+    checks = [independent(plain, file, family)]
     return [*checks, *([read_back(folder, plain)] if to == "timm" else [kernel(plain), identity(folder, plain)])]
 
 
@@ -51,6 +54,11 @@ def shipped(size: tuple[int, ...], colours: dict[str, Any], count: int = IMAGES)
         list(colours[name]) if len(colours[name]) == in_chans else [0.5] * in_chans for name in ("mean", "std")
     )
     return Normalise(mean, std)(look(open_source("sample"), (height, width), in_chans, count).images)
+
+
+def written(folder: Path) -> Any:
+    """The network in a folder, as timm reads its config.json, with the weights mapped instead of copied."""
+    return assemble(on_meta(timm.create_model, f"local-dir:{folder}"), read_weights(folder)).eval()
 
 
 @torch.no_grad()
@@ -99,7 +107,7 @@ def inexact(pyramid: HPViT) -> str:
 @torch.no_grad()
 def identity(folder: Path, plain: "Plain") -> Check:
     """(1) Stage 3, and the end where stage 4 is empty, are the source network's with its kernel at 16."""
-    pyramid: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    pyramid = written(folder)
     source = plain.build(PATCH, any_grid=True)
     images = shipped(pyramid.pretrained_cfg["input_size"], pyramid.pretrained_cfg)
     reason = inexact(pyramid)
@@ -110,14 +118,14 @@ def identity(folder: Path, plain: "Plain") -> Check:
         return {"name": "the pyramid is the plain ViT", "result": "not applicable", "text": text, "cka": found}
 
     def compare(x: Tensor) -> list[float]:
-        depth = sum(pyramid.depths[:3])
-        ours = pyramid.stages(x, 2)[-1][0]
-        theirs, final = tokens_after(source, x, depth)
-        both = [difference(ours, theirs)]
+        tokens, grid = pyramid.stages(x, 2)[-1]
+        theirs, final = tokens_after(source, x, sum(pyramid.depths[:3]))
+        both = [difference(tokens, theirs)]
         if not pyramid.depths[3]:
-            both.append(difference(pyramid.forward_features(x), final))
+            ours = pyramid.leave(tokens, grid)
+            both.append(difference(ours, final))
             if pyramid.num_classes:
-                both.append(difference(pyramid.forward_head(pyramid.forward_features(x)), source.forward_head(final)))
+                both.append(difference(pyramid.forward_head(ours), source.forward_head(final)))
         return both
 
     figures32 = [max(values) for values in zip(*(compare(x[None]) for x in images), strict=True)]
@@ -188,17 +196,17 @@ def no_reader(family: "Family", why: str) -> Check:
 
 
 @torch.no_grad()
-def independent(plain: "Plain", file: Path, layout: str, which: str | None, family: "Family") -> Check:
+def independent(plain: "Plain", file: Path, family: "Family") -> Check:
     """(3) The file read without us gives what our plain ViT gives, at its own patch size."""
     if family.reader is None:
-        return no_reader(family, f"no installed library reads files of {layout}")
+        return no_reader(family, f"no installed library reads files of {family.title}")
     reader = {"timm": read_by_timm, "transformers": read_by_transformers}[family.reader]
     ours = plain.build()
     size = (ours.patch_embed.proj.in_channels, *ours.patch_embed.img_size)
     x = shipped(size, {**ours.pretrained_cfg, **plain.data}, count=1)
     try:
-        theirs, ours_too = reader(plain, file, which, ours, x)
-    except Exception as refused:  # timm and transformers raise a dozen kinds
+        theirs, ours_too = reader(plain, file, ours, x)
+    except REFUSALS as refused:
         reason = (str(refused).strip().splitlines() or [type(refused).__name__])[0][:160]
         return no_reader(family, f"{family.reader} cannot read this file ({reason})")
     gap = difference(ours_too, theirs)
@@ -210,30 +218,34 @@ def independent(plain: "Plain", file: Path, layout: str, which: str | None, fami
     return {"name": "an independent reader", "result": "passed", "float32": gap, "text": f"{text}."}
 
 
-def read_by_timm(plain: "Plain", file: Path, which: str | None, ours: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def read_by_timm(plain: "Plain", file: Path, ours: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """By timm's own loader, strictly: the whole file, or what is left without tensors that are no part of the ViT."""
+    name, eps = plain.name.split(".")[0], plain.arguments.get("norm_eps")
     arguments = {key: value for key, value in plain.arguments.items() if key != "norm_eps"}
-    size = (ours.patch_embed.proj.in_channels, *ours.patch_embed.img_size)
     dropped = {name for row in plain.rows if row.action == "dropped" for name in row.origins}
 
     def load(state: State) -> Any:
-        cfg = {"state_dict": state, "num_classes": arguments["num_classes"], "input_size": size, "custom_load": False}
-        name = plain.name.split(".")[0]
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=cfg, **arguments).eval()
+        net = on_meta(timm.create_model, name, **arguments)
+        own_filter = sys.modules[type(net).__module__].checkpoint_filter_fn
+        more = {"adapt_layer_scale": True} if name.startswith("deit") else {}  # as timm's deit module has it
+        net.load_state_dict = partial(net.load_state_dict, assign=True)
+        in_chans, classes = ours.patch_embed.proj.in_channels, arguments["num_classes"]
+        cfg = {**net.pretrained_cfg, "state_dict": state, "num_classes": classes}
+        cfg["input_size"] = (in_chans, *ours.patch_embed.img_size)
+        load_pretrained(net, cfg, classes, in_chans, partial(own_filter, **more))
+        return materialise(net).eval()
 
-    state = read_weights(file, which)
     try:
-        net = load(dict(state))
+        net = load(dict(plain.raw))
     except RuntimeError:
-        net = load({name: tensor for name, tensor in state.items() if name not in dropped})
-    if "norm_eps" in plain.arguments:
-        for module in net.modules():
-            if hasattr(module, "eps"):
-                module.eps = plain.arguments["norm_eps"]
+        net = load({name: tensor for name, tensor in plain.raw.items() if name not in dropped})
+    for module in net.modules() if eps else ():
+        if hasattr(module, "eps"):
+            module.eps = eps
     return net(x), ours(x)
 
 
-def read_by_transformers(plain: "Plain", file: Path, which: str | None, ours: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def read_by_transformers(plain: "Plain", file: Path, ours: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """By the class that config.json beside the file names."""
     import transformers
 
@@ -269,8 +281,7 @@ def quiet(logging: Any) -> Iterator[None]:
 @torch.no_grad()
 def read_back(folder: Path, plain: "Plain") -> Check:
     """What was written for timm, read by timm, is the plain ViT."""
-    net: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    ours = plain.build()
+    net, ours = written(folder), plain.build()
     x = shipped((net.patch_embed.proj.in_channels, *net.patch_embed.img_size), net.pretrained_cfg, count=1)
     error = difference(net(x), ours(x))
     text = f"Its output, read back by timm, against ours: {error:.1e}"

@@ -24,12 +24,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from timm.models._hub import download_cached_file
-from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from mimkit.checkpoint import State, load_strictly, read_weights, replacing, save_model, weight_files
+from mimkit.checkpoint import (
+    State,
+    assemble,
+    load_strictly,
+    on_meta,
+    read_weights,
+    replacing,
+    save_model,
+    weight_files,
+)
 from mimkit.checks import run_checks
 from mimkit.errors import UserError
 from mimkit.kernels import KERNEL, resize_kernel, restore_kernel
@@ -230,6 +238,7 @@ class Plain:
     state: State
     rows: list[Row]
     data: dict[str, Any] = field(default_factory=dict)  # mean, std, interpolation, where the file says
+    raw: State = field(default_factory=dict)  # the same tensors under the file's names, for its reader
     pyramid: bool = False  # whether it was taken out of an HPViT
 
     def build(self, patch_size: int | None = None, any_grid: bool = False) -> Any:
@@ -237,23 +246,6 @@ class Plain:
         net = on_meta(plain_vit, self.name, patch_size, any_grid, **self.arguments)
         kernel = resize_kernel(self.state[KERNEL], net.patch_embed.patch_size[0])
         return assemble(net, self.state | {KERNEL: kernel}).eval()
-
-
-def on_meta(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A network's shapes, without memory."""
-    with torch.device("meta"):
-        return build(*args, **kwargs)
-
-
-def assemble(net: nn.Module, state: State) -> Any:
-    """Weights into a network on the meta device, without copying them."""
-    net.load_state_dict(state, assign=True)
-    for module in net.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    reinit_non_persistent_buffers(net)
-    return net
 
 
 def fit(name: str, found: State, given: dict[str, Any], origin: Path) -> dict[str, Any]:
@@ -317,6 +309,7 @@ def read_plain(
     given = {**family.options(state, config), **(given or {})}
     wanted = set(on_meta(plain_vit, name, **given).state_dict())
     remap = Remap(state, wanted)
+    raw = state if family.reader == "timm" else {}
     del state
     family.remap(remap)
     if remap.left:
@@ -334,7 +327,8 @@ def read_plain(
     ]
     if problems:
         raise UserError(f"{file} does not fit {name}: {'; '.join(problems)}; check --from and --layout.")
-    return Plain(name, arguments, {key: t.contiguous() for key, t in remap.found.items()}, remap.rows, data)
+    found = {key: tensor.contiguous() for key, tensor in remap.found.items()}
+    return Plain(name, arguments, found, remap.rows, data, raw)
 
 
 def _beside(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -455,15 +449,16 @@ def measure(net: nn.Module, size: tuple[int, ...]) -> tuple[float, float]:
     return sum(p.numel() for p in net.parameters()) / 1e6, count_gmacs(net, 1, *size)
 
 
-class Written(NamedTuple):
-    """What is to be written: a network on the meta device with its weights in place."""
+class Target(NamedTuple):
+    """What is to be written: a network on the meta device, and its weights."""
 
     net: Any
+    state: State
     rows: list[Row]
     data: dict[str, Any]
 
 
-def as_pyramid(plain: Plain, to: str, options: dict[str, Any]) -> Written:
+def as_pyramid(plain: Plain, to: str, options: dict[str, Any]) -> Target:
     """The plain ViT's weights in an HPViT."""
     net = on_meta(timm.create_model, to, source=plain.name, source_args=plain.arguments, **options)
     rows = list(plain.rows)
@@ -474,19 +469,19 @@ def as_pyramid(plain: Plain, to: str, options: dict[str, Any]) -> Written:
     starts = {f"pools.{i}.weight": pool.start() for i, pool in enumerate(net.pools) if isinstance(pool, Pool)}
     rows += [Row("fresh", (), name, "a pool, at its start") for name in starts]
     state = plain.state | {KERNEL: resize_kernel(plain.state[KERNEL], PATCH)} | starts
-    return Written(assemble(net, state), rows, plain.data)
+    return Target(net, state, rows, plain.data)
 
 
-def as_timm(plain: Plain) -> Written:
+def as_timm(plain: Plain) -> Target:
     """The plain ViT itself. timm's config.json cannot hold an epsilon: its own then stands for the file's."""
     arguments = {key: value for key, value in plain.arguments.items() if key != "norm_eps"}
     net = on_meta(timm.create_model, plain.name.split(".")[0], **arguments)
     known = describe_source(plain.name.split(".")[0], net, plain.name)
     net.pretrained_cfg.update({**known, "input_size": (known["input_size"][0], *net.patch_embed.img_size)})
-    return Written(assemble(net, plain.state), plain.rows, plain.data)
+    return Target(net, plain.state, plain.rows, plain.data)
 
 
-def as_hivit(to: str, file: Path, which: str | None) -> Written:
+def as_hivit(to: str, file: Path, which: str | None) -> Target:
     """A released HiViT in ours."""
     state = read_weights(file, which)
     family = families()["hivit"]
@@ -505,7 +500,7 @@ def as_hivit(to: str, file: Path, which: str | None) -> Written:
         timm.create_model, to, num_classes=classes, img_size=16 * side, multi_scale=multi_scale, unit_form=unit_form
     )
     load_strictly(net, found, file, assign=True)
-    return Written(assemble(net, found), remap.rows, {})
+    return Target(net, found, remap.rows, {})
 
 
 def convert(
@@ -555,30 +550,29 @@ def convert(
 
     plain: Plain | None = None
     if layout == "hivit":
-        written = as_hivit(to, file, weights)
+        target = as_hivit(to, file, weights)
     else:
         if origin.name.startswith("hpvit"):
             plain = from_pyramid(origin, file)
         else:
             given = {**origin.config.get("model_args", {}), **(source_args or {})}
             plain = read_plain(origin.name, file, layout, weights, given)
-        written = as_timm(plain) if to == "timm" else as_pyramid(plain, to, options)
-    net, name = written.net, to if to != "timm" else origin.name.split(".")[0]
-    sizes = {name: measure(net, net.pretrained_cfg["input_size"])}
+        target = as_timm(plain) if to == "timm" else as_pyramid(plain, to, options)
+    name = to if to != "timm" else origin.name.split(".")[0]
+    sizes = {name: measure(target.net, target.net.pretrained_cfg["input_size"])}
     if plain and to != "timm":
-        before = plain.build()
-        side = before.patch_embed.img_size
-        sizes = {plain.name: measure(before, (before.patch_embed.proj.in_channels, *side)), **sizes}
-    digest = sha256(file)
-    report = Report(source, str(file), digest, layout, name, written.rows, sizes, None)
-    kept = {k: v for k, v in {**net.pretrained_cfg, **written.data}.items() if k in DATA}
+        before = on_meta(plain_vit, plain.name, **plain.arguments)
+        embed = before.patch_embed
+        sizes = {plain.name: measure(before, (embed.proj.in_channels, *embed.img_size)), **sizes}
+    report = Report(source, str(file), sha256(file), layout, name, target.rows, sizes, None)
+    kept = {k: v for k, v in {**target.net.pretrained_cfg, **target.data}.items() if k in DATA}
     with tempfile.TemporaryDirectory() if dry_run else replacing(str(out)) as temporary:
         folder = Path(temporary)
-        save_model(net, folder, **kept)
-        del written, net
+        save_model(assemble(target.net, target.state), folder, **kept)
+        del target
         if checks:
-            report.checks = run_checks(folder, to, plain, file, layout, weights, families()[layout])
-        note = {"source": source, "file": str(file), "sha256": digest, "checks": report.checks or "NOT CHECKED"}
+            report.checks = run_checks(folder, to, plain, file, families()[layout])
+        note = {"source": source, "file": str(file), "sha256": report.sha256, "checks": report.checks or "NOT CHECKED"}
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "mimkit": note}, indent=2))
         report.save(folder)
