@@ -6,81 +6,73 @@ Random weights with every tensor at order 1 (timm starts LayerScale at 1e-5 and 
 them), depth cut to 3 blocks, split 1-1-1-0, in timm's layout, through the same functions as `mimkit convert`. For each
 architecture: the relative difference of stage 3 and of the final output, in float64, then the same with the pools' taps
 moved by one, and with q and k swapped or LayerScale dropped in what was converted; these must be large. Inputs are the
-source's grid x 16, cut to 128 px but for BEiT, which has one size in timm.
+source's grid x 16, cut to 64 px, for SAM to 256 (its windows have 14 tokens); timm's BEiT is built for 64 px.
 """
 
-import copy
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mimkit.checkpoint import assemble
+from mimkit.checkpoint import assemble, on_meta
 from mimkit.checks import difference, tokens_after
 from mimkit.conversion import Plain, Remap, as_pyramid, families, fit, plain_vits
 from mimkit.errors import UserError, one_sentence
 from mimkit.models.hpvit import PATCH, plain_vit
 from mimkit.options import PositiveInt, call
 
-DEPTH = {"depth": 3}
-CUT = 128  # px
+
+def order_one(name: str, shape: torch.Size) -> Tensor:
+    """A tensor at order 1, as its network uses it."""
+    if len(shape) < 2:
+        return torch.randn(shape, dtype=torch.float64) / 2 + 0.5
+    table = len(shape) == 3 or any(word in name for word in ("token", "pos_embed", "rel_pos", "freqs"))
+    scale = 0.5 if table or "relative" in name else shape[1:].numel() ** -0.5
+    return torch.randn(shape, dtype=torch.float64) * scale
 
 
-@torch.no_grad()
-def fill(net: torch.nn.Module) -> None:
-    """Every tensor at order 1."""
-    for parameter in net.parameters():
-        if parameter.ndim < 2:
-            parameter.normal_(0.5, 0.5)
-        elif parameter.ndim == 3 or parameter.shape[-1] < 33:  # tokens, tables
-            parameter.normal_(0, 0.5)
-        else:
-            parameter.normal_(0, parameter[0].numel() ** -0.5)
-
-
-def read(name: str, seed: int) -> Plain:
+def read(name: str) -> Plain:
     """A random network of this name, as its file would be read."""
-    torch.manual_seed(seed)
-    given: dict[str, Any] = dict(DEPTH)
+    given: dict[str, Any] = {"depth": 3}
     if name.startswith("samvit"):
         given["global_attn_indexes"] = [1]
-    net = plain_vit(name, **given)
-    fill(net)
-    state = {key: value.double() for key, value in net.state_dict().items()}
-    remap = Remap(state, set(state))
+    if name.startswith("beit"):
+        given["img_size"] = 64
+    own = on_meta(plain_vit, name, **given).state_dict()
+    remap = Remap({key: order_one(key, value.shape) for key, value in own.items()}, set(own))
     families()["timm"].remap(remap)
-    given["num_classes"] = net.num_classes
-    return Plain(name, fit(name, remap.found, given, "a random state"), remap.found, remap.rows)
+    return Plain(name, fit(name, remap.found, given, Path("random")), remap.found, remap.rows)
 
 
-def gap(pyramid: Any, source: Any, x: torch.Tensor) -> float:
+def gap(pyramid: Any, source: Any, x: Tensor) -> float:
     """Relative difference, of stage 3 and of the final output."""
-    tokens, final = tokens_after(source, x, len(source.blocks))
-    return max(difference(pyramid.stages(x, 2)[-1][0], tokens), difference(pyramid.forward_features(x), final))
+    theirs, final = tokens_after(source, x, len(source.blocks))
+    tokens, grid = pyramid.stages(x, 2)[-1]
+    return max(difference(tokens, theirs), difference(pyramid.leave(tokens, grid), final))
 
 
 @torch.no_grad()
 def row(name: str) -> tuple[str, bool]:
     """A line of the table, and whether it is as it should be."""
     try:
-        plain = read(name, 0)
+        plain = read(name)
         target = as_pyramid(plain, "hpvit", {"depths": "1-1-1-0"})
     except UserError as error:
-        return f"| {name} | refused: {error} | | | |", False
+        return f"| {name} | refused: {error} | | | | |", False
     pyramid = assemble(target.net, target.state).double().eval()
-    source = copy.deepcopy(plain.build(PATCH, any_grid=True)).double()  # they share their tensors otherwise
+    source = plain.build(PATCH, any_grid=True).double()
     in_chans, side, _ = pyramid.pretrained_cfg["input_size"]
-    side = side if pyramid.beit else min(side, CUT)  # timm's Beit takes its own size only
+    side = min(side, 256 if pyramid.sam else 64)
     x = torch.randn(1, in_chans, side, side, dtype=torch.float64)
     right = gap(pyramid, source, x)
-    state = {key: value.clone() for key, value in pyramid.state_dict().items()}
+    state = pyramid.state_dict()
 
-    def mutant(change: dict[str, torch.Tensor]) -> float:
-        pyramid.load_state_dict(state | change)
-        found = gap(pyramid, source, x)
-        pyramid.load_state_dict(state)
-        return found
+    def mutant(change: dict[str, Tensor]) -> float:
+        pyramid.load_state_dict(state | change, assign=True)
+        return gap(pyramid, source, x)
 
     tap = mutant({"pools.0.weight": state["pools.0.weight"].flip(-1)})
     swapped, scaled = {}, {}

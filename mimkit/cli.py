@@ -13,6 +13,7 @@ from timm.data import resolve_data_config
 
 import mimkit.models  # noqa: F401  registers the networks with timm
 from mimkit import conversion, evaluation
+from mimkit.checkpoint import on_meta
 from mimkit.data import Normalise, Size, cpu_count, look, parse_size
 from mimkit.errors import UserError, one_sentence
 from mimkit.macs import count_gmacs
@@ -25,6 +26,7 @@ NOTES = {
     "hivit_nano": "ours, for tests and demonstrations",
     "hivit_b": "the paper's base; the released MAE weights",
     "hivit_b24": "the official README's 'base' row",
+    "hpvit_s": "around vit_small_patch16_224, as the others around theirs",
 }
 
 
@@ -36,9 +38,8 @@ def models(img_size: int | str = 224) -> None:
     """
     size = parse_size(img_size)
     table = Table("name", "parameters", f"GMACs at {size[0]}x{size[1]}", "strides", "note")
-    for name in timm.list_models("hivit_*"):
-        with torch.device("meta"):
-            model: Any = timm.create_model(name, img_size=size)
+    for name in timm.list_models(["hivit_*", "hpvit_*"]):
+        model = on_meta(timm.create_model, name, img_size=size)
         strides = ", ".join(str(stage["reduction"]) for stage in model.feature_info)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         table.add_row(name, f"{millions:.2f} M", f"{count_gmacs(model, 1, 3, *size):.2f}", strides, NOTES.get(name, ""))

@@ -52,6 +52,7 @@ def test_models(capsys, monkeypatch):
     rows = {line.split("│")[1].strip(): line for line in out.splitlines() if "│" in line}
     assert "README's 'base' row" in rows["hivit_b24"]
     assert [w.strip() for w in rows["hivit_b"].split("│")[2:5]] == ["66.42 M", "15.81", "4, 8, 16"]
+    assert [w.strip() for w in rows["hpvit_b"].split("│")[2:5]] == ["86.57 M", "27.39", "4, 8, 16, 32"]
     _, out, _ = mimkit(capsys, monkeypatch, "models", "--img-size", "256x512")
     assert "256x512" in out
 
@@ -155,6 +156,13 @@ def test_the_wheel_works_on_its_own(tmp_path, trained):
     assert "wrote runs/mae_hivit/" in said
     assert (tmp_path / "runs" / "mae_hivit" / "encoder" / "model.safetensors").exists()
     assert "hivit_b24" in python("-m", "mimkit.cli", "models")
+    code = (
+        "import timm, torch; net = timm.create_model('vit_tiny_patch16_224'); torch.save(net.state_dict(), 'vit.pth')"
+    )
+    python("-c", code)
+    convert = ["--from", "vit_tiny_patch16_224", "--checkpoint", "vit.pth", "--layout", "timm", "--out", "converted"]
+    assert "the pyramid is the plain ViT: passed" in python("-m", "mimkit.cli", "convert", *convert)
+    assert (tmp_path / "converted" / "report.md").exists()
 
 
 def test_readme_tells_what_is_there():
@@ -167,5 +175,5 @@ def test_readme_tells_what_is_there():
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`((?:mimkit|recipes|benchmarks|docs|converters|tests)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
-    commands = {"models", "knn", "probe", "reconstruct"}
+    commands = {"models", "convert", "knn", "probe", "reconstruct"}
     assert set(re.findall(r"\bmimkit (\w+) --", text)) <= commands
