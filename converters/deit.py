@@ -1,5 +1,7 @@
 """facebookresearch/deit: DeiT, distilled DeiT, and DeiT III, whose LayerScale has names of its own."""
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
 from mimkit.conversion import Family, Remap
 
 
@@ -13,6 +15,7 @@ FAMILY = Family(
     title="facebookresearch/deit",
     marks=(r"cls_token", r"pos_embed", r"head\.weight", r"blocks\.0\.attn\.qkv\.bias"),
     remap=remap,
+    data={"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
     aliases={
         "deit_s": "deit_small_patch16_224.fb_in1k",
         "deit_b": "deit_base_patch16_224.fb_in1k",

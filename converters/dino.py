@@ -1,11 +1,13 @@
 """facebookresearch/dino: backbones, and training checkpoints with a student and a teacher (choose by --weights)."""
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
 from mimkit.conversion import Family, Remap
 
 
 def remap(m: Remap) -> None:
     """The backbone has timm's names; the rest is the projection head."""
-    m.drop(r"head\..*", "the projection head of pre-training")
+    m.drop(r"head\.(mlp|last_layer)\..*", "the projection head of pre-training")
     m.rename(r"(cls_token|pos_embed|(?:patch_embed|blocks|norm)\..*)", r"\1")
 
 
@@ -13,6 +15,7 @@ FAMILY = Family(
     title="facebookresearch/dino",
     marks=(r"cls_token", r"pos_embed", r"norm\.weight", r"blocks\.0\.attn\.qkv\.bias", r"blocks\.0\.mlp\.fc1\.weight"),
     remap=remap,
+    data={"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
     aliases={
         "dino_s16": "vit_small_patch16_224.dino",
         "dino_s8": "vit_small_patch8_224.dino",

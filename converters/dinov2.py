@@ -2,6 +2,8 @@
 
 import re
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
 from mimkit.conversion import Family, Remap
 
 
@@ -32,6 +34,7 @@ FAMILY = Family(
     title="facebookresearch/dinov2",
     marks=(r"cls_token", r"pos_embed", r"blocks\.(\d+\.)?0\.ls1\.gamma", r"blocks\.(\d+\.)?0\.attn\.qkv\.weight"),
     remap=remap,
+    data={"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
     aliases={
         f"dinov2_{letter}{reg}": f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2.lvd142m"
         for letter, size in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()

@@ -1,6 +1,7 @@
 """facebookresearch/dinov3: RoPE instead of positions, a key bias that is masked out, storage tokens for registers."""
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from mimkit.conversion import Family, Remap
 from mimkit.errors import UserError
@@ -38,6 +39,7 @@ FAMILY = Family(
     title="facebookresearch/dinov3",
     marks=(r"cls_token", r"storage_tokens", r"blocks\.0\.attn\.qkv\.weight", r"rope_embed\.periods"),
     remap=remap,
+    data={"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
     aliases={
         "dinov3_s": "vit_small_patch16_dinov3.lvd1689m",
         "dinov3_b": "vit_base_patch16_dinov3.lvd1689m",

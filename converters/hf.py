@@ -11,6 +11,7 @@ from mimkit.converters.dinov2 import positions
 from torch import Tensor
 
 from mimkit.conversion import Family, Remap
+from mimkit.errors import UserError
 
 EPS = {"vit": 1e-12, "deit": 1e-12, "vit_mae": 1e-12, "beit": 1e-12, "dinov2": 1e-6, "dinov2_with_registers": 1e-6}
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -37,8 +38,10 @@ def attention(m: Remap) -> None:
         m.fuse(ATTENTION + qkv + r"\.bias", r"blocks.\1.attn.qkv.bias", ("q", "k", "v"))
     for match, bias in m.take(ATTENTION + qkv + r"\.bias"):
         target = f"blocks.{match[1]}.attn.{match['part']}_bias"
-        if target in m.wanted or torch.count_nonzero(bias):
+        if target in m.wanted:
             m.put("renamed", (match[0],), target, bias)
+        elif torch.count_nonzero(bias):
+            raise UserError(f"{match[0]} is not 0, but the network has no such bias: give --from a name with _qkvb.")
         else:  # timm's DINOv3 without _qkvb in its name
             m.skip(match[0], "all 0")
 
@@ -109,8 +112,10 @@ def options(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
     eps = vision.get("layer_norm_eps", EPS.get(kind or ""))
     if eps is not None:
         found["norm_eps"] = eps
-    if vision.get("hidden_act") in ACTIVATIONS and vision["hidden_act"] != "gelu":
-        found["act_layer"] = ACTIVATIONS[vision["hidden_act"]]
+    clip = any(name.startswith("vision_model.") for name in state)
+    activation = ACTIVATIONS.get(vision.get("hidden_act", "quick_gelu" if clip else "gelu"), "gelu")
+    if activation != "gelu":
+        found["act_layer"] = activation
     return found
 
 
@@ -123,4 +128,5 @@ FAMILY = Family(
     remap=remap,
     options=options,
     reader="transformers",
+    stand_in="test_transformers",
 )

@@ -23,5 +23,5 @@ FAMILY = Family(
     marks=(r"patch_embed\.norm\.weight", r"blocks\.\d+\.reduction\.weight", r"(absolute_)?pos_embed"),
     remap=remap,
     reader=None,
-    stand_in="tests/test_converters.py",
+    stand_in="test_hivit",
 )

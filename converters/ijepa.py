@@ -1,6 +1,8 @@
 """facebookresearch/ijepa: an encoder and a target encoder in one file (--weights student or teacher, which is the
 default). timm's names; neither a class token nor a head."""
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
 from mimkit.conversion import Family, Remap
 
 
@@ -13,5 +15,6 @@ FAMILY = Family(
     title="facebookresearch/ijepa",
     marks=(r"pos_embed", r"norm\.weight", r"blocks\.0\.attn\.qkv\.bias"),
     remap=remap,
+    data={"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
     aliases={"ijepa_h": "vit_huge_patch14_gap_224.in1k_ijepa", "ijepa_g16": "vit_giant_patch16_gap_224.in22k_ijepa"},
 )

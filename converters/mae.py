@@ -1,5 +1,6 @@
 """facebookresearch/mae: encoder-only, with its decoder, and fine-tuned. The encoder's names are timm's already."""
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from mimkit.conversion import Family, Remap
@@ -36,6 +37,7 @@ FAMILY = Family(
     title="facebookresearch/mae",
     marks=(r"cls_token", r"pos_embed", r"blocks\.0\.attn\.qkv\.bias", r"blocks\.0\.mlp\.fc1\.weight"),
     remap=remap,
+    data={"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
     aliases={
         "vit_b_mae": "vit_base_patch16_224.mae",
         "vit_l_mae": "vit_large_patch16_224.mae",

@@ -1,20 +1,26 @@
 """open-mmlab/mmpretrain: its VisionTransformer and what it converted to it (MAE, DeiT, DeiT III, DINOv2, ...)."""
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
 from mimkit.conversion import Family, Remap
 
 
 def remap(m: Remap) -> None:
     """`backbone.` is taken off on reading; `ln1` at the end is the final norm, `head.` the classifier."""
     m.drop(r"mask_token|(neck|target_generator|data_preprocessor)\..*", "of pre-training")
+    m.drop(r".*relative_position_index", "an index, made anew")
     m.rename_all(
         {
             r"(cls_token|dist_token|pos_embed)": r"\1",
+            r"rel_pos_bias\.(.*)": r"rel_pos_bias.\1",
             r"patch_embed\.projection\.(.*)": r"patch_embed.proj.\1",
             r"pre_norm\.(.*)": r"norm_pre.\1",
             r"layers\.(\d+)\.ln([12])\.(.*)": r"blocks.\1.norm\2.\3",
             r"layers\.(\d+)\.attn\.gamma1\.weight": r"blocks.\1.ls1.gamma",
             r"layers\.(\d+)\.ffn\.gamma2\.weight": r"blocks.\1.ls2.gamma",
-            r"layers\.(\d+)\.(attn\..*)": r"blocks.\1.\2",
+            r"layers\.(\d+)\.((?:attn|gamma_[12])\b.*)": r"blocks.\1.\2",
+            r"layers\.(\d+)\.ffn\.w12\.(.*)": r"blocks.\1.mlp.fc1.\2",
+            r"layers\.(\d+)\.ffn\.w3\.(.*)": r"blocks.\1.mlp.fc2.\2",
             r"layers\.(\d+)\.ffn\.layers\.0\.0\.(.*)": r"blocks.\1.mlp.fc1.\2",
             r"layers\.(\d+)\.ffn\.layers\.1\.(.*)": r"blocks.\1.mlp.fc2.\2",
             r"ln1\.(.*)": r"norm.\1",
@@ -27,7 +33,13 @@ def remap(m: Remap) -> None:
 
 FAMILY = Family(
     title="open-mmlab/mmpretrain",
-    marks=(r"patch_embed\.projection\.weight", r"layers\.0\.ln1\.weight", r"layers\.0\.ffn\.layers\.0\.0\.weight"),
+    marks=(
+        r"patch_embed\.projection\.weight",
+        r"layers\.0\.ln1\.weight",
+        r"layers\.0\.ffn\.(layers\.0\.0|w12)\.weight",
+    ),
     remap=remap,
+    data={"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
     reader=None,
+    stand_in="test_mmpretrain",
 )

@@ -1,6 +1,10 @@
-"""OpenAI's CLIP and OpenCLIP: the image tower. OpenAI's weights need QuickGELU: a name with _quickgelu in it."""
+"""OpenAI's CLIP and OpenCLIP: the image tower, in OpenCLIP's own spelling or as a network of timm (`visual.trunk`)."""
+
+from typing import Any
 
 import torch
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from torch import Tensor
 
 from mimkit.conversion import Family, Remap
 
@@ -26,6 +30,8 @@ def remap(m: Remap) -> None:
         numbered = to.replace(r"\1", r"\2")
         m.rename(rf"visual\.transformer\.resblocks\.(\d+)\.{pattern}", rf"blocks.\1.{numbered}")
     m.rename(r"visual\.proj", "head.weight", lambda t: t.T)
+    m.rename(r"visual\.trunk\.(.*)", r"\1")
+    m.rename(r"visual\.head\.proj\.weight", "head.weight")
     if "head.weight" in m.found:
         m.make("head.bias", torch.zeros(len(m.found["head.weight"])), "CLIP's projection has no bias")
     m.drop(
@@ -35,10 +41,20 @@ def remap(m: Remap) -> None:
     )
 
 
+def options(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's own files, which alone tell their input_resolution, are for QuickGELU."""
+    return {"act_layer": "quick_gelu"} if "input_resolution" in state else {}
+
+
 FAMILY = Family(
     title="OpenAI CLIP and OpenCLIP",
-    marks=(r"visual\.conv1\.weight", r"visual\.class_embedding", r"visual\.transformer\.resblocks\.0\.ln_1\.weight"),
+    marks=(
+        r"visual\.(conv1|trunk\.patch_embed\.proj)\.weight",
+        r"visual\.(transformer\.resblocks\.0\.ln_1|trunk\.blocks\.0\.norm1)\.weight",
+    ),
     remap=remap,
+    options=options,
+    data={"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD},
     aliases={
         "clip_b16": "vit_base_patch16_clip_quickgelu_224.openai",
         "clip_b32": "vit_base_patch32_clip_quickgelu_224.openai",

@@ -1,4 +1,4 @@
-"""timm: nothing changes. SigLIP, EVA-02 and SAM come this way, and every other plain ViT that timm has."""
+"""timm: nothing changes. SigLIP and EVA-02 come this way, and every other plain ViT that timm has."""
 
 from mimkit.conversion import Family, Remap
 
@@ -23,8 +23,5 @@ FAMILY = Family(
         "eva02_s": "eva02_small_patch14_224.mim_in22k",
         "eva02_b": "eva02_base_patch14_224.mim_in22k",
         "eva02_l": "eva02_large_patch14_224.mim_in22k",
-        "sam_b": "samvit_base_patch16.sa1b",
-        "sam_l": "samvit_large_patch16.sa1b",
-        "sam_h": "samvit_huge_patch16.sa1b",
     },
 )

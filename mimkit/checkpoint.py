@@ -27,7 +27,7 @@ WRAPPERS = {  # names under which files keep a state, by what --weights calls th
     "ema": ("state_dict_ema", "model_ema", "ema"),
     "teacher": ("teacher", "target_encoder"),
     "student": ("student", "encoder"),
-    "model": ("state_dict", "model", "module", "network", "backbone"),
+    "model": ("state_dict", "model", "module"),
 }
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
@@ -41,19 +41,28 @@ def read_weights(path: str | Path, which: str | None = None) -> State:
     Args:
         which: of several states in a file, ema, teacher, student or model; by default the first of them that is there.
     """
+    return open_weights(path, which)[0]
+
+
+def open_weights(path: str | Path, which: str | None = None) -> tuple[State, str]:
+    """The same, and which of the states in the file was taken."""
     path = Path(path).expanduser()
+    if which not in (None, *WRAPPERS):
+        raise UserError(f"--weights {which} is unknown: choose among {', '.join(WRAPPERS)}.")
     try:
         contents = [_load(file) for file in weight_files(path)]
     except UserError:
         raise
     except Exception as error:  # torch, safetensors and pickle raise a dozen kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if "TorchScript" in str(error):
+            raise UserError(f"{path} is a TorchScript archive, which holds code: save its state_dict alone.") from error
         raise UserError(f"{path} cannot be read as weights ({reason}): it is torn, or not only tensors.") from error
-    states = [unwrap(content, which, path) for content in contents]
-    state = {name: tensor for part in states for name, tensor in part.items() if isinstance(tensor, Tensor)}
+    parts = [unwrap(content, which, path) for content in contents]
+    state = {str(name): tensor for part, _ in parts for name, tensor in part.items() if isinstance(tensor, Tensor)}
     if not state:
         raise UserError(f"{path} holds no tensors: pass a file of weights.")
-    return strip(state)
+    return strip(state), parts[0][1]
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -80,23 +89,24 @@ def _load(file: Path) -> Any:
         return torch.load(file, "cpu", weights_only=True, mmap=zipped)
 
 
-def unwrap(content: Any, which: str | None, path: Path) -> dict[str, Any]:
-    """A file's content -> the names and tensors in it."""
+def unwrap(content: Any, which: str | None, path: Path) -> tuple[dict[str, Any], str]:
+    """A file's content -> the names and tensors in it, and the way to them."""
     wanted = (
         [*WRAPPERS[which], *WRAPPERS["model"]] if which else [name for names in WRAPPERS.values() for name in names]
     )
-    found = which is None
+    way: list[str] = []
     while isinstance(content, dict):
         inner = next((name for name in wanted if isinstance(content.get(name), dict)), None)
         if inner is None:
             break
-        found = found or inner in WRAPPERS[which or "model"]
+        others = [name for names in WRAPPERS.values() for name in names if isinstance(content.get(name), dict)]
+        way.append(inner if len(others) == 1 else f"{inner} (of {', '.join(others)})")
         content = content[inner]
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not names and tensors: pass a file of weights.")
-    if not found:
+    if which not in (None, "model") and not any(step.split(" ")[0] in WRAPPERS[which] for step in way):
         raise UserError(f"{path} holds no {which} weights: it has {', '.join(map(str, list(content)[:5]))}, ...")
-    return content
+    return content, ".".join(way)
 
 
 def strip(state: State) -> State:
@@ -150,21 +160,35 @@ def materialise(net: nn.Module) -> Any:
     return net
 
 
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place at the end, or vanishes when anything fails."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed
-        if (left / "old").is_dir() and not folder.exists():
-            (left / "old").rename(folder)
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    prefix = f".{folder.name}.mimkit-"
+    for left in folder.parent.iterdir():
+        process = left.name.removeprefix(prefix).split("-")[0]
+        if left.name.startswith(prefix) and process.isdigit() and not _alive(int(process)):
+            if (left / "old").is_dir() and not folder.exists():  # it was killed between the two renames
+                (left / "old").rename(folder)
+            shutil.rmtree(left, ignore_errors=True)
+    prefix += f"{os.getpid()}-"
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         temporary.chmod(0o755)
         yield temporary
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            old = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
             folder.rename(old / "old")
             temporary.rename(folder)
             shutil.rmtree(old)

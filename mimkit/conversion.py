@@ -5,14 +5,12 @@ it -> the target's layout -> strict load -> checks on the file as written (check
 """
 
 import difflib
-import hashlib
 import importlib
 import json
 import math
 import pkgutil
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,43 +19,33 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
+from huggingface_hub import hf_hub_download
 from timm.models._hub import download_cached_file
 from timm.models.beit import Beit
 from timm.models.eva import Eva
-from torch import Tensor, nn
+from torch import Tensor
 
 from mimkit.checkpoint import (
     State,
     assemble,
     load_strictly,
     on_meta,
+    open_weights,
     read_weights,
     replacing,
     save_model,
-    weight_files,
 )
 from mimkit.checks import run_checks
 from mimkit.errors import UserError
 from mimkit.kernels import KERNEL, resize_kernel, restore_kernel
-from mimkit.macs import count_gmacs
-from mimkit.models.hpvit import PATCH, Pool, describe_source, plain_vit
+from mimkit.models.hpvit import NAMED, PATCH, Pool, plain_vit
+from mimkit.report import Report, Row, measure, sha256
 
-DATA = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # what travels with weights
+DATA = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what travels with weights
 MODULES = ("vision_transformer", "deit", "beit", "eva", "vision_transformer_sam")  # of timm, with plain ViTs
 
 
 # Families ------------------------------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """What became of a file's tensors, or where the target's came from."""
-
-    action: str  # copied, renamed, resized, dropped or fresh
-    origins: tuple[str, ...]  # names in the file
-    target: str | None
-    why: str = ""
 
 
 class Remap:
@@ -134,9 +122,10 @@ class Family:
         title: where such files come from.
         marks: patterns, each of which is the whole name of some tensor in every file of the family.
         remap: puts a file's tensors under timm's names.
-        options: what a folder's config.json says of the network beyond its weights -> arguments of `plain_vit`.
+        options: what no tensor tells, from the state and a config.json beside it -> arguments of `plain_vit`.
+        data: mean, std and the like, where all of the family share them.
         reader: of the file without us: 'timm', 'transformers', or None.
-        stand_in: the parity test that takes the reader's place where there is none.
+        stand_in: the parity test in tests/test_converters.py that takes the reader's place where there is none.
         aliases: short names of released networks -> names in timm.
     """
 
@@ -144,8 +133,9 @@ class Family:
     marks: tuple[str, ...]
     remap: Callable[[Remap], None]
     options: Callable[[State, dict[str, Any]], dict[str, Any]] = lambda state, config: {}
+    data: Mapping[str, Any] = field(default_factory=dict)
     reader: str | None = "timm"
-    stand_in: str = "tests/test_converters.py"
+    stand_in: str = "test_own_layouts"
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def fits(self, state: State) -> bool:
@@ -174,55 +164,63 @@ class Origin(NamedTuple):
     name: str  # in timm, with its tag
     layout: str | None  # the family of an alias' original files
     folder: Path | None  # in timm's hub layout, if that is what was named
-    config: dict[str, Any]  # its model_args
+    config: dict[str, Any]  # its config.json
 
 
 def find(source: str) -> Origin:
     """An alias, a name of timm, or a folder in timm's hub layout."""
     folder = Path(source).expanduser()
     if (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text())
-        if "architecture" not in config:
+        config = read_json(folder / "config.json")
+        name = config.get("architecture")
+        if not isinstance(name, str) or not timm.is_model(name):
             raise UserError(
-                f"--from {source} is a folder of transformers, not of timm: name the network with --from and pass the "
-                "folder with --checkpoint FOLDER --layout hf."
+                f"--from {source} is not a folder of timm, whose config.json names an architecture: name the network "
+                "with --from and pass the folder with --checkpoint FOLDER --layout hf."
             )
-        return Origin(config["architecture"], "timm", folder, config)
+        tag = (config.get("pretrained_cfg") or {}).get("tag")
+        name = f"{name}.{tag}" if tag and timm.get_pretrained_cfg(f"{name}.{tag}") else name
+        return Origin(name, "hivit" if name.startswith("hivit") else "timm", folder, config)
     for layout, family in families().items():
         if source in family.aliases:
             return Origin(family.aliases[source], layout, None, {})
     name = source.split(".")[0]
     if name in plain_vits() or name in timm.list_models("hivit_*"):
-        tags = [full for full in timm.list_models(f"{name}.*", pretrained=True) if full == source]
-        if "." in source and not tags:
-            known = ", ".join(timm.list_models(f"{name}.*", pretrained=True)) or "none"
-            raise UserError(f"--from {source}: timm has no such tag of {name}; it has {known}.")
+        known = timm.list_models(f"{name}.*", pretrained=True)
+        if "." in source and source not in known:
+            raise UserError(f"--from {source}: timm has no such tag of {name}; it has {', '.join(known) or 'none'}.")
         return Origin(source, "hivit" if name.startswith("hivit") else None, None, {})
     aliases = [alias for family in families().values() for alias in family.aliases]
     near = difflib.get_close_matches(source, [*aliases, *plain_vits()], 3, 0.3)
     raise UserError(f"--from {source} is no alias, plain ViT of timm or folder: try {', '.join(near)}, or --list.")
 
 
-def published(name: str) -> tuple[Path, str]:
-    """Fetch the weights that timm's name stands for -> the file, cached, and its layout."""
+def read_json(file: Path) -> dict[str, Any]:
+    """An object of JSON, or a sentence."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}): get another copy of it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object: get another copy of it.")
+    return content
+
+
+def published(name: str) -> Path:
+    """Fetch the weights, in timm's layout, that a name of timm stands for -> the cached file."""
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not (cfg.hf_hub_id or cfg.url):
         raise UserError(f"No weights are published for {name}: pass --checkpoint FILE --layout FAMILY, or name a tag.")
-    where = f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
+    where = f"https://huggingface.co/{cfg.hf_hub_id}/resolve/main/model.safetensors" if cfg.hf_hub_id else cfg.url
     try:
         if cfg.hf_hub_id:
-            from huggingface_hub import hf_hub_download
-
-            file = cfg.hf_hub_filename or "model.safetensors"
-            repository = f"{cfg.hf_hub_id}{name}" if cfg.hf_hub_id.endswith("/") else cfg.hf_hub_id
-            where = f"https://huggingface.co/{repository}/resolve/main/{file}"
-            return Path(hf_hub_download(repository, file)), "openclip" if "open_clip" in file else "timm"
-        return Path(download_cached_file(str(cfg.url), progress=True)), "timm"
+            return Path(hf_hub_download(cfg.hf_hub_id, "model.safetensors"))
+        return Path(download_cached_file(str(cfg.url), progress=True))
     except Exception as error:  # requests, urllib and huggingface_hub raise dozens of kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(
             f"The weights of {name} cannot be fetched ({type(error).__name__}: {reason}): download {where} elsewhere "
-            "and pass it with --checkpoint FILE."
+            "and pass it with --checkpoint FILE --layout timm."
         ) from error
 
 
@@ -239,6 +237,7 @@ class Plain:
     rows: list[Row]
     data: dict[str, Any] = field(default_factory=dict)  # mean, std, interpolation, where the file says
     raw: State = field(default_factory=dict)  # the same tensors under the file's names, for its reader
+    taken: str = ""  # which of the states in the file
     pyramid: bool = False  # whether it was taken out of an HPViT
 
     def build(self, patch_size: int | None = None, any_grid: bool = False) -> Any:
@@ -252,7 +251,7 @@ def fit(name: str, found: State, given: dict[str, Any], origin: Path) -> dict[st
     """Arguments with which timm's network of this name has the shape of the state found."""
     net = on_meta(plain_vit, name, **given)
     own = net.state_dict()
-    if KERNEL not in found:
+    if KERNEL not in found or found[KERNEL].ndim != 4:
         raise UserError(f"{origin} has no patch embedding, so it is no plain ViT: check --checkpoint and --layout.")
     width, in_chans, side = found[KERNEL].shape[:3]
     blocks = 1 + max((int(n.split(".")[1]) for n in found if re.match(r"blocks\.\d+\.", n)), default=-1)
@@ -272,6 +271,9 @@ def fit(name: str, found: State, given: dict[str, Any], origin: Path) -> dict[st
         arguments["use_fc_norm" if isinstance(net, Beit | Eva) else "fc_norm"] = pooled
         if pooled:
             arguments["global_pool"] = "avg"
+    if isinstance(net, Beit) and "use_rel_pos_bias" not in given:
+        arguments["use_shared_rel_pos_bias"] = "rel_pos_bias.relative_position_bias_table" in found
+        arguments["use_rel_pos_bias"] = any("attn.relative_position_bias_table" in name for name in found)
     cells = _cells(net, found)
     if cells and cells != math.prod(net.patch_embed.grid_size):
         if math.isqrt(cells) ** 2 != cells:
@@ -284,38 +286,58 @@ def _cells(net: Any, found: State) -> int:
     """Tokens of the grid that the position tables are for; 0 if there are none."""
     for name, tensor in found.items():
         if name == "pos_embed":
-            if tensor.ndim == 4:
-                return tensor.shape[1] * tensor.shape[2]
+            if tensor.ndim != 3:
+                return tensor.shape[1] * tensor.shape[2] if tensor.ndim == 4 else 0
             return tensor.shape[1] - (0 if getattr(net, "no_embed_class", False) else net.num_prefix_tokens)
         if name.endswith("relative_position_bias_table"):  # (2 side - 1)^2 + 3 rows
             return ((math.isqrt(len(tensor) - 3) + 1) // 2) ** 2
     return 0
 
 
+class Content(NamedTuple):
+    """A file of a family, taken apart."""
+
+    remap: Remap
+    raw: State  # under the file's names
+    taken: str  # which of the states in it
+
+
+def read_family(file: Path, layout: str, which: str | None, wanted: Callable[[State], set[str]]) -> Content:
+    """Verify a file's family and put its tensors under timm's names, every one accounted for."""
+    family = families()[layout]
+    raw, taken = open_weights(file, which)
+    if not family.fits(raw):
+        others = [other for other, candidate in families().items() if candidate.fits(raw)]
+        hint = f"it looks like {' or '.join(others)}: pass --layout" if others else "no family knows it"
+        raise UserError(f"{file} is not in the layout {layout} ({family.title}); {hint}.")
+    remap = Remap(raw, wanted(raw))
+    family.remap(remap)
+    if remap.left:
+        names = ", ".join(sorted(remap.left))
+        raise UserError(f"{file} has {len(remap.left)} tensors that {layout} does not explain: {names}.")
+    for key, tensor in remap.found.items():
+        if tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise UserError(f"{file}: {key} is {tensor.layout}, {tensor.dtype}, not plain numbers: check the file.")
+        remap.found[key] = tensor.float().contiguous()
+    broken = [key for key, tensor in remap.found.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{file} has NaN or infinite values in {', '.join(broken[:5])}: get another copy of it.")
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in raw.values()} - {"float32", "int64"}
+    return Content(remap, raw, ", ".join([taken, *(f"{kind} made float32" for kind in sorted(kinds))]))
+
+
 def read_plain(
     name: str, file: Path, layout: str, which: str | None = None, given: dict[str, Any] | None = None
 ) -> Plain:
-    """A file of a family -> the plain ViT in it, every tensor accounted for."""
-    family = families()[layout]
-    state = read_weights(file, which)
-    if not family.fits(state):
-        others = [other for other, candidate in families().items() if candidate.fits(state)]
-        hint = f"it looks like {' or '.join(others)}" if others else "no family knows it"
-        raise UserError(f"{file} is not in the layout {layout} ({family.title}); {hint}: pass --layout.")
-    broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if broken:
-        raise UserError(f"{file} has NaN or infinite values in {', '.join(broken[:5])}: get another copy of it.")
-    config, data = _beside(file)
-    given = {**family.options(state, config), **(given or {})}
-    wanted = set(on_meta(plain_vit, name, **given).state_dict())
-    remap = Remap(state, wanted)
-    raw = state if family.reader == "timm" else {}
-    del state
-    family.remap(remap)
-    if remap.left:
-        raise UserError(
-            f"{file} has {len(remap.left)} tensors that {layout} does not explain: {', '.join(sorted(remap.left))}."
-        )
+    """A file of a family -> the plain ViT in it."""
+    family, (config, data) = families()[layout], _beside(file)
+    given = dict(given or {})
+
+    def wanted(state: State) -> set[str]:
+        given.update({key: value for key, value in family.options(state, config).items() if key not in given})
+        return set(on_meta(plain_vit, name, **given).state_dict())
+
+    remap, raw, taken = read_family(file, layout, which, wanted)
     arguments = fit(name, remap.found, given, file)
     own = on_meta(plain_vit, name, **arguments).state_dict()
     problems = [f"{key} is missing" for key in own if key not in remap.found]
@@ -327,126 +349,45 @@ def read_plain(
     ]
     if problems:
         raise UserError(f"{file} does not fit {name}: {'; '.join(problems)}; check --from and --layout.")
-    found = {key: tensor.contiguous() for key, tensor in remap.found.items()}
-    return Plain(name, arguments, found, remap.rows, data, raw)
+    raw = raw if family.reader == "timm" else {}
+    return Plain(name, arguments, remap.found, remap.rows, {**family.data, **data}, raw, taken)
 
 
 def _beside(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json of transformers beside a file, and what its preprocessor says of images."""
     folder = file if file.is_dir() else file.parent
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     data: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file():
-        said = json.loads((folder / "preprocessor_config.json").read_text())
+        said = read_json(folder / "preprocessor_config.json")
         kinds = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
         data = {"mean": said.get("image_mean"), "std": said.get("image_std")}
-        data["interpolation"] = kinds.get(said.get("resample", -1))
-    return config if "model_type" in config else {}, {k: v for k, v in data.items() if v}
+        data = {key: value for key, value in data.items() if isinstance(value, list) and len(value) == 3}
+        data["interpolation"] = kinds.get(said.get("resample", 3), "bicubic")
+    return config if "model_type" in config else {}, data
 
 
 def from_pyramid(origin: Origin, folder: Path) -> Plain:
-    """An HPViT that was never trained -> the plain ViT it came from."""
+    """An HPViT that is as it was converted -> the plain ViT it came from."""
+    note, arguments = origin.config.get("mimkit") or {}, origin.config.get("model_args") or {}
+    if note.get("written") != sha256(folder):
+        raise UserError(
+            f"{folder} was trained or changed after its conversion, or never converted: only what a conversion wrote "
+            "goes back to the plain ViT."
+        )
     state = read_weights(folder)
-    arguments = dict(origin.config.get("model_args", {}))
-    pyramid: Any = on_meta(timm.create_model, origin.name, **arguments)
-    for i, pool in enumerate(pyramid.pools):
-        weight = state.pop(f"pools.{i}.weight", None)
-        if weight is not None and not torch.equal(weight, pool.start()):
-            raise UserError(
-                f"{folder} was trained: pools.{i} is no longer what it started as, and a plain ViT cannot hold it."
-            )
+    pools = [key for key in state if key.startswith("pools.")]
+    rows = [Row("dropped", (key,), None, "a pool, as it started") for key in pools]
+    rows += [Row("copied", (key,), key) for key in state if key not in (*pools, KERNEL)]
     name, given = arguments["source"], arguments.get("source_args") or {}
     side = on_meta(plain_vit, name, **given).patch_embed.patch_size[0]
-    rows = [Row("copied", (key,), key) for key in state if key != KERNEL]
-    why = f"kernel {PATCH} -> {side} px, by the transpose of the resize"
-    rows.append(Row("resized" if side != PATCH else "copied", (KERNEL,), KERNEL, why if side != PATCH else ""))
-    rows += [
-        Row("dropped", (f"pools.{i}.weight",), None, "as it started")
-        for i, p in enumerate(pyramid.pools)
-        if [*p.parameters()]
-    ]
+    why = f"kernel {PATCH} -> {side} px, by the transpose of the resize" if side != PATCH else ""
+    rows.append(Row("resized" if why else "copied", (KERNEL,), KERNEL, why))
     state[KERNEL] = restore_kernel(state[KERNEL], side)
-    return Plain(name, given, state, rows, pyramid=True)
+    return Plain(name, given, {key: state[key] for key in state if key not in pools}, rows, pyramid=True)
 
 
 # Conversion ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Report:
-    """What a conversion did."""
-
-    source: str
-    file: str
-    sha256: str
-    layout: str
-    target: str
-    rows: list[Row]
-    sizes: dict[str, tuple[float, float]]  # parameters (M) and GMACs, of source and target
-    checks: list[dict[str, Any]] | None
-
-    def counts(self) -> Counter[tuple[str, str]]:
-        """Tensors by what became of them and why."""
-        return Counter((row.action, row.why) for row in self.rows)
-
-    def markdown(self) -> str:
-        """The whole report."""
-        lines = [
-            f"# {self.source} -> {self.target}",
-            "",
-            f"File: `{self.file}` ({self.layout}), SHA-256 `{self.sha256}`.",
-        ]
-        lines += ["", "| | parameters (M) | GMACs |", "|---|---|---|"]
-        lines += [f"| {name} | {p:.3f} | {g:.3f} |" for name, (p, g) in self.sizes.items()]
-        lines += ["", "## Checks", ""]
-        if self.checks is None:
-            lines.append("NOT CHECKED (--no-checks).")
-        lines += [f"- **{c['name']}**: {c['result']}. {c['text']}" for c in self.checks or []]
-        lines += [
-            "",
-            "## Tensors",
-            "",
-            "| what became of it | in the file | in the target | why |",
-            "|---|---|---|---|",
-        ]
-        lines += [f"| {r.action} | {', '.join(r.origins)} | {r.target or ''} | {r.why} |" for r in self.rows]
-        return "\n".join(lines) + "\n"
-
-    def show(self) -> None:
-        """The short of it, on the screen."""
-        console = Console()
-        console.print(f"{self.source} -> {self.target}\n{self.file} ({self.layout})\nSHA-256 {self.sha256}")
-        table = Table("tensors", "what became of them", "why")
-        for (action, why), count in sorted(self.counts().items()):
-            table.add_row(str(count), action, why)
-        console.print(table)
-        for name, (parameters, gmacs) in self.sizes.items():
-            console.print(f"{name}: {parameters:.3f} M parameters, {gmacs:.3f} GMACs")
-        if self.checks is None:
-            console.print("NOT CHECKED")
-        for check in self.checks or []:
-            console.print(f"{check['name']}: {check['result']}. {check['text']}")
-
-    def save(self, folder: Path) -> None:
-        """As report.json and report.md."""
-        content = {**self.__dict__, "rows": [row._asdict() for row in self.rows]}
-        (folder / "report.json").write_text(json.dumps(content, indent=1))
-        (folder / "report.md").write_text(self.markdown())
-
-
-def sha256(file: Path) -> str:
-    """Of a file, or of all files of a folder's weights in turn."""
-    digest = hashlib.sha256()
-    for part in weight_files(file):
-        with part.open("rb") as opened:
-            while block := opened.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def measure(net: nn.Module, size: tuple[int, ...]) -> tuple[float, float]:
-    """Parameters (M) and GMACs."""
-    return sum(p.numel() for p in net.parameters()) / 1e6, count_gmacs(net, 1, *size)
 
 
 class Target(NamedTuple):
@@ -475,32 +416,28 @@ def as_pyramid(plain: Plain, to: str, options: dict[str, Any]) -> Target:
 def as_timm(plain: Plain) -> Target:
     """The plain ViT itself. timm's config.json cannot hold an epsilon: its own then stands for the file's."""
     arguments = {key: value for key, value in plain.arguments.items() if key != "norm_eps"}
-    net = on_meta(timm.create_model, plain.name.split(".")[0], **arguments)
-    known = describe_source(plain.name.split(".")[0], net, plain.name)
-    net.pretrained_cfg.update({**known, "input_size": (known["input_size"][0], *net.patch_embed.img_size)})
+    net = on_meta(timm.create_model, plain.name, **arguments)
+    if "." not in plain.name:  # timm then means its default weights, whose origin is not this file's
+        for key in ("tag", "license", "origin_url", "paper_ids", "notes"):
+            net.pretrained_cfg.pop(key, None)
+    net.pretrained_cfg["input_size"] = (net.patch_embed.proj.in_channels, *net.patch_embed.img_size)
     return Target(net, plain.state, plain.rows, plain.data)
 
 
-def as_hivit(to: str, file: Path, which: str | None) -> Target:
-    """A released HiViT in ours."""
-    state = read_weights(file, which)
-    family = families()["hivit"]
-    if not family.fits(state):
-        raise UserError(f"{file} is not in the layout hivit ({family.title}): check --checkpoint.")
-    remap = Remap(state, set())
-    family.remap(remap)
-    if remap.left:
-        raise UserError(f"{file} has tensors that hivit does not explain: {', '.join(sorted(remap.left))}.")
+def as_hivit(to: str, file: Path, which: str | None) -> tuple[Target, str]:
+    """A released HiViT in ours, and which of the states in its file was taken."""
+    remap, _, taken = read_family(file, "hivit", which, lambda state: set())
     found = remap.found
-    unit_form = not any(name.endswith("position_bias_table") for name in found)
-    side = math.isqrt(found["absolute_pos_embed"].shape[1]) if "absolute_pos_embed" in found else 14
-    classes = len(found["head.weight"]) if "head.weight" in found else 0
-    multi_scale = "norm.weight" in found and found["norm.weight"].shape != found["absolute_pos_embed"].shape[2:]
-    net = on_meta(
-        timm.create_model, to, num_classes=classes, img_size=16 * side, multi_scale=multi_scale, unit_form=unit_form
-    )
+    cells, width = found["absolute_pos_embed"].shape[1:]
+    options = {
+        "unit_form": not any(name.endswith("position_bias_table") for name in found),
+        "multi_scale": "norm.weight" in found and len(found["norm.weight"]) != width,
+        "num_classes": len(found["head.weight"]) if "head.weight" in found else 0,
+        "img_size": 16 * math.isqrt(cells),
+    }
+    net = on_meta(timm.create_model, to, **options)
     load_strictly(net, found, file, assign=True)
-    return Target(net, found, remap.rows, {})
+    return Target(net, found, remap.rows, {}), taken
 
 
 def convert(
@@ -530,59 +467,75 @@ def convert(
         options: HPViT's.
     """
     origin = find(source)
-    targets = ["timm", "hpvit", "hpvit_s", "hpvit_b", "hpvit_l", "hpvit_h", *timm.list_models("hivit_*")]
+    targets = ["timm", "hpvit", *NAMED, *timm.list_models("hivit_*")]
     if to not in targets:
         raise UserError(f"--to {to} is unknown: choose among {', '.join(targets)}.")
     if not dry_run:
         check_place(out)
-    if checkpoint:
-        file, layout = Path(checkpoint).expanduser(), layout or origin.layout or "timm"
-    elif origin.folder:
-        file, layout = origin.folder, layout or "timm"
+    pyramid = origin.name.startswith("hpvit")
+    if pyramid and (checkpoint or layout or weights or source_args):
+        raise UserError(f"--from {source} is an HPViT and says all of itself: leave all options but --to and --out.")
+    if reserved := {"patch_size", "any_grid", "source"} & (source_args or {}).keys():
+        raise UserError(f"--source-args: {', '.join(sorted(reserved))} follow from --from: name another network there.")
+    layout = layout or origin.layout or "timm"
+    if checkpoint or origin.folder:
+        file = Path(checkpoint or str(origin.folder)).expanduser()
     else:
-        file, layout = published(origin.name)
+        file, layout = published(origin.name), "timm"
     if layout not in families():
         raise UserError(f"--layout {layout} is unknown: choose among {', '.join(families())}.")
     if to.startswith("hivit") != (layout == "hivit"):
         raise UserError(f"A checkpoint of {layout} does not become {to}: only HiViT's own become a HiViT.")
+    if to.startswith("hivit") and origin.name != to:
+        raise UserError(f"--from {origin.name} does not become {to}: give both the same name.")
     if options and not to.startswith("hpvit"):
         raise UserError(f"--to {to} takes no {', '.join(options)}: these are options of an HPViT.")
 
     plain: Plain | None = None
     if layout == "hivit":
-        target = as_hivit(to, file, weights)
+        target, taken = as_hivit(to, file, weights)
     else:
-        if origin.name.startswith("hpvit"):
+        if pyramid:
             plain = from_pyramid(origin, file)
         else:
-            given = {**origin.config.get("model_args", {}), **(source_args or {})}
+            given = {**(origin.config.get("model_args") or {}), **(source_args or {})}
             plain = read_plain(origin.name, file, layout, weights, given)
-        target = as_timm(plain) if to == "timm" else as_pyramid(plain, to, options)
-    name = to if to != "timm" else origin.name.split(".")[0]
-    sizes = {name: measure(target.net, target.net.pretrained_cfg["input_size"])}
-    if plain and to != "timm":
-        before = on_meta(plain_vit, plain.name, **plain.arguments)
-        embed = before.patch_embed
-        sizes = {plain.name: measure(before, (embed.proj.in_channels, *embed.img_size)), **sizes}
-    report = Report(source, str(file), sha256(file), layout, name, target.rows, sizes, None)
-    kept = {k: v for k, v in {**target.net.pretrained_cfg, **target.data}.items() if k in DATA}
+        known = origin.config.get("pretrained_cfg") or {}
+        plain.data.update({key: known[key] for key in DATA if key in known})
+        target, taken = as_timm(plain) if to == "timm" else as_pyramid(plain, to, options), plain.taken
+    name = plain.name.split(".")[0] if plain and to == "timm" else to
+    sizes = {}
+    if pyramid:
+        net = on_meta(timm.create_model, f"local-dir:{file}")
+        sizes[origin.name] = measure(net, net.pretrained_cfg["input_size"])
+    elif plain and to != "timm":
+        net = on_meta(plain_vit, plain.name, **plain.arguments)
+        sizes[plain.name] = measure(net, (net.patch_embed.proj.in_channels, *net.patch_embed.img_size))
+    sizes[name] = measure(target.net, target.net.pretrained_cfg["input_size"])
+    report = Report(source, str(file), sha256(file), layout, taken, name, target.rows, sizes, None)
+    size = target.net.pretrained_cfg["input_size"]
+    kept = {key: value for key, value in {**target.net.pretrained_cfg, **target.data}.items() if key in DATA}
     with tempfile.TemporaryDirectory() if dry_run else replacing(str(out)) as temporary:
         folder = Path(temporary)
-        save_model(assemble(target.net, target.state), folder, **kept)
+        save_model(assemble(target.net, target.state), folder, input_size=size, **kept)
         del target
         if checks:
             report.checks = run_checks(folder, to, plain, file, families()[layout])
-        note = {"source": source, "file": str(file), "sha256": report.sha256, "checks": report.checks or "NOT CHECKED"}
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "mimkit": note}, indent=2))
+        config = read_json(folder / "config.json")
+        note = {"source": source, "file": str(file), "sha256": report.sha256, "written": sha256(folder)}
+        config["mimkit"] = {**note, "checks": report.checks or "NOT CHECKED"}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
         report.save(folder)
     return report
 
 
 def check_place(out: str | Path | None) -> None:
-    """Refuse to replace a folder that is not a converted one."""
+    """Refuse to replace what is not a converted one."""
     if out is None:
         raise UserError("Nowhere to write: pass --out DIR, or --dry-run.")
     folder = Path(out)
-    if folder.exists() and not (folder / "report.json").exists() and (folder.is_file() or any(folder.iterdir())):
+    there = folder.is_symlink() or folder.exists()
+    if there and not ((folder / "report.json").exists() or (folder.is_dir() and not any(folder.iterdir()))):
         raise UserError(f"--out {out} is there and is no conversion: choose another directory.")
+    if folder.resolve() == Path.cwd() or folder.is_symlink():
+        raise UserError(f"--out {out} cannot be replaced as a whole: choose a directory of its own.")

@@ -34,7 +34,14 @@ def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
                 hint = "the disk is full: free some space, or choose another place"
             elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 hint = "it cannot be written or read: choose another place, or change its permissions"
-            elif error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT):
+            elif error.errno in (
+                errno.ENOTDIR,
+                errno.EISDIR,
+                errno.EEXIST,
+                errno.ENOENT,
+                errno.ENAMETOOLONG,
+                errno.EBUSY,
+            ):
                 hint = f"{error.strerror}: check the path"
             else:
                 raise

@@ -76,7 +76,7 @@ def test_convert_and_back(capsys, monkeypatch, file, tmp_path):
     assert [check["result"] for check in config["mimkit"]["checks"]] == ["passed", "not applicable", "passed"]
     code, out, _ = run(capsys, monkeypatch, "--from", tmp_path / "out", "--to", "timm", "--out", tmp_path / "back")
     assert code == 0
-    assert "the pyramid is the plain ViT: passed" in out
+    assert "the pyramid that was read is the plain ViT: passed" in out
     before, after = read_weights(file), load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -277,17 +277,14 @@ def test_no_network(capsys, monkeypatch):
 
 def test_published_weights(monkeypatch, file, tmp_path):
     """As huggingface_hub would hand them over."""
-    import huggingface_hub
-
     save_file(read_weights(file), tmp_path / "model.safetensors")
     asked = []
     monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda *words: asked.append(words) or str(tmp_path / "model.safetensors")
+        conversion, "hf_hub_download", lambda *words: asked.append(words) or str(tmp_path / "model.safetensors")
     )
     report = convert("vit_b_mae", dry_run=True, source_args=TINY)
     assert asked == [("timm/vit_base_patch16_224.mae", "model.safetensors")]
     assert (report.layout, report.checks[-1]["result"]) == ("timm", "passed")
-    assert conversion.published("vit_base_patch16_siglip_224.webli")[1] in ("timm", "openclip")
 
 
 def test_another_folder_is_not_replaced(file, tmp_path):
@@ -330,7 +327,7 @@ def test_a_trained_pyramid_does_not_go_back(capsys, monkeypatch, file, tmp_path)
     save_file(state, tmp_path / "out" / "model.safetensors")
     code, _, err = run(capsys, monkeypatch, "--from", tmp_path / "out", "--to", "timm", "--out", tmp_path / "back")
     assert code == 2
-    assert "was trained: pools.1" in err
+    assert "was trained or changed after its conversion" in err
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from timm.optim import param_groups_layer_decay
 from mimkit.checkpoint import write_model
 from mimkit.checks import difference, tokens_after
 from mimkit.errors import UserError
-from mimkit.models.hpvit import midpoints, plain_vit, relative_bias, resolve_depths
+from mimkit.models.hpvit import midpoints, plain_vit, relative_bias, relative_index, resolve_depths
 
 TINY = {"depth": 4, "embed_dim": 48, "num_heads": 3}
 KINDS = {  # one architecture for each kind of block, position and prefix in timm
@@ -242,8 +242,8 @@ def test_rope_after_the_third_pool_is_at_the_midpoints(size):
 
 def test_relative_tables_after_the_third_pool_are_at_even_offsets():
     table = torch.randn(13 * 13 + 3, 3)
-    places = torch.arange(49).reshape(7, 7)[::2, ::2].flatten()
-    bias = relative_bias(table, (7, 7), (7, 7), torch.cat([torch.zeros(1, dtype=torch.long), 1 + places]))
+    index = relative_index((7, 7), (7, 7), 2, 1, table.device)
+    bias = relative_bias(table, (7, 7), (7, 7), index)
     for i in range(16):
         for j in range(16):
             dy, dx = 2 * (i // 4 - j // 4), 2 * (i % 4 - j % 4)

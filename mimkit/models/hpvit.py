@@ -6,17 +6,20 @@ each of them the token grid of the plain ViT on a shifted image. They are folded
 code runs on them unchanged, and each pool starts as one tap, on the sub-grid that holds the source's own patches.
 """
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_abs_pos_embed_nhwc
+from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_abs_pos_embed_nhwc, to_2tuple
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg, register_model
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._input import update_model_args
 from timm.models.beit import Beit, gen_relative_position_index
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -43,7 +46,7 @@ def resolve_depths(depths: str | Sequence[int], total: int) -> tuple[int, ...]:
         given = DEPTHS[depths]
         found = tuple(total - sum(d or 0 for d in given) if d is None else d for d in given)
     else:
-        words = depths.split("-") if isinstance(depths, str) else [str(d) for d in depths]
+        words = depths.split("-") if isinstance(depths, str) else [str(d) for d in _listed(depths)]
         found = tuple(int(word) for word in words if word.isdigit())
         found = found if len(found) == len(words) else ()
     if len(found) != 4 or sum(found) != total or min(found) < 0:
@@ -52,6 +55,10 @@ def resolve_depths(depths: str | Sequence[int], total: int) -> tuple[int, ...]:
             f"0-1-{total - 1}-0, or one of {', '.join(DEPTHS)}."
         )
     return found
+
+
+def _listed(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, Sequence) else [values]
 
 
 def plain_vit(
@@ -152,7 +159,7 @@ class HPViT(nn.Module):
         pool_init: what the first two pools start as: aligned (one tap, on the source's own token), average, or the
             share of the tap in between. A pool into a stage 4 that has blocks starts as the average.
         attention: subgrid, or local: contiguous windows of the source's grid, for comparison.
-        window: side of windows inside a sub-grid, for large images; the last block of every quarter stays global.
+        window: largest side of windows inside a sub-grid, for large images; the last block of each quarter is global.
         padding: pixels before and after the image on each axis, (4, 8), (8, 4) or (0, 12).
         prefix: keep or drop class and register tokens; the mean of the others then stands for them at the head.
         img_size: the usual input, recorded only: the network takes any.
@@ -183,11 +190,15 @@ class HPViT(nn.Module):
             ("pool", pool, ("dw", "conv", "avg")),
             ("attention", attention, tuple(MAPS)),
             ("prefix", prefix, ("keep", "drop")),
-            ("padding", tuple(padding), ((4, 8), (8, 4), (0, 12))),
+            ("padding", tuple(_listed(padding)), ((4, 8), (8, 4), (0, 12))),
         ):
             if value not in allowed:
                 raise UserError(f"{name} {value!r} is unknown: choose among {', '.join(map(str, allowed))}.")
+        if window < 0:
+            raise UserError(f"window {window} is negative: give the largest side of a window, or 0 for none.")
         arguments = {**(source_args or {}), **options}
+        if "patch_size" in arguments:
+            raise UserError(f"patch_size {arguments['patch_size']} follows from the source: name another source.")
         if arguments.get("patch_drop_rate"):
             raise UserError("patch_drop_rate drops tokens that a pyramid needs for its maps: leave it at 0.")
         net = plain_vit(source, PATCH, any_grid=True, **arguments)
@@ -213,6 +224,7 @@ class HPViT(nn.Module):
         rope = getattr(net, "rope", None)
         if self.depths[3] and rope is not None and hasattr(rope, "mrope_section"):
             raise UserError(f"{source} has MRoPE, which is not defined after the third pool: leave stage 4 empty.")
+        self.finest = 1 + _aliased(rope) if rope is not None and self.depths[3] else 0
 
         net.patch_embed.proj.stride, net.patch_embed.strict_img_size = (STRIDE, STRIDE), False
         for block in net.blocks:
@@ -236,10 +248,23 @@ class HPViT(nn.Module):
             Pool(self.embed_dim, pool, part, (tap, tap)) if learns else Mean()
             for (tap, part), learns in zip(taps, learnt, strict=True)
         )
+        self.pools.to(net.patch_embed.proj.weight)
         self.feature_info = []
         for stage in range(4):
             last = max(sum(self.depths[: stage + 1]) - 1, 0)
-            self.feature_info.append({"num_chs": self.embed_dim, "reduction": 4 * 2**stage, "module": f"blocks.{last}"})
+            info = {"num_chs": self.embed_dim, "num_chs_norm": self.num_features, "reduction": 4 * 2**stage}
+            self.feature_info.append({**info, "module": f"blocks.{last}"})
+        self._model_args = {  # all of them: a file outlives the defaults that it was written with
+            "source": source,
+            "source_args": source_args or {},
+            "depths": list(self.depths),
+            "pool": pool,
+            "pool_init": pool_init,
+            "attention": attention,
+            "window": window,
+            "padding": list(self.padding),
+            "prefix": prefix,
+        }
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
@@ -286,11 +311,9 @@ class HPViT(nn.Module):
             return {}
         owners: list[Any] = [self.source.rel_pos_bias, self.blocks[i].attn]  # shared by all blocks, or of this one
         tables = [owner.relative_position_bias_table for owner in owners if owner is not None]
-        part = (slice(None, None, 2),) * 2 if coarse else tuple(slice(side) for side in sides or grid)
-        places = 1 + torch.arange(grid[0] * grid[1]).view(grid)[part].flatten()
-        chosen = torch.cat([torch.arange(self.num_prefix_tokens), places])
-        found = [relative_bias(table, self.grid, grid, chosen) for table in tables if table is not None]
-        return {"shared_rel_pos_bias": sum(found[1:], found[0]) if found else None}
+        index = relative_index(grid, sides or grid, 2 if coarse else 1, self.num_prefix_tokens, x.device)
+        found = [relative_bias(table, self.grid, grid, index) for table in tables if table is not None]
+        return {"shared_rel_pos_bias": sum(found[1:], found[0]).to(x.dtype) if found else None}
 
     def block(self, i: int, x: Tensor, fine: Grid, rope: Tensor | None, coarse: Grid | None = None) -> Tensor:
         """Tokens (b k+n d) on the 1/16 grid, or on a coarse one after the third pool -> the same, after block i"""
@@ -341,9 +364,14 @@ class HPViT(nn.Module):
         sub-grids (b*16 k+n d), (b*4 k+n d), then (b k+n d) at 1/16 and at 1/32"""
         maps = self.embed(x)
         fine = grid = (maps.shape[1], maps.shape[2])
+        if min(fine) < self.finest:
+            raise UserError(
+                f"A grid of {fine[0]}x{fine[1]} is too small for RoPE after the third pool: give images of "
+                f"{PATCH * self.finest} px or more, or leave stage 4 empty."
+            )
         x, rope = self.enter(maps)
         outputs = []
-        for stage, depth in enumerate(self.depths[: last + 1]):
+        for stage, depth in enumerate(self.depths[: min(last, len(self.pools)) + 1]):
             if stage:
                 x, grid = self.merge(x, stage - 1, grid)
             first = sum(self.depths[:stage])
@@ -383,7 +411,7 @@ class HPViT(nn.Module):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """(b c H W) -> maps (b d h w) at 1/4, 1/8, 1/16, 1/32; before them the final tokens, unless maps only.
 
-        timm's contract. `norm` applies the source's final norm to each map. Maps are of the padded image.
+        timm's contract. `norm` applies the source's final norm or neck to each map. Maps are of the padded image.
         """
         if output_fmt != "NCHW":
             raise UserError(f"HPViT's maps come as NCHW, not {output_fmt!r}: pass output_fmt='NCHW'.")
@@ -393,9 +421,15 @@ class HPViT(nn.Module):
         for i in take:
             tokens, grid = outputs[i]
             tokens = self.source.norm(tokens) if norm and not self.sam else tokens
-            tokens = tokens[:, self.num_prefix_tokens :]
-            maps.append(rearrange(unfold(tokens, max(SIDE >> i, 1), grid, self.attention), "b h w d -> b d h w"))
-        return maps if intermediates_only else (self.leave(*outputs[3 if self.depths[3] else 2]), maps)
+            tokens = unfold(tokens[:, self.num_prefix_tokens :], max(SIDE >> i, 1), grid, self.attention)
+            maps.append(rearrange(tokens, "b h w d -> b d h w"))
+        if norm and self.sam:
+            maps = [self.source.neck(m) for m in maps]
+        return (
+            maps
+            if intermediates_only
+            else (self.leave(*outputs[-1 if self.depths[3] else 2 - len(outputs) if len(outputs) > 2 else -1]), maps)
+        )
 
     # timm's other contracts ------------------------------------------------------------------------------------------
 
@@ -445,6 +479,8 @@ class HPViT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head of the source's kind."""
         self.source.reset_classifier(num_classes, global_pool)
+        kept = {key: value for key, value in self.source._model_args.items() if key in ("fc_norm", "use_fc_norm")}
+        update_model_args(self, **kept)  # timm's own record of where the norm stays
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -482,7 +518,7 @@ def midpoints(angles: Tensor) -> Tensor:
     """RoPE's sines and cosines (... h w d) at 0, 1, 2, ... -> the same at .5, 2.5, ... on both axes.
 
     The rotation midway between two is their sum, scaled back to length 1: exact while neighbours are less than pi
-    apart, which holds for every band on grids of 6 and more. At an odd border there is one token: its own rotation.
+    apart, as they are but on small grids (`_aliased`). At an odd border there is one token: its own rotation.
     """
     h, w = angles.shape[-3:-1]
     flat = rearrange(angles, "... h w d -> (...) d h w")
@@ -493,13 +529,27 @@ def midpoints(angles: Tensor) -> Tensor:
     return rearrange(result, "b d h w -> b h w d").reshape(*angles.shape[:-3], *result.shape[-2:], angles.shape[-1])
 
 
-def relative_bias(table: Tensor, old: Grid, new: Grid, chosen: Tensor) -> Tensor:
-    """BEiT's table (rows h) for the grid `old` -> bias (1 h n n) of some tokens of the grid `new`; 0 is the class
-    token."""
+@lru_cache(maxsize=32)
+def relative_index(grid: Grid, part: Grid, step: int, prefix: int, device: torch.device) -> Tensor:
+    """Rows (n n) of BEiT's table for the tokens at every `step` rows and columns of the first ones (`part`) of a grid,
+    after the prefix token if there is one (1 or 0)."""
+    places = 1 + torch.arange(grid[0] * grid[1]).view(grid)[: part[0] : step, : part[1] : step].flatten()
+    chosen = torch.cat([torch.arange(prefix), places])
+    return gen_relative_position_index(grid)[chosen][:, chosen].to(device)
+
+
+def relative_bias(table: Tensor, old: Grid, new: Grid, index: Tensor) -> Tensor:
+    """BEiT's table (rows h) for the grid `old` -> bias (1 h n n) of tokens of the grid `new` by their index (n n)"""
     rows = (2 * new[0] - 1) * (2 * new[1] - 1) + 3
     table = resize_rel_pos_bias_table(table, new, (rows, table.shape[1]), old_window_size=old)
-    index = gen_relative_position_index(new)[chosen][:, chosen].to(table.device)
     return rearrange(table[index], "n k h -> 1 h n k")
+
+
+def _aliased(rope: Any) -> int:
+    """Largest side of a grid on which neighbours are pi or more apart in a RoPE's fastest band."""
+    if hasattr(rope, "periods"):  # DINOv3: coordinates from -1 to 1, a period of 1 at the fastest
+        return int(4 / float(rope.periods.min()))
+    return int(max(rope.ref_feat_shape) / math.pi) if getattr(rope, "ref_feat_shape", None) else 0
 
 
 def _no_bias() -> float:
@@ -515,7 +565,12 @@ NAMED = {  # width, blocks, heads, and the source when none is given
     "hpvit_h": (1280, 32, 16, "vit_huge_patch14_224"),
 }
 
-default_cfgs = generate_default_cfgs({name: {"url": ""} for name in ("hpvit", *NAMED)})
+default_cfgs = generate_default_cfgs(  # without size and classes, which are the source's: timm would pass them on
+    {
+        name: {"url": "", "input_size": None, "num_classes": -1, "first_conv": "patch_embed.proj", "classifier": "head"}
+        for name in ("hpvit", *NAMED)
+    }
+)
 
 
 def shape_of(net: Any) -> tuple[int, int, int]:
@@ -529,44 +584,41 @@ def name_for(net: Any) -> str:
     return next((name for name, (*shape, _) in NAMED.items() if tuple(shape) == shape_of(net)), "hpvit")
 
 
-def describe_source(variant: str, net: Any, source: str) -> dict[str, Any]:
-    """`pretrained_cfg` of a pyramid around a plain ViT: mean, std, interpolation, ... are its source's."""
+def _describe(net: HPViT, source: str) -> dict[str, Any]:
+    """`pretrained_cfg` of a pyramid: mean, std, interpolation, ... are its source's."""
     known = get_pretrained_cfg(source, allow_unregistered=True)
-    kept = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "license")
-    side = [PATCH * cells for cells in net.patch_embed.grid_size]
+    kept = ("interpolation", "crop_pct", "crop_mode", "mean", "std", *(["license"] if "." in source else []))
     heads = {"VisionTransformerDistilled": ("head", "head_dist"), "VisionTransformerSAM": "head.fc"}
     return {key: getattr(known, key) for key in kept if known and getattr(known, key) is not None} | {
-        "architecture": variant,
-        "input_size": (net.patch_embed.proj.in_channels, *side),
+        "input_size": (net.in_chans, *(PATCH * side for side in net.grid)),
         "num_classes": net.num_classes,
-        "fixed_input_size": False,
-        "first_conv": "patch_embed.proj",
-        "classifier": heads.get(type(net).__name__, "head"),
+        "classifier": heads.get(type(net.source).__name__, "head"),
     }
 
 
 def _hpvit(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> HPViT:
     *shape, default = NAMED.get(variant, ("vit_base_patch16_224",))
-    source = kwargs.setdefault("source", default)
+    fresh = not kwargs.get("pretrained_cfg")
 
     def pyramid(**options: Any) -> HPViT:
-        with torch.device("meta"):
-            net = plain_vit(source, **(options.get("source_args") or {}))
+        net = HPViT(**{"source": default, **options})
         if shape and tuple(shape) != shape_of(net):
             width, blocks, heads = shape_of(net)
             raise UserError(
-                f"{variant} is {shape[0]} wide with {shape[1]} blocks of {shape[2]} heads, but {source} is {width} "
+                f"{variant} is {shape[0]} wide with {shape[1]} blocks of {shape[2]} heads, but its source is {width} "
                 f"wide with {blocks} of {heads}: choose {name_for(net)}."
             )
-        return HPViT(**options)
+        return net
 
-    if not kwargs.get("pretrained_cfg"):
-        with torch.device("meta"):
-            net = plain_vit(source, **(kwargs.get("source_args") or {}))
-        kwargs["pretrained_cfg"] = describe_source(variant, net, source)
     build: Any = build_model_with_cfg
     feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build(pyramid, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    net = build(pyramid, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    own: Any = net.model if isinstance(net, FeatureGetterNet) else net
+    if fresh:
+        net.pretrained_cfg.update(_describe(own, own._model_args["source"]))
+    if kwargs.get("img_size"):
+        net.pretrained_cfg["input_size"] = (own.in_chans, *to_2tuple(kwargs["img_size"]))
+    return net
 
 
 @register_model
