@@ -524,6 +524,8 @@ def convert(
         config = read_json(folder / "config.json")
         note = {"source": source, "file": str(file), "sha256": report.sha256, "written": sha256(folder)}
         config["mimkit"] = {**note, "checks": report.checks or "NOT CHECKED"}
+        if to == "timm":  # it stands in pretrained_cfg too, and transformers' wrapper of timm does not take it twice
+            config["model_args"].pop("num_classes", None)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         report.save(folder)
     return report

@@ -13,9 +13,10 @@ from conftest import fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from timm.data import IMAGENET_DEFAULT_MEAN
 
 from mimkit import checks, cli, conversion
-from mimkit.checkpoint import read_weights
+from mimkit.checkpoint import read_weights, write_model
 from mimkit.checks import difference, in_float64, linear_cka
 from mimkit.conversion import Remap, convert, families, find, plain_vits, read_plain
 from mimkit.errors import UserError
@@ -251,6 +252,12 @@ def test_bad_files_end_in_a_sentence(damage, message, capsys, monkeypatch, tmp_p
         (["--from", "vit_b_mae", "--depths", "1-1", "--checkpoint", "FILE", "--dry-run"], "12 blocks, but|4 blocks"),
         (["--from", "vit_b_mae", "--to", "hivit_b", "--checkpoint", "FILE", "--dry-run"], "does not become hivit_b"),
         (["--from", "vit_base_patch32_224", "--checkpoint", "FILE", "--dry-run"], "32 px: give --from another name"),
+        (["--from", NAME, "--weights", "best", "--checkpoint", "FILE", "--dry-run"], "--weights best is unknown"),
+        (
+            ["--from", NAME, "--source-args", '{"patch_size": 8}', "--checkpoint", "FILE", "--dry-run"],
+            "follow from --from",
+        ),
+        (["--from", "hivit_b", "--to", "hivit_nano", "--checkpoint", "FILE", "--dry-run"], "give both the same name"),
         (["--from", NAME, "--to", "timm", "--pool", "dw", "--checkpoint", "FILE", "--dry-run"], "takes no pool"),
     ],
 )
@@ -328,6 +335,67 @@ def test_a_trained_pyramid_does_not_go_back(capsys, monkeypatch, file, tmp_path)
     code, _, err = run(capsys, monkeypatch, "--from", tmp_path / "out", "--to", "timm", "--out", tmp_path / "back")
     assert code == 2
     assert "was trained or changed after its conversion" in err
+
+
+def test_what_timm_does_not_say_of_a_folder(file, tmp_path):
+    """Mean, std and interpolation of a folder of timm's, and its tag, travel; so they do there and back."""
+    net = timm.create_model(NAME, **TINY, num_classes=0)
+    write_model(net, tmp_path / "run", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear")
+    convert(str(tmp_path / "run"), out=tmp_path / "out")
+    convert(str(tmp_path / "out"), "timm", out=tmp_path / "back")
+    for folder in ("out", "back"):
+        cfg = timm.create_model(f"local-dir:{tmp_path}/{folder}", pretrained=True).pretrained_cfg
+        assert list(cfg["mean"]) == [0.1, 0.2, 0.3]
+        assert (list(cfg["std"]), cfg["interpolation"]) == ([0.4, 0.5, 0.6], "bilinear")
+    convert(NAME, out=tmp_path / "mae", checkpoint=file, layout="mae", source_args=TINY)
+    cfg = json.loads((tmp_path / "mae" / "config.json").read_text())
+    assert cfg["pretrained_cfg"]["mean"] == list(IMAGENET_DEFAULT_MEAN)  # MAE's, not the default weights' of that name
+    assert cfg["model_args"].keys() >= {"source", "source_args", "depths", "pool", "padding", "prefix", "window"}
+    other = convert(str(tmp_path / "out"), out=tmp_path / "fine", depths="fine")
+    assert {check["name"] for check in other.checks} == {
+        "the pyramid that was read is the plain ViT",
+        "the pyramid is the plain ViT",
+    }
+
+
+def test_written_for_timm_is_read_by_transformers(file, tmp_path):
+    """transformers takes timm's hub layout through its own wrapper: the way back to it."""
+    import transformers
+
+    convert(NAME, "timm", out=tmp_path / "out", **options(file))
+    wrapped = transformers.TimmWrapperModel.from_pretrained(tmp_path / "out").eval()
+    net = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(pixel_values=x).last_hidden_state, net.forward_features(x))
+
+
+def test_neighbours_of_the_output_stay(file, tmp_path):
+    """Only what a killed conversion left is removed: not another folder, not what a living process writes."""
+    left = {".out-backup": True, ".out.mimkit-1-abc": True, f".out.mimkit-{2**22 + 1}-abc": False}
+    for name in left:
+        (tmp_path / name).mkdir()
+    convert(NAME, out=tmp_path / "out", checks=False, **options(file))
+    assert {name: (tmp_path / name).exists() for name in left} == left
+
+
+@pytest.mark.parametrize("place", [".", "link"])
+def test_places_that_cannot_be_replaced(place, capsys, monkeypatch, file, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "empty")
+    out = place if place == "." else tmp_path / "link"
+    code, _, err = run(capsys, monkeypatch, *flags(file), "--out", out)
+    assert (code, "choose" in err) == (2, True)
+
+
+def test_names_with_brackets(capsys, monkeypatch, file, tmp_path):
+    odd = tmp_path / "vit [b] [" / "x].pth"  # rich would take both for its markup
+    odd.parent.mkdir()
+    odd.write_bytes(file.read_bytes())
+    code, out, _ = run(capsys, monkeypatch, *flags(odd), "--no-checks", "--out", tmp_path / "o [y]")
+    assert code == 0
+    assert "[b] [/x].pth" in out
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -420,8 +488,13 @@ def test_a_wrong_kernel_is_caught(monkeypatch, tmp_path):
     assert convert("vit_base_patch14_dinov2", dry_run=True, **more).checks[1]["error"] < 1e-12
 
 
-def test_doubt_is_settled_in_float64(monkeypatch, file):
+def test_doubt_is_settled_in_float64(monkeypatch, file, tmp_path):
     monkeypatch.setattr(checks, "DOUBT", -1.0)  # always in doubt
+    for name in ("beit_base_patch16_224", "vit_small_patch16_dinov3", "samvit_base_patch16"):
+        net = fill(plain_vit(name, **TINY, num_classes=0))
+        save_file(net.state_dict(), tmp_path / "other.safetensors")
+        report = convert(name, dry_run=True, **options(tmp_path / "other.safetensors"))
+        assert report.checks[-1]["float64"] < 1e-9, name
     found = convert(NAME, dry_run=True, **options(file)).checks[-1]
     assert found["float64"] < 1e-9
     net = fill(timm.create_model("hpvit", source=NAME, source_args=TINY)).eval()
@@ -437,6 +510,8 @@ def test_doubt_is_settled_in_float64(monkeypatch, file):
 
 def test_cka():
     a = torch.randn(500, 8, dtype=torch.float64)
+    few = [torch.randn(100, 384, dtype=torch.float64) for _ in range(2)]  # fewer tokens than channels
+    assert abs(linear_cka(*few)) < 0.1
     turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
     assert linear_cka(a, 3 * a @ turn + 5) == pytest.approx(1)
     assert linear_cka(a, torch.randn(500, 8, dtype=torch.float64)) < 0.1
@@ -461,6 +536,11 @@ def test_kernels_like_timm():
     assert difference(resize_kernel(kernel, 16), theirs) < 1e-4
     with pytest.raises(UserError, match="was shrunk"):
         restore_kernel(torch.randn(5, 3, 16, 16), 32)
+
+
+def test_numbers_that_are_none_fail():
+    assert difference(torch.tensor([1.0, torch.nan]), torch.ones(2)) == float("inf")
+    assert difference(torch.zeros(2), torch.zeros(2)) == 0
 
 
 def test_a_kernel_of_32_is_shrunk_and_says_so(tmp_path):

@@ -93,7 +93,6 @@ TRANSFORMERS += [hf_beit, hf_beit_shared, hf_clip]
 EXTRA = {  # of timm's network, where its name means another
     "hf_dinov2_swiglu": {"mlp_ratio": 8 / 3 * 2},
     "hf_dinov3_gated": {"mlp_ratio": 4.0, "swiglu_align_to": 0},
-    "hf_beit_shared": {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
 }
 
 
@@ -299,6 +298,21 @@ def siglip_file(folder):
     return timm_file(folder, "vit_base_patch16_siglip_224", num_classes=0)
 
 
+def openclip_timm_file(folder):
+    """OpenCLIP around a network of timm."""
+    net = tiny("vit_base_patch16_siglip_224", num_classes=0)
+    state = {f"visual.trunk.{key}": value for key, value in net.state_dict().items()}
+    torch.save({**state, "logit_bias": torch.zeros(()), "text.cls_emb": torch.randn(3)}, folder / "clip.pt")
+    return net, "vit_base_patch16_siglip_224", folder / "clip.pt", "openclip"
+
+
+def half_file(folder):
+    """In half precision."""
+    net = tiny("vit_base_patch16_224", num_classes=0).half().float()
+    torch.save({"model": {key: value.half() for key, value in net.state_dict().items()}}, folder / "mae.pth")
+    return net, "vit_b_mae", folder / "mae.pth", "mae"
+
+
 def eva02_file(folder):
     return timm_file(folder, "eva02_base_patch14_224", img_size=56, num_classes=0)
 
@@ -307,8 +321,19 @@ def sam_file(folder):
     return timm_file(folder, "samvit_base_patch16", num_classes=0, window_size=3, global_attn_indexes=[1])
 
 
+def sam_original_file(folder):
+    """Image encoder, prompt encoder and mask decoder."""
+    net = tiny("samvit_base_patch16", num_classes=0, window_size=3, global_attn_indexes=[1])
+    state = {f"image_encoder.{key.replace('mlp.fc', 'mlp.lin')}": value for key, value in net.state_dict().items()}
+    torch.save(
+        state | {"mask_decoder.iou_token.weight": torch.randn(1, 8), "pixel_mean": torch.zeros(3)}, folder / "sam.pth"
+    )
+    return net, "sam_b", folder / "sam.pth", "sam"
+
+
 OWN = [mae_file, mae_finetuned_file, dino_file, deit_file, deit3_file, dinov2_file, dinov2_chunked_file, dinov3_file]
 OWN += [beit_file, beit_pretrained_file, ijepa_file, clip_file, siglip_file, eva02_file, sam_file]
+OWN += [sam_original_file, openclip_timm_file, half_file]
 
 
 NO_READER = (dinov2_chunked_file,)  # timm's loader does not know chunks
@@ -317,10 +342,8 @@ NO_READER = (dinov2_chunked_file,)  # timm's loader does not know chunks
 def arguments_of(net, build):
     """timm's arguments for the tiny network of a file."""
     arguments = {**TINY, "img_size": net.patch_embed.img_size[0]}
-    if build is sam_file:
+    if build in (sam_file, sam_original_file):
         arguments |= {"window_size": 3, "global_attn_indexes": [1]}
-    if build is beit_pretrained_file:
-        arguments |= {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
     return arguments
 
 
@@ -362,7 +385,7 @@ def test_every_tensor_is_counted_once(tmp_path):
         targets = [target for row in report.rows if row.target for target in row.target.split(", ")]
         pyramid = timm.create_model("hpvit", source=conversion.find(name).name, source_args=arguments, num_classes=0)
         assert len(targets) == len(set(targets))
-        assert set(targets) >= {key for key in pyramid.state_dict() if "norm." not in key}, build.__name__
+        assert set(targets) >= {key for key in pyramid.state_dict() if "norm." not in key and "relative" not in key}
         assert all(row.why for row in report.rows if row.action in ("dropped", "fresh", "resized"))
 
 
@@ -392,7 +415,20 @@ def transpose_positions(found):
         found["pos_embed"] = torch.cat([prefix, turned], dim=1)
 
 
-@pytest.mark.parametrize("mutate", [swap_q_and_k, drop_layer_scale, transpose_positions])
+def turn_the_final_norm(found):
+    for key in [key for key in found if key in ("norm.weight", "fc_norm.weight")]:
+        found[key] = found[key].flip(0) * 3
+
+
+def turn_the_head(found):
+    for key in [key for key in found if key.startswith("head.") and key.endswith("weight")]:
+        found[key] = found[key].flip(0)
+
+
+MUTANTS = [swap_q_and_k, drop_layer_scale, transpose_positions, turn_the_final_norm, turn_the_head]
+
+
+@pytest.mark.parametrize("mutate", MUTANTS)
 @pytest.mark.parametrize("build", [*OWN, *TRANSFORMERS])
 def test_a_wrong_table_is_caught(build, mutate, tmp_path, monkeypatch):
     """A family whose result is wrong ends in an error, with nothing written."""
@@ -418,6 +454,8 @@ def test_a_wrong_table_is_caught(build, mutate, tmp_path, monkeypatch):
     report = convert(name, dry_run=True, checks=False, **options)
     if build in NO_READER:
         pytest.skip("no reader: test_own_layouts compares instead")
+    if build is hf_beit_shared and mutate is turn_the_final_norm:
+        pytest.skip("transformers has this norm with the loss of pre-training, outside of its BeitModel")
     if not changed:
         assert mutate is not swap_q_and_k
         pytest.skip(f"{report.source} has nothing that {mutate.__name__} could break")

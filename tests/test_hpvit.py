@@ -1,6 +1,7 @@
 """HPViT: at its start it is the plain ViT, whichever timm has; and it is a timm citizen."""
 
 import copy
+import json
 import math
 import subprocess
 import sys
@@ -318,6 +319,44 @@ def test_is_a_timm_citizen(name):
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "pool"),
+    [("vit_tiny_patch16_224", "avg"), ("vit_base_patch16_siglip_224", "avg"), ("beit_base_patch16_224", "token")],
+)
+def test_another_pooling_is_remembered(name, pool, tmp_path):
+    net, _ = pyramid(name)
+    net.reset_classifier(5, pool)
+    write_model(net, tmp_path / "model")
+    again = timm.create_model(f"local-dir:{tmp_path}/model", pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(again(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_config_holds_the_defaults_of_its_day(tmp_path):
+    """A file rebuilds the same network when a default changes."""
+    net = timm.create_model("hpvit", source="vit_tiny_patch16_224", source_args=TINY)
+    write_model(net, tmp_path / "model")
+    said = json.loads((tmp_path / "model" / "config.json").read_text())["model_args"]
+    assert said["source"] == "vit_tiny_patch16_224"
+    assert (said["depths"], said["padding"], said["pool"], said["prefix"]) == ([0, 1, 3, 0], [4, 8], "dw", "keep")
+
+
+def test_small_grids_have_no_rope_after_the_third_pool():
+    net, _ = pyramid("vit_pe_core_tiny_patch16_384", depths="1-1-1-1")
+    with pytest.raises(UserError, match="128 px or more"):
+        net(torch.randn(1, 3, 96, 96))
+    net(torch.randn(1, 3, 128, 128))
+
+
+def test_device_and_precision():
+    net = timm.create_model("hpvit", source="vit_tiny_patch16_224", source_args=TINY, dtype=torch.bfloat16)
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    for name in ("vit_tiny_patch16_224", "beit_base_patch16_224", "vit_small_patch16_dinov3"):
+        net, _ = pyramid(name, window=3, depths="1-1-2-0")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert net(torch.randn(1, 3, 112, 112)).isfinite().all()
+
+
 def test_layer_decay():
     net, _ = pyramid(depths="1-1-2-0")
     groups = param_groups_layer_decay(net, layer_decay=0.5, no_weight_decay_list=net.no_weight_decay())
@@ -356,6 +395,8 @@ def test_named_entries():
         assert (net.embed_dim, net.pretrained_cfg["input_size"]) == (width, (3, side, side))
     with pytest.raises(UserError, match="choose hpvit_s"), torch.device("meta"):
         timm.create_model("hpvit_b", source="vit_small_patch14_dinov2")
+    with pytest.raises(UserError, match="choose hpvit_s"), torch.device("meta"):
+        timm.create_model("hpvit_b", embed_dim=384, num_heads=6)
     inputs = {"vit_large_patch14_clip_224": 256, "vit_base_patch8_224": 448, "vit_base_patch32_224": 112}
     for source, side in inputs.items():
         with torch.device("meta"):
@@ -388,6 +429,10 @@ def test_depths(total, data):
         ({"attention": "global"}, "attention 'global'"),
         ({"padding": (6, 6)}, "padding"),
         ({"prefix": "some"}, "prefix 'some'"),
+        ({"padding": 4}, "padding"),
+        ({"depths": 4}, "depths 4 do not split"),
+        ({"window": -1}, "window -1 is negative"),
+        ({"patch_size": 8}, "patch_size 8 follows from the source"),
         ({"patch_drop_rate": 0.5}, "patch_drop_rate"),
         ({"source": "resnet50"}, "not a plain ViT"),
         ({"source": "vit_base_r50_s16_224"}, "not by patches"),
