@@ -57,6 +57,17 @@ def resolve_depths(depths: str | Sequence[int], total: int) -> tuple[int, ...]:
     return found
 
 
+def resolve_share(pool_init: str | float) -> float:
+    """aligned, average or a number -> how much of a pool's start is one tap, the rest being the mean."""
+    try:
+        share = {"aligned": 1.0, "average": 0.0}.get(str(pool_init), pool_init)
+        if 0 <= float(share) <= 1:
+            return float(share)
+    except ValueError:
+        pass
+    raise UserError(f"pool_init {pool_init!r} is unknown: give aligned, average, or a share from 0 to 1.")
+
+
 def _listed(values: Any) -> list[Any]:
     return list(values) if isinstance(values, Sequence) else [values]
 
@@ -234,14 +245,7 @@ class HPViT(nn.Module):
                 block.attn._get_rel_pos_bias = _no_bias  # all of the bias comes in an argument, for any grid
 
         offset = self.padding[0] // STRIDE  # of the sub-grid with the source's own patches
-        share = {"aligned": 1.0, "average": 0.0}.get(str(pool_init))
-        if share is None:
-            try:
-                share = float(pool_init)
-            except ValueError:
-                share = -1.0
-        if not 0 <= share <= 1:
-            raise UserError(f"pool_init {pool_init!r} is unknown: give aligned, average, or a share from 0 to 1.")
+        share = resolve_share(pool_init)
         taps = ((offset % 2, share), (offset // 2, share), (0, 0.0))
         learnt = [pool != "avg" and (stage < 2 or self.depths[3] > 0) for stage in range(3)]
         self.pools = nn.ModuleList(
@@ -425,11 +429,9 @@ class HPViT(nn.Module):
             maps.append(rearrange(tokens, "b h w d -> b d h w"))
         if norm and self.sam:
             maps = [self.source.neck(m) for m in maps]
-        return (
-            maps
-            if intermediates_only
-            else (self.leave(*outputs[-1 if self.depths[3] else 2 - len(outputs) if len(outputs) > 2 else -1]), maps)
-        )
+        if intermediates_only:
+            return maps
+        return self.leave(*outputs[min(3 if self.depths[3] else 2, len(outputs) - 1)]), maps
 
     # timm's other contracts ------------------------------------------------------------------------------------------
 
