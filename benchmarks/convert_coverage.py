@@ -84,7 +84,9 @@ def row(name: str) -> tuple[str, bool]:
             q, k, v = value.chunk(3)
             swapped[key] = torch.cat([k, q, v])
         elif key.endswith("attn.q_proj.weight"):
-            swapped |= {key: state[key.replace("q_proj", "k_proj")], key.replace("q_proj", "k_proj"): value}
+            other = key.replace("q_proj", "k_proj")
+            if state[other].shape == value.shape:  # grouped keys are fewer
+                swapped |= {key: state[other], other: value}
         elif key.endswith((".gamma", "gamma_1", "gamma_2")):
             scaled[key] = torch.ones_like(value)
     mutants = [mutant(change) if change else None for change in (swapped, scaled)]
