@@ -240,11 +240,11 @@ class Plain:
     taken: str = ""  # which of the states in the file
     pyramid: bool = False  # whether it was taken out of an HPViT
 
-    def build(self, patch_size: int | None = None, any_grid: bool = False) -> Any:
+    def build(self, kernel: int | None = None, any_grid: bool = False) -> Any:
         """The network with these weights, by timm's own code; its kernel at another size if one is given."""
-        net = on_meta(plain_vit, self.name, patch_size, any_grid, **self.arguments)
-        kernel = resize_kernel(self.state[KERNEL], net.patch_embed.patch_size[0])
-        return assemble(net, self.state | {KERNEL: kernel}).eval()
+        net = on_meta(plain_vit, self.name, kernel, any_grid, **self.arguments)
+        resized = resize_kernel(self.state[KERNEL], net.patch_embed.patch_size[0])
+        return assemble(net, self.state | {KERNEL: resized}).eval()
 
 
 def fit(name: str, found: State, given: dict[str, Any], origin: Path) -> dict[str, Any]:
@@ -475,7 +475,7 @@ def convert(
     pyramid = origin.name.startswith("hpvit")
     if pyramid and (checkpoint or layout or weights or source_args):
         raise UserError(f"--from {source} is an HPViT and says all of itself: leave all options but --to and --out.")
-    if reserved := {"patch_size", "any_grid", "source"} & (source_args or {}).keys():
+    if reserved := {"kernel", "any_grid", "source"} & (source_args or {}).keys():
         raise UserError(f"--source-args: {', '.join(sorted(reserved))} follow from --from: name another network there.")
     layout = layout or origin.layout or "timm"
     if checkpoint or origin.folder:

@@ -254,7 +254,7 @@ def test_bad_files_end_in_a_sentence(damage, message, capsys, monkeypatch, tmp_p
         (["--from", "vit_base_patch32_224", "--checkpoint", "FILE", "--dry-run"], "32 px: give --from another name"),
         (["--from", NAME, "--weights", "best", "--checkpoint", "FILE", "--dry-run"], "--weights best is unknown"),
         (
-            ["--from", NAME, "--source-args", '{"patch_size": 8}', "--checkpoint", "FILE", "--dry-run"],
+            ["--from", NAME, "--source-args", '{"kernel": 8}', "--checkpoint", "FILE", "--dry-run"],
             "follow from --from",
         ),
         (["--from", "hivit_b", "--to", "hivit_nano", "--checkpoint", "FILE", "--dry-run"], "give both the same name"),
@@ -335,6 +335,22 @@ def test_a_trained_pyramid_does_not_go_back(capsys, monkeypatch, file, tmp_path)
     code, _, err = run(capsys, monkeypatch, "--from", tmp_path / "out", "--to", "timm", "--out", tmp_path / "back")
     assert code == 2
     assert "was trained or changed after its conversion" in err
+
+
+def test_an_encoder_that_was_pretrained_here(tmp_path):
+    """recipes/mae_vit.py on small images: patches of 4 px, of an architecture that has 16 by its name."""
+    small = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 4}
+    vit = fill(timm.create_model("vit_tiny_patch16_224", **small, num_classes=0, dynamic_img_size=True)).eval()
+    write_model(vit, tmp_path / "encoder", mean=(0.5,) * 3, std=(0.25,) * 3)
+    report = convert(str(tmp_path / "encoder"), out=tmp_path / "out")
+    assert [check["result"] for check in report.checks] == ["passed", "passed", "passed"]
+    pyramid = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True)
+    assert (pyramid.grid, pyramid.pretrained_cfg["input_size"]) == ((8, 8), (3, 128, 128))
+    convert(str(tmp_path / "out"), "timm", out=tmp_path / "back")
+    back = timm.create_model(f"local-dir:{tmp_path}/back", pretrained=True).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert difference(back(x), vit(x)) < 1e-5
 
 
 def test_what_timm_does_not_say_of_a_folder(file, tmp_path):

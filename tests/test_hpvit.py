@@ -432,7 +432,6 @@ def test_depths(total, data):
         ({"padding": 4}, "padding"),
         ({"depths": 4}, "depths 4 do not split"),
         ({"window": -1}, "window -1 is negative"),
-        ({"patch_size": 8}, "patch_size 8 follows from the source"),
         ({"patch_drop_rate": 0.5}, "patch_drop_rate"),
         ({"source": "resnet50"}, "not a plain ViT"),
         ({"source": "vit_base_r50_s16_224"}, "not by patches"),

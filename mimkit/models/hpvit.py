@@ -73,13 +73,13 @@ def _listed(values: Any) -> list[Any]:
 
 
 def plain_vit(
-    source: str, patch_size: int | None = None, any_grid: bool = False, norm_eps: float | None = None, **options: Any
+    source: str, kernel: int | None = None, any_grid: bool = False, norm_eps: float | None = None, **options: Any
 ) -> Any:
     """A plain ViT of timm, without weights.
 
     Args:
         source: its name in timm; a tag is ignored.
-        patch_size: side of its kernel in pixels, if it isn't to be its own; the token grid stays.
+        kernel: side of its kernel in pixels, if it isn't to be its own; the token grid stays.
         any_grid: whether its positions follow the input, where timm has that.
         norm_eps: of all its norms, where it is not timm's.
         options: timm's own.
@@ -93,11 +93,8 @@ def plain_vit(
             raise UserError(f"{source} is a {type(probe).__name__}, not a plain ViT: try vit_base_patch16_224.")
         if not isinstance(probe.patch_embed, PatchEmbed):
             raise UserError(f"{source} embeds by a {type(probe.patch_embed).__name__}, not by patches: choose another.")
-        if patch_size:
-            options |= {
-                "patch_size": patch_size,
-                "img_size": [side * patch_size for side in probe.patch_embed.grid_size],
-            }
+        if kernel:
+            options |= {"patch_size": kernel, "img_size": [side * kernel for side in probe.patch_embed.grid_size]}
         if any_grid and isinstance(probe, VisionTransformer | Eva):
             options["dynamic_img_size"] = True
         net: Any = timm.create_model(name, **options)
@@ -208,8 +205,6 @@ class HPViT(nn.Module):
         if window < 0:
             raise UserError(f"window {window} is negative: give the largest side of a window, or 0 for none.")
         arguments = {**(source_args or {}), **options}
-        if "patch_size" in arguments:
-            raise UserError(f"patch_size {arguments['patch_size']} follows from the source: name another source.")
         if arguments.get("patch_drop_rate"):
             raise UserError("patch_drop_rate drops tokens that a pyramid needs for its maps: leave it at 0.")
         net = plain_vit(source, PATCH, any_grid=True, **arguments)
