@@ -212,13 +212,21 @@ def replacing_file(file: str | Path) -> Iterator[Path]:
 
 
 def write_model(model: nn.Module, folder: str | Path, **data_config: Any) -> None:
-    """Write a timm model so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives it back.
+    """Write a timm model that was trained here so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives it
+    back.
 
     Args:
         data_config: what travels with the weights: input_size (c H W), mean, std, interpolation.
     """
+    disown(model)
     with replacing(folder) as temporary:
         save_model(model, temporary, **data_config)
+
+
+def disown(model: Any) -> None:
+    """Forget where the weights come from that timm's name stands for: these are others."""
+    for key in ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes", "description"):
+        model.pretrained_cfg.pop(key, None)
 
 
 def save_model(model: nn.Module, folder: Path, **data_config: Any) -> None:

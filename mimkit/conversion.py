@@ -28,6 +28,7 @@ from torch import Tensor
 from mimkit.checkpoint import (
     State,
     assemble,
+    disown,
     load_strictly,
     on_meta,
     open_weights,
@@ -417,9 +418,8 @@ def as_timm(plain: Plain) -> Target:
     """The plain ViT itself. timm's config.json cannot hold an epsilon: its own then stands for the file's."""
     arguments = {key: value for key, value in plain.arguments.items() if key != "norm_eps"}
     net = on_meta(timm.create_model, plain.name, **arguments)
-    if "." not in plain.name:  # timm then means its default weights, whose origin is not this file's
-        for key in ("tag", "license", "origin_url", "paper_ids", "notes"):
-            net.pretrained_cfg.pop(key, None)
+    if "." not in plain.name:  # timm then means its default weights
+        disown(net)
     net.pretrained_cfg["input_size"] = (net.patch_embed.proj.in_channels, *net.patch_embed.img_size)
     return Target(net, plain.state, plain.rows, plain.data)
 

@@ -344,6 +344,8 @@ def test_an_encoder_that_was_pretrained_here(tmp_path):
     write_model(vit, tmp_path / "encoder", mean=(0.5,) * 3, std=(0.25,) * 3)
     report = convert(str(tmp_path / "encoder"), out=tmp_path / "out")
     assert [check["result"] for check in report.checks] == ["passed", "passed", "passed"]
+    assert "vit_tiny_patch16_224" in report.sizes  # and not the tag or licence of timm's default weights
+    assert "license" not in (tmp_path / "out" / "config.json").read_text()
     pyramid = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True)
     assert (pyramid.grid, pyramid.pretrained_cfg["input_size"]) == ((8, 8), (3, 128, 128))
     convert(str(tmp_path / "out"), "timm", out=tmp_path / "back")
