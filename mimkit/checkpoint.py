@@ -212,8 +212,7 @@ def replacing_file(file: str | Path) -> Iterator[Path]:
 
 
 def write_model(model: nn.Module, folder: str | Path, **data_config: Any) -> None:
-    """Write a timm model that was trained here so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives it
-    back.
+    """Write a timm model that was trained here; `timm.create_model("local-dir:FOLDER", pretrained=True)` gives it back.
 
     Args:
         data_config: what travels with the weights: input_size (c H W), mean, std, interpolation.
