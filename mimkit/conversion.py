@@ -17,9 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import timm
 import torch
-from huggingface_hub import hf_hub_download
 from timm.models._hub import download_cached_file
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -212,10 +212,11 @@ def published(name: str) -> Path:
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not (cfg.hf_hub_id or cfg.url):
         raise UserError(f"No weights are published for {name}: pass --checkpoint FILE --layout FAMILY, or name a tag.")
+    huggingface_hub.utils.logging.set_verbosity_error()  # it says every retry
     where = f"https://huggingface.co/{cfg.hf_hub_id}/resolve/main/model.safetensors" if cfg.hf_hub_id else cfg.url
     try:
         if cfg.hf_hub_id:
-            return Path(hf_hub_download(cfg.hf_hub_id, "model.safetensors"))
+            return Path(huggingface_hub.hf_hub_download(cfg.hf_hub_id, "model.safetensors"))
         return Path(download_cached_file(str(cfg.url), progress=True))
     except Exception as error:  # requests, urllib and huggingface_hub raise dozens of kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
@@ -500,8 +501,6 @@ def convert(
         else:
             given = {**(origin.config.get("model_args") or {}), **(source_args or {})}
             plain = read_plain(origin.name, file, layout, weights, given)
-        known = origin.config.get("pretrained_cfg") or {}
-        plain.data.update({key: known[key] for key in DATA if key in known})
         target, taken = as_timm(plain) if to == "timm" else as_pyramid(plain, to, options), plain.taken
     name = plain.name.split(".")[0] if plain and to == "timm" else to
     sizes = {}
@@ -514,7 +513,8 @@ def convert(
     sizes[name] = measure(target.net, target.net.pretrained_cfg["input_size"])
     report = Report(source, str(file), sha256(file), layout, taken, name, target.rows, sizes, None)
     size = target.net.pretrained_cfg["input_size"]
-    kept = {key: value for key, value in {**target.net.pretrained_cfg, **target.data}.items() if key in DATA}
+    known = {**target.net.pretrained_cfg, **target.data, **(origin.config.get("pretrained_cfg") or {})}
+    kept = {key: known[key] for key in DATA if key in known}
     with tempfile.TemporaryDirectory() if dry_run else replacing(str(out)) as temporary:
         folder = Path(temporary)
         save_model(assemble(target.net, target.state), folder, input_size=size, **kept)

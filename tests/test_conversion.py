@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -287,7 +288,7 @@ def test_published_weights(monkeypatch, file, tmp_path):
     save_file(read_weights(file), tmp_path / "model.safetensors")
     asked = []
     monkeypatch.setattr(
-        conversion, "hf_hub_download", lambda *words: asked.append(words) or str(tmp_path / "model.safetensors")
+        huggingface_hub, "hf_hub_download", lambda *words: asked.append(words) or str(tmp_path / "model.safetensors")
     )
     report = convert("vit_b_mae", dry_run=True, source_args=TINY)
     assert asked == [("timm/vit_base_patch16_224.mae", "model.safetensors")]
