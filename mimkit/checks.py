@@ -157,18 +157,24 @@ def identity(folder: Path, plain: "Plain") -> Check:
 @torch.no_grad()
 def similarity(pyramid: HPViT, source: Any, images: Tensor) -> dict[int, float]:
     """Linear CKA of each stage's map, averaged to the coarser grid of the two, with the source's tokens as deep."""
+    features: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for x in images.split(1):
+        for stage, (tokens, grid) in enumerate(pyramid.stages(x)):
+            ours = unfold(tokens[:, pyramid.num_prefix_tokens :], max(SIDE >> stage, 1), grid, pyramid.attention)
+            theirs = tokens_after(source, x, sum(pyramid.depths[: stage + 1]))[0]
+            theirs = theirs[:, getattr(source, "num_prefix_tokens", 0) :]
+            maps = (
+                rearrange(ours, "1 h w d -> d h w"),
+                rearrange(theirs, "1 (h w) d -> d h w", h=x.shape[-2] // PATCH),
+            )
+            coarse = (min(m.shape[1] for m in maps), min(m.shape[2] for m in maps))
+            a, b = (rearrange(F.adaptive_avg_pool2d(m, coarse), "d h w -> (h w) d") for m in maps)
+            features.setdefault(stage + 1, []).append((a, b))
     found = {}
-    outputs = pyramid.stages(images)
-    for stage, (tokens, grid) in enumerate(outputs):
-        depth = sum(pyramid.depths[: stage + 1])
-        theirs = tokens_after(source, images, depth)[0][:, getattr(source, "num_prefix_tokens", 0) :]
-        height = images.shape[-2] // PATCH
-        maps = unfold(tokens[:, pyramid.num_prefix_tokens :], max(SIDE >> stage, 1), grid, pyramid.attention)
-        pair = [rearrange(maps, "b h w d -> b d h w"), rearrange(theirs, "b (h w) d -> b d h w", h=height)]
-        coarse = (min(m.shape[2] for m in pair), min(m.shape[3] for m in pair))
-        a, b = (rearrange(F.adaptive_avg_pool2d(x, coarse), "b d h w -> (b h w) d").double() for x in pair)
+    for stage, pairs in features.items():
+        a, b = (torch.cat(part).double() for part in zip(*pairs, strict=True))
         step = -(-len(a) // TOKENS)
-        found[stage + 1] = linear_cka(a[::step], b[::step])
+        found[stage] = linear_cka(a[::step], b[::step])
     return found
 
 
