@@ -93,7 +93,7 @@ def row(name: str, network: Any, parts: Any, side: int, images: int) -> str:
     if hasattr(network, "stages"):
         stages = len(scores) - 1
         costs = [gmacs_of(UpTo(network, stage), one) for stage in range(stages)]
-        cells = [f"{score:.2f} ({cost:.2f})" for score, cost in zip(scores, costs, strict=False)]
+        cells = [f"{score:.2f} ({cost:.2f})" for score, cost in zip(scores[:-1], costs, strict=True)]
         depths = "-".join(str(d) for d in network.depths)
     else:
         cells, depths = ["", "", f"{scores[0]:.2f} ({gmacs_of(network, one):.2f})"], str(len(network.blocks))

@@ -120,18 +120,18 @@ def strip(state: State) -> State:
     return stripped
 
 
+def misfits(own: State, state: State) -> tuple[list[str], list[str], list[str]]:
+    """Names that keep a state from being a network's own: missing, unexpected, of another shape."""
+    misshapen = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
+    return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()), misshapen
+
+
 def load_strictly(model: nn.Module, state: State, origin: str | Path, assign: bool = False) -> None:
     """Load every tensor, or say which ones do not fit and load none."""
     own = model.state_dict()
-    problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": [
-            f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
-            for k in sorted(own.keys() & state.keys())
-            if own[k].shape != state[k].shape
-        ],
-    }
+    missing, unexpected, misshapen = misfits(own, state)
+    shapes = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in misshapen]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if any(problems.values()):
         lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{origin} does not fit {type(model).__name__} ({lists}): check the model's name and options.")

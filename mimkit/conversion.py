@@ -30,6 +30,7 @@ from mimkit.checkpoint import (
     assemble,
     disown,
     load_strictly,
+    misfits,
     on_meta,
     open_weights,
     read_weights,
@@ -325,7 +326,8 @@ def read_family(file: Path, layout: str, which: str | None, wanted: Callable[[St
     if broken:
         raise UserError(f"{file} has NaN or infinite values in {', '.join(broken[:5])}: get another copy of it.")
     kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in raw.values()} - {"float32", "int64"}
-    return Content(remap, raw, ", ".join([taken, *(f"{kind} made float32" for kind in sorted(kinds))]))
+    notes = [taken, *(f"{kind} made float32" for kind in sorted(kinds))]
+    return Content(remap, raw, ", ".join(note for note in notes if note))
 
 
 def read_plain(
@@ -342,13 +344,10 @@ def read_plain(
     remap, raw, taken = read_family(file, layout, which, wanted)
     arguments = fit(name, remap.found, given, file)
     own = on_meta(plain_vit, name, **arguments).state_dict()
-    problems = [f"{key} is missing" for key in own if key not in remap.found]
-    problems += [f"{key} is not of {name}" for key in remap.found if key not in own]
-    problems += [
-        f"{key} is {tuple(tensor.shape)} instead of {tuple(own[key].shape)}"
-        for key, tensor in remap.found.items()
-        if key in own and own[key].shape != tensor.shape
-    ]
+    missing, unexpected, misshapen = misfits(own, remap.found)
+    problems = [f"{key} is missing" for key in missing] + [f"{key} is not of {name}" for key in unexpected]
+    shapes = {key: (tuple(remap.found[key].shape), tuple(own[key].shape)) for key in misshapen}
+    problems += [f"{key} is {theirs} instead of {ours}" for key, (theirs, ours) in shapes.items()]
     if problems:
         raise UserError(f"{file} does not fit {name}: {'; '.join(problems)}; check --from and --layout.")
     raw = raw if family.reader == "timm" else {}

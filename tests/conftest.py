@@ -1,5 +1,6 @@
 import io
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -12,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 import mimkit.models  # noqa: F401  registers the networks with timm
+from mimkit import cli
 from mimkit.data import Plan, Viewer, train_loader, train_transform
 
 
@@ -78,3 +80,16 @@ def viewer(source, seed=0, size=(16, 16), in_chans=3):
 def batches(source, workers=0, **plan):
     plan = Plan(source.length, **({"batch_size": 4, "steps": 5} | plan))
     return list(train_loader(source, viewer(source), plan, workers))
+
+
+def command(capsys, monkeypatch, *argv):
+    """Run `mimkit ARGV` -> (exit code, what it printed, what it complained)"""
+    monkeypatch.setattr(sys, "argv", ["mimkit", *map(str, argv)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    return code, printed.out, printed.err

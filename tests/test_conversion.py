@@ -4,19 +4,18 @@ import errno
 import json
 import pickle
 import re
-import sys
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-from conftest import fill
+from conftest import command, fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN
 
-from mimkit import checks, cli, conversion
+from mimkit import checks, conversion
 from mimkit.checkpoint import read_weights, write_model
 from mimkit.checks import difference, in_float64, linear_cka
 from mimkit.conversion import Remap, convert, families, find, plain_vits, read_plain
@@ -37,16 +36,9 @@ def file(tmp_path):
 
 
 def run(capsys, monkeypatch, *argv):
-    """-> (exit code, what it printed, what it complained)"""
-    monkeypatch.setattr(sys, "argv", ["mimkit", "convert", *map(str, argv)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    printed = capsys.readouterr()
-    assert "Traceback" not in printed.err
-    return code, " ".join(printed.out.split()), " ".join(printed.err.split())
+    """`mimkit convert`; lines joined, wherever they were broken."""
+    code, out, err = command(capsys, monkeypatch, "convert", *argv)
+    return code, " ".join(out.split()), " ".join(err.split())
 
 
 def options(file, **more):

@@ -9,26 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import command
 from mimkit.recipes import mae_hivit, mae_vit
 from PIL import Image
 
-from mimkit import cli
 from mimkit.options import presets
 
 ROOT = Path(__file__).parent.parent
-
-
-def mimkit(capsys, monkeypatch, *argv):
-    """-> (exit code, what it printed, what it complained)"""
-    monkeypatch.setattr(sys, "argv", ["mimkit", *argv])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    printed = capsys.readouterr()
-    assert "Traceback" not in printed.err
-    return code, printed.out, printed.err
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +34,27 @@ def trained(tmp_path_factory):
 
 def test_models(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
-    code, out, _ = mimkit(capsys, monkeypatch, "models")
+    code, out, _ = command(capsys, monkeypatch, "models")
     assert code == 0
     rows = {line.split("│")[1].strip(): line for line in out.splitlines() if "│" in line}
     assert "README's 'base' row" in rows["hivit_b24"]
     assert [w.strip() for w in rows["hivit_b"].split("│")[2:5]] == ["66.42 M", "15.81", "4, 8, 16"]
     assert [w.strip() for w in rows["hpvit_b"].split("│")[2:5]] == ["86.57 M", "23.66", "4, 8, 16, 32"]
-    _, out, _ = mimkit(capsys, monkeypatch, "models", "--img-size", "256x512")
+    _, out, _ = command(capsys, monkeypatch, "models", "--img-size", "256x512")
     assert "256x512" in out
 
 
 def test_commands_on_a_run(capsys, monkeypatch, trained, tmp_path):
     encoder, images = str(trained / "run" / "encoder"), str(trained / "images")
-    code, out, _ = mimkit(capsys, monkeypatch, "knn", "--model", encoder, "--data", images)
+    code, out, _ = command(capsys, monkeypatch, "knn", "--model", encoder, "--data", images)
     assert code == 0
     assert re.search(r"kNN \d+\.\d\d % \(k = 10, 32 training and 8 test images\)", out)
-    code, out, _ = mimkit(capsys, monkeypatch, "probe", "--model", encoder, "--data", images)
+    code, out, _ = command(capsys, monkeypatch, "probe", "--model", encoder, "--data", images)
     assert code == 0
     assert float(re.search(r"linear probe (\d+\.\d\d) %", out).group(1)) > 90  # dark and bright images
     picture = tmp_path / "new" / "picture.png"
     argv = ["--run", str(trained / "run"), "--images", images, "--out", str(picture), "--count", "3"]
-    code, out, _ = mimkit(capsys, monkeypatch, "reconstruct", *argv)
+    code, out, _ = command(capsys, monkeypatch, "reconstruct", *argv)
     assert (code, out) == (0, f"wrote {picture}\n")
     assert Image.open(picture).size[0] > 300
 
@@ -85,11 +72,11 @@ def test_wrong_words_are_one_sentence(capsys, monkeypatch, trained, tmp_path):
         (["reconstruct", "--run", str(trained / "run"), "--out", "x.txt"], "x.txt is no picture"),
         (["dance"], "dance"),
     ]:
-        code, _, err = mimkit(capsys, monkeypatch, *argv)
+        code, _, err = command(capsys, monkeypatch, *argv)
         assert code == 2, argv
         assert message in err, (argv, err)
-    assert mimkit(capsys, monkeypatch, "--version")[1].startswith("mimkit 0.")
-    assert "reconstruct" in mimkit(capsys, monkeypatch)[1]
+    assert command(capsys, monkeypatch, "--version")[1].startswith("mimkit 0.")
+    assert "reconstruct" in command(capsys, monkeypatch)[1]
 
 
 @pytest.mark.parametrize("recipe", [mae_hivit, mae_vit])

@@ -101,11 +101,15 @@ def plain_vit(
     except (RuntimeError, TypeError, AssertionError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{source} cannot be built by timm ({reason}): check its name and options.") from error
-    if norm_eps is not None:
-        for module in net.modules():
-            if hasattr(module, "eps"):
-                module.eps = norm_eps
+    set_eps(net, norm_eps)
     return net
+
+
+def set_eps(net: Any, eps: float | None) -> None:
+    """Of all norms of a network, if one is given: timm's arguments have no word for it."""
+    for module in net.modules() if eps is not None else ():
+        if hasattr(module, "eps"):
+            module.eps = eps
 
 
 class Pool(nn.Module):
