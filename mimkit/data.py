@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import InterpolationMode, v2
@@ -69,12 +71,47 @@ def train_transform(size: Size, scale: tuple[float, float] = (0.2, 1.0)) -> Tran
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
-def eval_transform(size: Size) -> Transform:
-    """Scale until the input is covered, and cut out its centre."""
+def finetune_transform(
+    size: Size, scale: tuple[float, float], augment: str | None, erase: float, normalise: "Normalise"
+) -> Transform:
+    """The augmentation of supervised training: crop and flip, then timm's RandAugment and random erasing.
+
+    Args:
+        augment: as timm spells it, such as rand-m9-mstd0.5-inc1 or augmix-m3; None for none.
+        erase: share of the images of which a part becomes noise.
+        normalise: comes before the erasing, whose noise is of deviation 1: what results is a network's input.
+    """
+    crop = train_transform(size, scale)
+    policy: Any = None
+    if augment:
+        fill = tuple(round(255 * mean) for mean in normalise.values[0])
+        about = {"translate_const": int(min(size) * 0.45), "img_mean": fill if len(fill) > 1 else fill[0]}
+        make = rand_augment_transform if augment.startswith("rand") else auto_augment_transform
+        try:
+            policy = make(augment, about)
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise UserError(
+                f"--augment {augment} is no policy that timm knows: write one such as rand-m9-mstd0.5-inc1, or null."
+            ) from error
+    erasing = RandomErasing(erase, mode="pixel", device="cpu")
+    here = Normalise(*normalise.values)  # the other one may be on a GPU, which workers have no part in
+
+    def transform(image: Any) -> Tensor:
+        image = crop(image)
+        if policy and isinstance(image, Image.Image):
+            image = policy(image)
+        pixels = v2.functional.pil_to_tensor(image) if isinstance(image, Image.Image) else image
+        return erasing(here(pixels))
+
+    return transform
+
+
+def eval_transform(size: Size, crop_pct: float = 1.0) -> Transform:
+    """Scale until the input is covered, 1 / crop_pct times, and cut out its centre."""
 
     def transform(image: Any) -> Any:
         height, width = v2.functional.get_size(image)
-        scale = max(size[0] / height, size[1] / width)
+        scale = max(size[0] / height, size[1] / width) / crop_pct
         scaled = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
         image = v2.functional.resize(image, scaled, InterpolationMode.BICUBIC, antialias=True)
         return v2.functional.center_crop(image, list(size))
@@ -328,11 +365,19 @@ def _spread(length: int, count: int) -> list[int]:
 
 
 def eval_loader(
-    source: Source, size: Size, in_chans: int, images: int | None = None, batch_size: int = 256, workers: int = 0
+    source: Source,
+    size: Size,
+    in_chans: int,
+    images: int | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    crop_pct: float = 1.0,
+    share: tuple[int, int] = (0, 1),
 ) -> DataLoader[Any]:
-    """Images in order, uncropped, with labels; evenly spread ones where fewer are wanted."""
-    viewer = Viewer(eval_transform(size), in_chans, 0, 0, (source.image, source.label))
-    places: Any = [(0, i) for i in _spread(source.length, images or source.length)]
+    """Images in order, with labels: evenly spread ones where fewer are wanted, of them the share of (rank, world)."""
+    viewer = Viewer(eval_transform(size, crop_pct), in_chans, 0, 0, (source.image, source.label))
+    rank, world = share
+    places: Any = [(0, i) for i in _spread(source.length, images or source.length)[rank::world]]
     return DataLoader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate_good, num_workers=workers)
 
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from mimkit.data import Batch, Normalise, Size, eval_loader, guarded
@@ -21,19 +23,49 @@ class Features(NamedTuple):
 
 
 @torch.no_grad()
-def extract(model: Any, batches: Iterable[Batch], normalise: Normalise) -> Features:
-    """Pooled features, before the classifier, of any timm model; its mode is kept."""
+def over(model: Any, batches: Iterable[Batch], normalise: Normalise, compute: Callable[[Tensor], Tensor]) -> Features:
+    """`compute` of all images, in evaluation mode and on the model's device, and their labels; the mode is kept."""
     training, device = model.training, next(model.parameters()).device
     normalise = normalise.to(device)
     model.eval()
     found = []
     for batch in batches:
-        if not len(batch.images):  # all of them bad
-            continue
-        x = model.forward_head(model.forward_features(normalise(batch.images.to(device))), pre_logits=True)
-        found.append((x.float().flatten(1).cpu(), batch.labels))
+        if len(batch.images):  # else all of them are bad
+            x = compute(normalise(batch.images.to(device)))
+            found.append((x.float().cpu(), batch.labels))
     model.train(training)
     return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def extract(model: Any, batches: Iterable[Batch], normalise: Normalise) -> Features:
+    """Pooled features, before the classifier, of any timm model."""
+    head = model.forward_head
+    return over(model, batches, normalise, lambda x: head(model.forward_features(x), pre_logits=True).flatten(1))
+
+
+class Scores(NamedTuple):
+    """How well images are classified."""
+
+    confusion: Tensor  # (classes classes): images of each true class (row) taken for each class
+    hits: Tensor  # images whose class is among the five most likely
+
+    @property
+    def top1(self) -> float:
+        """%"""
+        return 100 * float(self.confusion.diagonal().sum() / self.confusion.sum())
+
+    @property
+    def top5(self) -> float:
+        """%"""
+        return 100 * float(self.hits / self.confusion.sum())
+
+
+def score(logits: Tensor, labels: Tensor) -> Scores:
+    """(n classes), (n) -> how well they agree"""
+    classes = logits.shape[1]
+    confusion = torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
+    likely = logits.topk(min(5, classes)).indices
+    return Scores(confusion.view(classes, classes), (likely == labels[:, None]).sum())
 
 
 def extract_parts(
@@ -72,6 +104,45 @@ def knn(train: Features, test: Features, ks: Iterable[int] = (10, 20), temperatu
         for k in ks:
             right[k] += int((votes[:, :k].sum(1).argmax(1) == y).sum())
     return {k: 100 * count / len(test.y) for k, count in right.items()}
+
+
+class FrozenProbe(nn.Module):
+    """A classifier on the features of a network that stays as it is, which is no part of its parameters.
+
+    linear: on pooled features, behind a BatchNorm without affine (MAE, appendix A.1).
+    attentive: on all tokens, each channel normalised likewise, pooled by a learnt query (timm's AttentionPoolLatent).
+    Masked pre-training leaves what tells classes apart in the tokens, not in their mean, so linear probes
+    under-report it.
+    """
+
+    network: Any
+
+    def __init__(self, network: Any, classes: int, attentive: bool = False):
+        super().__init__()
+        self.__dict__["network"] = network.eval().requires_grad_(False)
+        width = network.head_hidden_size
+        self.attentive = attentive
+        if attentive:
+            width = network.num_features
+            heads = next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
+            self.pool = AttentionPoolLatent(width, num_heads=heads)
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.head = nn.Linear(width, classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b c H W) -> (b classes)"""
+        with torch.no_grad():
+            x = self.network.forward_features(images)
+            if not self.attentive:
+                x = self.network.forward_head(x, pre_logits=True).flatten(1)
+            elif x.ndim == 4:
+                order = "b d h w -> b (h w) d" if x.shape[1] == self.network.num_features else "b h w d -> b (h w) d"
+                x = rearrange(x, order)
+        if self.attentive:
+            return self.head(self.pool(rearrange(self.norm(rearrange(x, "b n d -> b d n")), "b d n -> b n d")))
+        return self.head(self.norm(x))
 
 
 class Probe(NamedTuple):

@@ -1,23 +1,56 @@
 """Parameter groups and the schedule: thin over timm and torch."""
 
+from typing import Any
+
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from mimkit.errors import UserError
 
+POOLS = "pools."  # what HPViT's names of its pools begin with
 
-def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW without decay on 1-D tensors and on what any part of the model lists in `no_weight_decay()`."""
-    spared = {
+
+def spared(model: nn.Module) -> set[str]:
+    """Names that any part of the model lists in `no_weight_decay()`."""
+    return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         if callable(getattr(module, "no_weight_decay", None))
         for name in module.no_weight_decay()
     }
-    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW without decay on 1-D tensors and on what any part of the model lists in `no_weight_decay()`."""
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared(model))
     return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
+def layer_groups(model: Any, weight_decay: float, layer_decay: float, pool_scale: float = 1.0) -> list[dict[str, Any]]:
+    """Groups whose rate shrinks by `layer_decay` with each layer below the head (Clark et al., ELECTRA; BEiT).
+
+    A timm schedule multiplies the rate of each by its `lr_scale`.
+
+    Args:
+        model: any timm model; its `group_matcher` says which layer a parameter is in.
+        pool_scale: of an HPViT's pools, whatever the layer that they stand in. They are not decayed: their start, one
+            tap, is what keeps the source's tokens.
+    """
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups: list[dict[str, Any]] = []
+    for group in param_groups_layer_decay(model, weight_decay, spared(model), layer_decay=layer_decay):
+        pools = [parameter for parameter in group["params"] if names[parameter].startswith(POOLS)]
+        others = [parameter for parameter in group["params"] if not names[parameter].startswith(POOLS)]
+        groups += [{**group, "params": others}] if others else []
+        groups += [{**group, "params": pools, "lr_scale": pool_scale}] if pools else []
+    for group in groups:
+        group["param_names"] = [names[parameter] for parameter in group["params"]]
+        group["layer"] = layers[group["param_names"][0]]
+    return sorted(groups, key=lambda group: (group["layer"], -group["weight_decay"]))
 
 
 def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> CosineLRScheduler:

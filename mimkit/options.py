@@ -1,17 +1,22 @@
 """Flags and YAML for flat dataclasses and plain functions, through jsonargparse, with hyphens in the flags."""
 
+import dataclasses
 import inspect
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import docstring_parser
 import jsonargparse
+import yaml
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     PositiveInt: TypeAlias = int
     NonNegativeInt: TypeAlias = int
     PositiveFloat: TypeAlias = float
@@ -22,7 +27,7 @@ else:  # the same with a range, which jsonargparse checks
     from jsonargparse.typing import PositiveFloat as PositiveFloat
     from jsonargparse.typing import PositiveInt as PositiveInt
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
 class HyphenParser(jsonargparse.ArgumentParser):
@@ -53,17 +58,25 @@ def presets(recipe: str) -> dict[str, Path]:
 def parse_recipe(options: type[T], description: str, recipe: str, argv: list[str] | None = None) -> T:
     """Options of a recipe from flags and `--config`, a YAML file or the name of a preset.
 
-    The defaults are the published ones; without --model and --config the recipe's preset `_small` stands in for them.
+    The defaults are the published ones; without --model and --config the recipe's preset `_small` stands in for them,
+    and where that preset's model is a run, also with this run as --model. A word that is true or false may stand alone.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     shipped = presets(recipe)
+    switches = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(options) if f.type in (bool, "bool")}
+    for i, word in enumerate(argv):
+        if word in switches and argv[i + 1 : i + 2] not in (["true"], ["false"]):
+            argv[i] = f"{word}=true"
     for i, word in enumerate(argv):  # the name of a preset becomes its path
         if word.startswith("--config="):
             name = word.removeprefix("--config=")
             argv[i] = f"--config={shipped.get(name, name)}"
         elif i and argv[i - 1] == "--config":
             argv[i] = str(shipped.get(word, word))
-    if not any(word.split("=")[0] in ("--config", "--model", "--help", "-h") for word in argv):
+    given = dict(pairwise(argv)) | dict(word.split("=", 1) for word in argv if "=" in word)
+    small = yaml.safe_load(shipped[f"{recipe}_small"].read_text())["model"]
+    own = "/" in small and "--model" in given and Path(given["--model"]) == Path(small)
+    if not any(name in given or name in argv for name in ("--config", "--help", "-h", *(() if own else ("--model",)))):
         argv = ["--config", str(shipped[f"{recipe}_small"]), *argv]
     summary = description.strip().splitlines()[0]
     parser = HyphenParser(description=f"{summary} Presets for --config: {', '.join(shipped)}.")

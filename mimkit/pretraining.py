@@ -12,7 +12,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as fit_vit
 from torch import nn
 
 from mimkit import evaluation
-from mimkit.checkpoint import load_strictly, read_decoder, read_weights, write_decoder, write_model
+from mimkit.checkpoint import State, load_strictly, on_meta, read_decoder, read_weights, write_decoder, write_model
 from mimkit.converters.mae import split
 from mimkit.data import Normalise, Size, look
 from mimkit.errors import UserError
@@ -30,25 +30,42 @@ def comes_with_weights(name: str) -> bool:
     return (Path(name) / "config.json").is_file() or ":" in name or "." in name
 
 
-def create(name: str, **options: Any) -> Any:
+def create(name: str, weights: bool | None = None, state: State | None = None, **options: Any) -> Any:
     """timm.create_model, whose errors are a sentence.
 
-    A folder that timm can read, and a name with a tag (vit_base_patch16_224.mae), come with their weights.
+    Args:
+        name: a folder that timm can read, or a name in timm.
+        weights: whether to load those of the folder or of the name's tag, strictly; by default where there are any.
+        state: load these, strictly; tables follow the input size as timm has it.
+        options: timm's own; `img_size` is left out where a network takes none, being made of convolutions.
     """
-    if (Path(name) / "config.json").is_file():
-        name = f"local-dir:{name}"
+    folder = Path(name) if (Path(name) / "config.json").is_file() else None
+    name = f"local-dir:{name}" if folder else name
+    pretrained = state is not None or (comes_with_weights(name) if weights is None else weights)
+    loaded: dict[str, Any] = {} if state is None else {"pretrained_cfg_overlay": {"state_dict": state, **_classes(options)}}
     try:
-        return timm.create_model(name, pretrained=comes_with_weights(name), **options)
+        model: Any = timm.create_model(name, pretrained=pretrained, **options, **loaded)
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "unexpected keyword argument 'img_size'" in reason:
+            return create(name, weights, state, **{k: v for k, v in options.items() if k != "img_size"})
         if "Unknown model" in reason:
             near = timm.list_models(f"*{name[:5]}*")[:5] or timm.list_models("hivit_*")
             raise UserError(f"--model {name} is not known to timm or mimkit: try {', '.join(near)}.") from error
         if isinstance(error, TypeError | AssertionError):
             raise UserError(f"--model {name} does not take these options ({reason}): choose another model.") from error
+        if pretrained and (folder or state):  # says what is missing, unexpected or of another shape
+            own = on_meta(timm.create_model, name, **({} if folder else options))
+            load_strictly(own, read_weights(folder) if folder else state or {}, folder or "the file", assign=True)
         raise UserError(f"--model {name} cannot be loaded ({reason}): check the name or the folder.") from error
+    model.pretrained_cfg.pop("state_dict", None)
+    return model
+
+
+def _classes(options: dict[str, Any]) -> dict[str, Any]:
+    return {"num_classes": options["num_classes"]} if "num_classes" in options else {}
 
 
 def as_timm(encoder: Any) -> Any:

@@ -37,7 +37,8 @@ from mimkit.errors import UserError
 
 KEEP = 2  # checkpoints
 LOG_EVERY = 20  # steps between readings of what is accumulated on the device
-MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "knn_every", "max_bad"}  # when a run is resumed
+# When a run is resumed
+MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "knn_every", "eval_every", "max_bad"}
 
 
 def on_cpu() -> bool:
@@ -199,10 +200,16 @@ class Run:
         self.data_plan = dataclasses.replace(plan, steps=steps, start=start)
         return self.data_plan
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """Place both on the device and share them; go on from the last checkpoint when the run is resumed."""
-        self.model, self.optimizer = model, optimizer
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, **beside: nn.Module) -> tuple[nn.Module, Any]:
+        """Place both on the device and share them; go on from the last checkpoint when the run is resumed.
+
+        Args:
+            beside: what else a checkpoint holds, such as an average of the weights.
+        """
+        self.model, self.optimizer, self.beside = model, optimizer, beside
         prepared, wrapped = self.accelerator.prepare(model, optimizer)
+        for module in beside.values():
+            module.to(self.accelerator.device)
         if self.data_plan.start:
             self.load(checkpoints(self.folder)[-1])
         self._trim_metrics()
@@ -221,7 +228,7 @@ class Run:
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), plan.start
         batches = guarded(loader, limit, self.print if self.accelerator.is_main_process else print)
         text = "{task.fields[text]}"
-        columns = TextColumn("pre-training"), BarColumn(), TextColumn(text)
+        columns = TextColumn("training"), BarColumn(), TextColumn(text)
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self.bar:
             self.task = self.bar.add_task("", total=plan.steps, completed=plan.start, text="")
             previous = signal.signal(signal.SIGINT, self._interrupt)
@@ -229,6 +236,7 @@ class Run:
                 for self.step in range(plan.start, plan.steps):
                     seed = int(np.random.SeedSequence([self.options.seed, self.step, rank]).generate_state(1)[0])
                     torch.default_generator.manual_seed(seed)
+                    np.random.seed(seed)
                     if torch.cuda.is_initialized():
                         torch.cuda.manual_seed(seed)
                     if not self.count:  # what was done since the last reading, such as a checkpoint, is not training
@@ -323,7 +331,8 @@ class Run:
         """Write checkpoints/step-N, N steps being done, beside and renamed; keep the last ones."""
         if self.accelerator.is_main_process:
             with replacing(self.folder / "checkpoints" / f"step-{step + 1:08d}") as folder:
-                save_file(self.model.state_dict(), folder / "model.safetensors")
+                for name, module in {"model": self.model, **self.beside}.items():
+                    save_file(module.state_dict(), folder / f"{name}.safetensors")
                 state = self.optimizer.state_dict()
                 tensors = {f"{i}.{k}": v for i, values in state["state"].items() for k, v in values.items()}
                 save_file(tensors, folder / "optimizer.safetensors")
@@ -339,11 +348,13 @@ class Run:
     def load(self, folder: Path) -> None:
         """Weights, optimiser and scaler from a checkpoint; the rest of a run's state is a function of its step."""
         try:
-            weights, moments = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
+            names = ("optimizer", "model", *self.beside)
+            moments, *weights = (load_file(folder / f"{name}.safetensors") for name in names)
             own = json.loads((folder / "state.json").read_text())
         except Exception as error:  # safetensors' errors, JSON's and the system's
             raise UserError(f"{folder} is torn ({error}): remove it, to go on from the checkpoint before.") from error
-        load_strictly(self.model, weights, folder)
+        for module, tensors in zip((self.model, *self.beside.values()), weights, strict=True):
+            load_strictly(module, tensors, folder)
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in moments.items():
             i, key = name.split(".", 1)

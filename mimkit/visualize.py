@@ -74,15 +74,34 @@ def reconstructions(mae: MAE, images: Tensor, normalise: Normalise, file: Path) 
 
 
 def curves(metrics: list[dict[str, float]], file: Path) -> None:
-    """Write a picture of the loss, the learning rate and, where measured, kNN accuracy."""
-    names = [n for n in ("loss", "lr", "knn_10") if any(n in line for line in metrics)]
+    """Write a picture of the loss, the learning rate and what accuracy was measured."""
+    names = [n for n in ("loss", "lr", "knn_10", "top1") if any(n in line for line in metrics)]
     figure, axes = plt.subplots(1, max(1, len(names)), figsize=(4 * max(1, len(names)), 3), squeeze=False)
     for name, axis in zip(names, axes[0], strict=False):
         points = [(line["step"], line[name]) for line in metrics if name in line]
         axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 10 else None)
-        axis.set_title({"knn_10": "kNN accuracy, % (k = 10)"}.get(name, name))
+        axis.set_title({"knn_10": "kNN accuracy, % (k = 10)", "top1": "top-1 accuracy, %"}.get(name, name))
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
+    _write(figure, file)
+
+
+def confusions(confusion: Tensor, names: list[str], file: Path) -> None:
+    """Write a picture of how many images of a class (row) were taken for which, in %, labelled up to 40 classes."""
+    share = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    side = min(12.0, 2.5 + 0.45 * len(names))
+    figure, axis = plt.subplots(figsize=(side + 1, side))
+    shown = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(shown, label="% of the class", fraction=0.046)
+    axis.set(xlabel="taken for", ylabel="class", xticks=[], yticks=[])
+    if len(names) <= 40:
+        axis.set_xticks(range(len(names)), names, rotation=90)
+        axis.set_yticks(range(len(names)), names)
+    if len(names) <= 20:
+        for row, column in (share >= 0.5).nonzero().tolist():
+            value = float(share[row, column])
+            colour = "white" if value > 50 else "black"
+            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
     _write(figure, file)
 
 

@@ -289,7 +289,7 @@ class HPViT(nn.Module):
             x = net.norm_pre(net.pos_drop(x)).flatten(1, 2)
         elif self.beit:
             grid = x.shape[1:3]
-            x = torch.cat([net.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+            x = torch.cat([net.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
             if net.pos_embed is not None:
                 x = x + resample_abs_pos_embed(net.pos_embed, list(grid), list(self.grid))
             x = net.pos_drop(x)
@@ -307,7 +307,7 @@ class HPViT(nn.Module):
             angles = rearrange(rope[i] if self.source.rope_mixed else rope, "... (h w) d -> ... h w d", h=grid[0])
             if sides:  # every window at its own place: prefix tokens are not rotated, so differences are not enough
                 angles = cut(angles if self.source.rope_mixed else angles[None], sides)
-                return {"rope": repeat(angles, "h m n d -> (b m) h n d", b=len(x) // angles.shape[1])}
+                return {"rope": repeat(angles, "h m n d -> (b m) h n d", b=x.shape[0] // angles.shape[1])}
             angles = midpoints(angles) if coarse else angles
             return {"rope": rearrange(angles, "... h w d -> ... (h w) d")}
         if not self.beit:
@@ -320,7 +320,7 @@ class HPViT(nn.Module):
 
     def block(self, i: int, x: Tensor, fine: Grid, rope: Tensor | None, coarse: Grid | None = None) -> Tensor:
         """Tokens (b k+n d) on the 1/16 grid, or on a coarse one after the third pool -> the same, after block i"""
-        grid, k, batch, sides = coarse or fine, self.num_prefix_tokens, len(x), None
+        grid, k, batch, sides = coarse or fine, self.num_prefix_tokens, x.shape[0], None
         if i not in self.global_blocks and max(grid) > self.window and not coarse:
             counts = [-(-side // self.window) for side in grid]
             sides = (-(-grid[0] // counts[0]), -(-grid[1] // counts[1]))

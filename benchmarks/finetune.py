@@ -1,0 +1,216 @@
+"""What checkpoints are worth once they are fine-tuned, on CIFAR-10 with 2,000 labels.
+
+python benchmarks/finetune.py labels --data CIFAR10 --run RUN
+    what recipes/mae_hivit.py left in RUN against the same network from scratch, by as many steps, and by as many more
+    as the pre-training's time allows
+python benchmarks/finetune.py pyramid --data CIFAR10 --plain FOLDER --side 96
+    a plain ViT in timm's layout (`mimkit convert --to timm`, or a run's encoder/) against the pyramids that
+    `mimkit convert` makes of it
+
+CIFAR10 holds train.parquet and test.parquet. Every run is recipes/finetune.py on the same 2,000 training images. The
+learning rate of each arm is the best of three after a third of the steps, on 1,000 other training images. Then come the
+seeds, and the 10,000 test images at the end of each. Rows are printed as they are done.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from mimkit.recipes.finetune import Options
+
+from mimkit.conversion import convert
+from mimkit.errors import UserError, one_sentence
+from mimkit.finetuning import load
+from mimkit.macs import count_gmacs
+from mimkit.options import PositiveInt, call, parse_recipe
+from mimkit.pretraining import create, load_run
+from mimkit.sources import open_labelled
+from mimkit.training import keep_freed_memory, resolve_precision
+
+ROOT = Path(__file__).parent.parent
+PLAIN = "--aa null --reprob 0 --mixup 0 --cutmix 0 --drop-path 0 --batch-size 32 --eval-every 0 --save-every 0".split()
+HIVIT = "--crop-scale [0.35,1] --precision fp32".split()
+VIT = "--crop-scale [0.5,1] --layer-decay 0.75 --clip-grad 1".split()
+
+
+def subsets(data: str, folder: Path) -> tuple[Path, Path]:
+    """2,000 training images with the 10,000 test images, and with 1,000 other training images."""
+    train, test = open_labelled(data)
+    order = np.random.default_rng(0).permutation(train.length)
+    for name, judged in (("test", test.rows), ("held", train.rows.select(order[2_000:3_000]))):
+        (folder / name).mkdir()
+        train.rows.select(order[:2_000]).to_parquet(folder / name / "train.parquet")
+        judged.to_parquet(folder / name / "test.parquet")
+    return folder / "test", folder / "held"
+
+
+def finetune(out: Path, epochs: float, data: Path, *flags: object) -> tuple[float, float]:
+    """-> top-1 accuracy at the end, and seconds spent in training steps"""
+    about = ["--data", data, "--out", out, "--epochs", f"{epochs:g}", "--warmup-epochs", f"{epochs / 10:g}"]
+    command = ["accelerate", "launch", "--quiet", "recipes/finetune.py", *about, *flags]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(map(str, command))}\nfailed: {done.stderr.strip()[-500:]}")
+    lines = [yaml.safe_load(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rates = [(line["step"], line["images_per_s"]) for line in lines if "images_per_s" in line]
+    seconds = sum((b - a) * 32 / rate for (a, _), (b, rate) in zip([(0, 0), *rates], rates, strict=False))
+    return lines[-1]["top1"], seconds
+
+
+def row(name: str, epochs: float, lrs: list[float], seeds: int, data: tuple[Path, Path], *flags: object) -> str:
+    """One line of the table: the rate is picked on held-out images, then come the seeds."""
+    test, held = data
+    with tempfile.TemporaryDirectory() as folder:
+        tried = {lr: finetune(Path(folder) / f"{lr}", epochs / 3, held, "--lr", lr, *flags)[0] for lr in lrs}
+        best = max(tried, key=lambda lr: tried[lr])
+        runs = [
+            finetune(Path(folder) / f"seed{seed}", epochs, test, "--lr", best, "--seed", seed, *flags)
+            for seed in range(seeds)
+        ]
+    scores, seconds = zip(*runs, strict=True)
+    picked = ", ".join(f"{lr:g}: {score:.1f}" for lr, score in tried.items())
+    spread = f" ± {statistics.stdev(scores):.2f}" if seeds > 1 else ""
+    each = " / ".join(f"{score:.2f}" for score in scores)
+    accuracy = f"**{statistics.mean(scores):.2f}**{spread} ({each})"
+    return f"| {name} | {epochs:.1f} | {picked} | {accuracy} | {statistics.median(seconds):.0f} |"
+
+
+def interleaved(*steps: Callable[[], Any]) -> list[float]:
+    """Median seconds of each step, in turn, seven times after one to warm up."""
+    times: list[list[float]] = [[] for _ in steps]
+    for i in range(8):
+        for step, taken in zip(steps, times, strict=True):
+            begun = time.perf_counter()
+            step()
+            if i:
+                taken.append(time.perf_counter() - begun)
+    return [statistics.median(taken) for taken in times]
+
+
+def labels(data: str, run: str, epochs: float = 10.0, seeds: PositiveInt = 3, arms: str = "0,1,2") -> None:
+    """HiViT fine-tuned from its masked pre-training against from scratch.
+
+    Args:
+        data: CIFAR-10 as parquet files.
+        run: of recipes/mae_hivit.py.
+        epochs: of fine-tuning.
+        seeds: runs of each arm.
+        arms: which rows, such as 0,2.
+    """
+    keep_freed_memory()
+    config = yaml.safe_load((Path(run) / "config.yaml").read_text())
+    seen = config["epochs"] * open_labelled(data)[0].length
+    mae = load_run(Path(run))[0].train()
+    network = load(run)[0].train()
+    images = torch.randn(32, 3, *[config["img_size"]] * 2)
+    step, other = interleaved(lambda: network(images).sum().backward(), lambda: mae(images).loss.backward())
+    more = seen * other / step / 2_000
+    print(f"a step of 32: pre-training {other:.3f} s, supervised {step:.3f} s; {seen:,.0f} images of the one take as")
+    print(f"long as {more:.1f} epochs of the other\n")
+    with tempfile.TemporaryDirectory() as folder:
+        parts = subsets(data, Path(folder))
+        rows: list[tuple[str, float, list[object]]] = [
+            ("pre-trained", epochs, ["--layer-decay", 0.85]),
+            ("from scratch", epochs, ["--layer-decay", 1, "--from-scratch"]),
+            ("from scratch, with the pre-training's time", epochs + more, ["--layer-decay", 1, "--from-scratch"]),
+        ]
+        print("| hivit_nano | epochs | learning rates on held-out images, % | test accuracy, % | seconds |")
+        print("|---|---|---|---|---|", flush=True)
+        for i in map(int, arms.split(",")):
+            name, length, flags = rows[i]
+            flags = ["--model", Path(run).resolve(), *PLAIN, *HIVIT, *flags]
+            print(row(name, length, [3e-4, 1e-3, 3e-3], seeds, parts, *flags), flush=True)
+
+
+ARMS: list[tuple[str, str | None, list[object]]] = [  # name, layout, flags
+    ("plain, kernel at 16", None, ["--model-args.patch_size", 16]),
+    ("hpvit, light (the default)", "light", []),
+    ("plain, its own patch", None, []),
+    ("hpvit, 0-0-{0}-0", "0-0-{0}-0", []),
+    ("hpvit, fine", "fine", []),
+    ("light, pools at the base rate", "light", ["--pool-scale", 1]),
+    ("light, pools fixed", "light", ["--pool-scale", 0]),
+]
+
+
+def pyramid(
+    data: str,
+    plain: str,
+    side: PositiveInt = 96,
+    own_side: PositiveInt = 98,
+    epochs: float = 3.0,
+    seeds: PositiveInt = 3,
+    arms: str = "0,1,2,3,4",
+    lr: float | None = None,
+    times: bool = False,
+) -> None:
+    """A plain ViT against the pyramids made of it.
+
+    Args:
+        data: CIFAR-10 as parquet files.
+        plain: folder of the plain ViT.
+        side: input in pixels.
+        own_side: input of the plain ViT at its own patch.
+        epochs: of fine-tuning.
+        seeds: runs of each arm.
+        arms: which rows, such as 0,1; 0 to 6.
+        lr: learning rate of all arms; picked for each by default.
+        times: measure a training step of each, in turn, instead.
+    """
+    blocks = len(create(plain, weights=False).blocks)
+    with tempfile.TemporaryDirectory() as folder:
+        built = {}
+        for i in map(int, arms.split(",")):
+            name, layout, flags = ARMS[i]
+            where = Path(folder) / f"arm{i}" if layout else Path(plain).resolve()
+            if layout:
+                convert(plain, "hpvit", where, depths=layout.format(blocks), checks=False)
+            px = own_side if name.endswith("own patch") else side
+            built[name.format(blocks)] = ["--model", where, "--img-size", px, *PLAIN, *VIT, *flags]
+        if times:
+            show_times(built)
+            return
+        parts = subsets(data, Path(folder))
+        print("| network | epochs | learning rates on held-out images, % | test accuracy, % | seconds |")
+        print("|---|---|---|---|---|", flush=True)
+        for name, given in built.items():
+            print(row(name, epochs, [lr] if lr else [1e-4, 3e-4, 1e-3], seeds, parts, *given), flush=True)
+
+
+def show_times(built: dict[str, list[Any]]) -> None:
+    """Print GMACs and seconds of a training step of 32 images, in turn, in the precision that Run takes here."""
+    keep_freed_memory()
+    bf16 = resolve_precision("auto") == "bf16"
+    steps, costs = [], []
+    for flags in built.values():
+        given = parse_recipe(Options, "fine-tune", "finetune", list(map(str, flags)))
+        size = int(given.img_size or 0)
+        network = load(given.model, img_size=size, **given.model_args)[0].train()
+        costs.append(count_gmacs(network, 1, 3, size, size))
+        images = torch.randn(32, 3, size, size)
+
+        def step(network: Any = network, images: Any = images) -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = network(images).float().square().mean()
+            loss.backward()
+
+        steps.append(step)
+    seconds = interleaved(*steps)
+    print(f"| network | GMACs | seconds of a step of 32, {'bf16' if bf16 else 'fp32'} | ratio |\n|---|---|---|---|")
+    for name, cost, taken in zip(built, costs, seconds, strict=True):
+        print(f"| {name} | {cost:.2f} | {taken:.3f} | {taken / seconds[0]:.2f} |")
+
+
+if __name__ == "__main__":
+    commands: dict[str, Callable[..., None]] = {"labels": labels, "pyramid": pyramid}
+    if sys.argv[1:2] == [] or sys.argv[1] not in commands:
+        sys.exit(f"usage: benchmarks/finetune.py {'|'.join(commands)} --help")
+    one_sentence(call)(commands[sys.argv[1]], f"finetune.py {sys.argv[1]}", sys.argv[2:])

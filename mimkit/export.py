@@ -1,0 +1,70 @@
+"""A trained classifier for where there is no mimkit: an ONNX file, or torch's own exported program."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimkit.checkpoint import replacing_file
+from mimkit.errors import UserError
+
+TOLERANCE = 1e-3  # of the largest difference, relative to the largest output
+
+
+def export(network: Any, out: Path, about: dict[str, Any]) -> float:
+    """Write `network` as OUT.onnx or OUT.pt2, for any batch size, read it back and compare what both compute.
+
+    Args:
+        network: any timm model with its `pretrained_cfg`.
+        about: what a user of the file needs (mean, std, label_names, ...), kept in it as JSON, `mimkit` by name.
+
+    Returns:
+        The largest difference between the file's outputs and the network's, relative to the largest output.
+    """
+    writers = {".onnx": (_write_onnx, _read_onnx), ".pt2": (_write_program, _read_program)}
+    if out.suffix not in writers:
+        raise UserError(f"--out {out} is no format that can be written: give a name that ends in .onnx or .pt2.")
+    write, read = writers[out.suffix]
+    shape = tuple(network.pretrained_cfg["input_size"])
+    network.eval().requires_grad_(False)
+    inputs = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    with replacing_file(out) as file:
+        try:
+            write(network, inputs[:2], file, json.dumps(about))
+            outputs = read(file, inputs)
+        except ImportError as error:
+            raise UserError(f"--out {out} needs {error.name}: pip install mimkit[export].") from error
+        expected = network(inputs)
+        difference = float((outputs - expected).abs().max() / expected.abs().max())
+        if not difference < TOLERANCE:
+            raise UserError(f"{out} computes something else than the model (by {difference:.1e}): it was not kept.")
+    return difference
+
+
+def _dynamic() -> dict[str, Any]:
+    return {"dynamic_shapes": ({0: torch.export.Dim("batch", min=1)},)}
+
+
+def _write_onnx(network: Any, inputs: Tensor, file: Path, about: str) -> None:
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    program: Any = torch.onnx.export(network, (inputs,), dynamo=True, verbose=False, **names, **_dynamic())
+    program.model.metadata_props["mimkit"] = about
+    large = sum(p.numel() * p.element_size() for p in network.parameters()) > 1.9e9  # protobuf's limit is 2 GB
+    program.save(str(file), external_data=large)
+
+
+def _read_onnx(file: Path, inputs: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": inputs.numpy()})[0])
+
+
+def _write_program(network: Any, inputs: Tensor, file: Path, about: str) -> None:
+    torch.export.save(torch.export.export(network, (inputs,), **_dynamic()), file, extra_files={"mimkit": about})
+
+
+def _read_program(file: Path, inputs: Tensor) -> Tensor:
+    return torch.export.load(file).module()(inputs)

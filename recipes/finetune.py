@@ -1,0 +1,217 @@
+"""Fine-tune a network for classification, or train it from scratch.
+
+accelerate launch recipes/finetune.py
+    what `recipes/mae_hivit.py` left in runs/mae_hivit, on the sample set, and the same network from scratch beside it:
+    the preset `finetune_small`, NOT YET MEASURED
+accelerate launch recipes/finetune.py --config finetune_vit_b --data /path/to/imagenet
+    the published fine-tuning of MAE's ViT-B; not run
+
+What a checkpoint starts as: `load` in `mimkit/finetuning.py`.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+
+from mimkit.data import Size, Viewer, default_workers, finetune_transform, parse_size, train_loader
+from mimkit.errors import one_sentence
+from mimkit.finetuning import Judge, check_classes, class_names, load, mixing, new_head, show_groups
+from mimkit.optim import cosine, layer_groups
+from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
+from mimkit.pretraining import colours
+from mimkit.sources import open_labelled
+from mimkit.training import Run
+
+
+@dataclass
+class Options:
+    """The defaults are MAE's published fine-tuning of ViT-B (He et al., CVPR 2022, table 9).
+
+    Args:
+        model: a run, a folder that timm can read (an encoder/, a converted checkpoint), or a name known to timm.
+        data: 'sample', a folder with class folders, parquet files with labels, or the name of a set on the hub.
+        out: directory of the run; runs/finetune, or the next free number, by default.
+        resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
+        init: a file of weights for the model, in its own names; mimkit convert reads others.
+        from_scratch: leave the weights, and start at random.
+        compare_scratch: do both, with the same options, and tell the difference.
+        eval_only: judge the model as it is.
+        dry_run: print what each layer learns at, and stop.
+        img_size: input in pixels, 224 or HEIGHTxWIDTH; the model's own by default.
+        model_args: other arguments of the model, such as {patch_size: 8}.
+        in_chans: channels of the images.
+        mean: mean of each channel, in 0-1, or one for all; the model's own by default.
+        std: deviation of each channel, or one for all.
+        global_pool: how tokens become one, avg or token; the model's own by default.
+        drop_path: rate of stochastic depth at the last block.
+        head_std: deviation of the head's weights at the start; null for the network's own.
+        crop_scale: share of the image's area that a crop has.
+        aa: augmentation policy, as timm spells it; null for none.
+        reprob: share of images in which a part is erased.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of cutmix; 0 for none.
+        smoothing: of labels.
+        model_ema_decay: average the weights by this decay, which begins at 0; 0 for no average.
+        layer_decay: factor of the learning rate from each layer to the one below.
+        pool_scale: factor of the learning rate of an HPViT's pools, which have no layer.
+        epochs: passes over the data, parts of one too.
+        warmup_epochs: of them with a rising learning rate.
+        batch_size: images of one step, over all processes and accumulated parts.
+        grad_accum_steps: parts that a step is computed in.
+        blr: learning rate for a batch of 256.
+        lr: learning rate; blr x batch_size / 256 by default.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        clip_grad: largest norm of the gradient; null for any.
+        crop_pct: share of the scaled image that is judged; the model's own by default.
+        max_bad: share of images that may be impossible to decode.
+        workers: processes that load data; one core is left for training by default.
+        seed: of everything that is random.
+        precision: auto, fp32, bf16 or fp16.
+        compile: use torch.compile.
+        grad_checkpointing: recompute activations to save memory.
+        save_every: epochs between checkpoints; one is written at the end.
+        eval_every: epochs between measurements on the test images; 0: at the end.
+        track: tensorboard, wandb or trackio.
+    """
+
+    model: str = "vit_base_patch16_224.mae"
+    data: str = "sample"
+    out: str | None = None
+    resume: str | None = None
+    init: str | None = None
+    from_scratch: bool = False
+    compare_scratch: bool = False
+    eval_only: bool = False
+    dry_run: bool = False
+    img_size: int | str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    in_chans: PositiveInt = 3
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    global_pool: str | None = None
+    drop_path: NonNegativeFloat = 0.1
+    head_std: PositiveFloat | None = 2e-5
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    aa: str | None = "rand-m9-mstd0.5-inc1"
+    reprob: NonNegativeFloat = 0.25
+    mixup: NonNegativeFloat = 0.8
+    cutmix: NonNegativeFloat = 1.0
+    smoothing: NonNegativeFloat = 0.1
+    model_ema_decay: NonNegativeFloat = 0.0
+    layer_decay: PositiveFloat = 0.65
+    pool_scale: NonNegativeFloat = 10.0
+    epochs: PositiveFloat = 100.0
+    warmup_epochs: NonNegativeFloat = 5.0
+    batch_size: PositiveInt = 1024
+    grad_accum_steps: PositiveInt = 1
+    blr: PositiveFloat = 5e-4
+    lr: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad: PositiveFloat | None = None
+    crop_pct: PositiveFloat | None = None
+    max_bad: NonNegativeFloat = 0.01
+    workers: NonNegativeInt | None = None
+    seed: NonNegativeInt = 0
+    precision: str = "auto"
+    compile: bool = False
+    grad_checkpointing: bool = False
+    save_every: NonNegativeFloat = 10.0
+    eval_every: NonNegativeFloat = 1.0
+    track: str | None = None
+
+
+def train(options: Options) -> tuple[Run, float | None]:
+    """One run -> it, and its top-1 accuracy at the end, unless it was a dry one."""
+    options.lr = options.lr or options.blr * options.batch_size / 256
+    options.workers = default_workers() if options.workers is None else options.workers
+    data, test = open_labelled(options.data)
+    names = class_names(data, test)
+    run = Run("finetune", options)
+
+    wanted = parse_size(options.img_size) if options.img_size else None
+    given = {"img_size": wanted, "drop_path_rate": options.drop_path}
+    network, start = load(
+        options.model,
+        options.init,
+        options.from_scratch,
+        options.global_pool,
+        in_chans=options.in_chans,
+        **{name: value for name, value in given.items() if value},
+        **options.model_args,
+    )
+    config = network.pretrained_cfg
+    size: Size = wanted or tuple(config["input_size"][1:])
+    if len(config["mean"]) == options.in_chans:
+        options.mean, options.std = options.mean or list(config["mean"]), options.std or list(config["std"])
+    normalise = colours(options.in_chans, options.mean, options.std)
+    options.mean, options.std = normalise.values
+    crop_pct = options.crop_pct or config.get("crop_pct") or 1.0
+    judge = Judge(run, test, (options.in_chans, *size), normalise, crop_pct, names)
+    if options.eval_only:
+        check_classes(network, names, options.model, options.data)
+        return run, judge.alone(network.to(run.accelerator.device))
+
+    new_head(network, len(names), None if options.from_scratch else options.head_std)
+    if options.grad_checkpointing:
+        network.set_grad_checkpointing(True)
+    groups = layer_groups(network, options.weight_decay, options.layer_decay, options.pool_scale)
+    if options.dry_run:
+        show_groups(groups, options.lr)
+        return run, None
+    plan = run.plan(data.length, options.batch_size, options.epochs)
+    run.write_config()
+    run.print(f"{start}; {len(names)} classes, {data.length:,} images, lr {options.lr:.3g}")
+
+    transform = finetune_transform(size, options.crop_scale, options.aa, options.reprob, normalise)
+    viewer = Viewer(transform, options.in_chans, 0, options.seed, (data.image, data.label))
+    loader = train_loader(data, viewer, plan, options.workers)
+    mix = mixing(len(names), plan.share, options.mixup, options.cutmix, options.smoothing)
+    criterion = SoftTargetCrossEntropy()
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
+    schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
+    ema = ModelEmaV3(network, options.model_ema_decay, use_warmup=True) if options.model_ema_decay else None
+    if options.compile:
+        network.compile()
+    model, stepper = run.prepare(network, optimizer, **({"ema": ema.module} if ema else {}))
+
+    for step, parts in run.steps(loader):
+        schedule.step_update(step)
+        for batch in parts:
+            with run.accumulate(model):
+                images, targets = mix(batch.images, batch.labels)
+                loss = criterion(model(images), targets)
+                run.accelerator.backward(loss)
+                if options.clip_grad and run.accelerator.sync_gradients:
+                    run.accelerator.clip_grad_norm_(model.parameters(), options.clip_grad)
+                stepper.step()
+                stepper.zero_grad()
+            run.record(loss=loss)
+        if ema:
+            ema.update(network, step)
+        run.end_step(step)
+        if run.due(step, options.eval_every):
+            judge(step + 1, network, ema and ema.module)
+        if run.due(step, options.save_every):
+            run.save(step)
+    return run, judge.finish(ema.module if ema else network)
+
+
+@one_sentence
+def main(argv: list[str] | None = None) -> None:
+    """Parse the options, train, leave the run's directory."""
+    options = parse_recipe(Options, __doc__ or "", recipe="finetune", argv=argv)
+    run, tuned = train(options)
+    if options.compare_scratch and tuned is not None:
+        resume = "auto" if options.resume else None
+        scratch = train(replace(options, out=f"{run.folder}/scratch", resume=resume, from_scratch=True))[1] or 0.0
+        run.print(f"\ntop-1 {tuned:.2f} % fine-tuned, {scratch:.2f} % from scratch: {tuned - scratch:+.2f} points")
+    run.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Train a classifier on a frozen network, by MAE's protocol.
+
+accelerate launch recipes/linear_probe.py
+    on what `recipes/mae_hivit.py` left in runs/mae_hivit, with the sample set: the preset `linear_probe_small`,
+    NOT YET MEASURED
+accelerate launch recipes/linear_probe.py --config linear_probe_vit_b --data /path/to/imagenet --grad-accum-steps 8
+    the published linear probe of MAE's ViT-B; not run
+
+`--probe attentive` pools tokens by a learnt query. `--probe cached` is the sweep of `mimkit probe`: features are taken
+once, from uncropped images, and the settings of a linear classifier are chosen on a fifth of the training images.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.optim import Lars
+
+from mimkit.data import Normalise, Size, Viewer, default_workers, parse_size, train_loader, train_transform
+from mimkit.errors import UserError, one_sentence
+from mimkit.evaluation import FrozenProbe, extract_parts, linear_probe
+from mimkit.finetuning import Judge, class_names, locate
+from mimkit.optim import adamw, cosine
+from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
+from mimkit.pretraining import create
+from mimkit.sources import open_labelled
+from mimkit.training import Run
+
+
+@dataclass
+class Options:
+    """The defaults are MAE's published linear probe (He et al., CVPR 2022, table 10).
+
+    Args:
+        model: a run, a folder that timm can read (an encoder/, a converted checkpoint), or a name known to timm.
+        data: 'sample', a folder with class folders, parquet files with labels, or the name of a set on the hub.
+        out: directory of the run; runs/linear_probe, or the next free number, by default.
+        resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
+        probe: linear (LARS), attentive (AdamW) or cached.
+        img_size: input in pixels, 224 or HEIGHTxWIDTH; the model's own by default.
+        crop_scale: share of the image's area that a crop has.
+        epochs: passes over the data, parts of one too.
+        warmup_epochs: of them with a rising learning rate.
+        batch_size: images of one step, over all processes and accumulated parts.
+        grad_accum_steps: parts that a step is computed in.
+        blr: learning rate for a batch of 256; .1, or .0005 of an attentive probe, by default.
+        lr: learning rate; blr x batch_size / 256 by default.
+        weight_decay: of the probe.
+        max_bad: share of images that may be impossible to decode.
+        workers: processes that load data; one core is left for training by default.
+        seed: of everything that is random.
+        precision: auto, fp32, bf16 or fp16.
+        save_every: epochs between checkpoints; one is written at the end.
+        eval_every: epochs between measurements on the test images; 0: at the end.
+        track: tensorboard, wandb or trackio.
+    """
+
+    model: str = "vit_base_patch16_224.mae"
+    data: str = "sample"
+    out: str | None = None
+    resume: str | None = None
+    probe: str = "linear"
+    img_size: int | str | None = None
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    epochs: PositiveFloat = 90.0
+    warmup_epochs: NonNegativeFloat = 10.0
+    batch_size: PositiveInt = 16384
+    grad_accum_steps: PositiveInt = 1
+    blr: PositiveFloat | None = None
+    lr: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat = 0.0
+    max_bad: NonNegativeFloat = 0.01
+    workers: NonNegativeInt | None = None
+    seed: NonNegativeInt = 0
+    precision: str = "auto"
+    save_every: NonNegativeFloat = 10.0
+    eval_every: NonNegativeFloat = 10.0
+    track: str | None = None
+
+
+@one_sentence
+def main(argv: list[str] | None = None) -> None:
+    """Parse the options, train the probe, leave the run's directory."""
+    options = parse_recipe(Options, __doc__ or "", recipe="linear_probe", argv=argv)
+    if options.probe not in ("linear", "attentive", "cached"):
+        raise UserError(f"--probe {options.probe} is unknown: choose linear, attentive or cached.")
+    attentive = options.probe == "attentive"
+    options.blr = options.blr or (5e-4 if attentive else 0.1)
+    options.lr = options.lr or options.blr * options.batch_size / 256
+    options.workers = default_workers() if options.workers is None else options.workers
+    data, test = open_labelled(options.data)
+    names = class_names(data, test)
+    run = Run("linear_probe", options)
+    sized: dict[str, Any] = {"img_size": parse_size(options.img_size)} if options.img_size else {}
+    network = create(locate(options.model), **sized).to(run.accelerator.device)
+    config = network.pretrained_cfg
+    in_chans, *own = config["input_size"]
+    size: Size = sized.get("img_size") or tuple(own)
+    normalise = Normalise(config["mean"], config["std"]).to(run.accelerator.device)
+
+    if options.probe == "cached":
+        limits: dict[str, Any] = {"workers": options.workers, "max_bad": options.max_bad, "log": run.print}
+        features = extract_parts(network, (data, test), size, normalise, **limits)
+        found = linear_probe(features[0], features[1])
+        run.print(f"{found.accuracy:.2f} % of {test.length} test images; lr {found.lr:g}, decay {found.weight_decay:g}")
+        return
+
+    plan = run.plan(data.length, options.batch_size, options.epochs)
+    run.write_config()
+    probe = FrozenProbe(network, len(names), attentive)
+    run.print(f"{config['architecture']}: {options.probe} probe, {len(names)} classes, {data.length:,} images")
+    transform = train_transform(size, options.crop_scale)
+    viewer = Viewer(transform, in_chans, 0, options.seed, (data.image, data.label))
+    loader = train_loader(data, viewer, plan, options.workers)
+    optimizer: torch.optim.Optimizer
+    if attentive:
+        optimizer = adamw(probe, options.lr, options.weight_decay, (0.9, 0.95))
+    else:  # the bias, of one dimension, is not adapted
+        groups: list[dict[str, Any]] = [
+            {"params": [probe.head.weight], "always_adapt": True},
+            {"params": [probe.head.bias], "weight_decay": 0.0},
+        ]
+        optimizer = Lars(groups, options.lr, momentum=0.9, weight_decay=options.weight_decay)
+    schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
+    model, stepper = run.prepare(probe, optimizer)
+    judge = Judge(run, test, (in_chans, *size), normalise, config.get("crop_pct") or 1.0, names)
+
+    for step, parts in run.steps(loader):
+        schedule.step_update(step)
+        for batch in parts:
+            with run.accumulate(model):
+                loss = F.cross_entropy(model(normalise(batch.images)), batch.labels)
+                run.accelerator.backward(loss)
+                stepper.step()
+                stepper.zero_grad()
+            run.record(loss=loss)
+        run.end_step(step)
+        if run.due(step, options.eval_every):
+            judge.measure(step + 1, probe)
+        if run.due(step, options.save_every):
+            run.save(step)
+    judge.draw(judge.latest or judge.score(probe))
+    run.print(f"wrote {run.folder}/: confusion.png, curves.png, metrics.jsonl, config.yaml, checkpoints/")
+    run.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
