@@ -36,15 +36,15 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
     Args:
         name: a folder that timm can read, or a name in timm.
         weights: whether to load those of the folder or of the name's tag, strictly; by default where there are any.
-        state: load these, strictly; tables follow the input size as timm has it.
+        state: load these, strictly; tables follow the input size as timm has it. Needs their `num_classes`.
         options: timm's own; `img_size` is left out where a network takes none, being made of convolutions.
     """
     folder = Path(name) if (Path(name) / "config.json").is_file() else None
     name = f"local-dir:{name}" if folder else name
     pretrained = state is not None or (comes_with_weights(name) if weights is None else weights)
-    loaded: dict[str, Any] = {} if state is None else {"pretrained_cfg_overlay": {"state_dict": state, **_classes(options)}}
+    loaded = {"state_dict": state, "num_classes": options["num_classes"]} if state is not None else None
     try:
-        model: Any = timm.create_model(name, pretrained=pretrained, **options, **loaded)
+        model: Any = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=loaded, **options)
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError, SafetensorError) as error:
@@ -62,10 +62,6 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
         raise UserError(f"--model {name} cannot be loaded ({reason}): check the name or the folder.") from error
     model.pretrained_cfg.pop("state_dict", None)
     return model
-
-
-def _classes(options: dict[str, Any]) -> dict[str, Any]:
-    return {"num_classes": options["num_classes"]} if "num_classes" in options else {}
 
 
 def as_timm(encoder: Any) -> Any:
