@@ -228,9 +228,10 @@ def disown(model: Any) -> None:
         model.pretrained_cfg.pop(key, None)
 
 
-def save_model(model: nn.Module, folder: Path, **data_config: Any) -> None:
+def save_model(model: nn.Module, folder: Path, label_names: list[str] | None = None, **data_config: Any) -> None:
     """The same, into a folder that is there."""
-    save_for_hf(model, str(folder), safe_serialization=True, data_config=data_config)
+    about = {"label_names": label_names} if label_names else {}
+    save_for_hf(model, str(folder), model_config=about, safe_serialization=True, data_config=data_config)
 
 
 def write_decoder(decoder: Decoder, folder: str | Path, **method: Any) -> None:

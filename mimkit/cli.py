@@ -1,5 +1,6 @@
 """The `mimkit` command."""
 
+import csv
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +14,16 @@ from timm.data import resolve_data_config
 
 import mimkit.models  # noqa: F401  registers the networks with timm
 from mimkit import conversion, evaluation
-from mimkit.checkpoint import on_meta
-from mimkit.data import Normalise, Size, cpu_count, look, parse_size
+from mimkit import export as exporting
+from mimkit.checkpoint import on_meta, replacing_file
+from mimkit.data import Normalise, Size, cpu_count, eval_loader, guarded, look, parse_size
 from mimkit.errors import UserError, one_sentence
+from mimkit.evaluation import over
+from mimkit.finetuning import classifier
 from mimkit.macs import count_gmacs
 from mimkit.options import PositiveInt, run_command
 from mimkit.pretraining import comes_with_weights, create, load_run
-from mimkit.sources import open_labelled, open_source
+from mimkit.sources import open_all, open_labelled, open_source
 from mimkit.visualize import reconstructions
 
 NOTES = {
@@ -192,10 +196,66 @@ def convert(
         )
 
 
+def predict(
+    model: str,
+    images: str,
+    out: str = "predictions.csv",
+    top: PositiveInt = 1,
+    crop_pct: float | None = None,
+    max_bad: float = 0.01,
+) -> None:
+    """Label images by a fine-tuned model, in a table of comma-separated values.
+
+    Args:
+        model: run of recipes/finetune.py, its last/ or best/, or any classifier that timm can load.
+        images: an image, a folder of images, parquet or .tar files.
+        out: table to write: image, label and probability.
+        top: how many labels for an image, the most likely first.
+        crop_pct: share of the scaled image that is looked at; the model's own by default.
+        max_bad: share of images that may be impossible to decode; they are left out.
+    """
+    network = classifier(model)
+    config = network.pretrained_cfg
+    in_chans, *size = config["input_size"]
+    names = config.get("label_names") or list(map(str, range(network.num_classes)))
+    if top > len(names):
+        raise UserError(f"--top {top} is more than the {len(names)} classes of {model}: ask for fewer.")
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    normalise, crop = Normalise(config["mean"], config["std"]), crop_pct or config.get("crop_pct") or 1.0
+    rows = []
+    for source in open_all(images):
+        bad: dict[str, str] = {}
+        loader = eval_loader(source, (size[0], size[1]), in_chans, batch_size=64, crop_pct=crop)
+        batches = guarded(loader, max_bad * source.length, print, bad)
+        found = over(network, batches, normalise, network)
+        good = [name for name in source.files() if name not in bad]
+        likely, labels = found.x.softmax(1).topk(top)
+        for name, shares, chosen in zip(good, likely.tolist(), labels.tolist(), strict=True):
+            rows += [[name, names[label], f"{share:.4f}"] for share, label in zip(shares, chosen, strict=True)]
+    with replacing_file(out) as file, open(file, "w", newline="") as opened:
+        table = csv.writer(opened)
+        table.writerows([["image", "label", "probability"], *rows])
+    print(f"wrote {out}: {len(rows) // top} images")
+
+
+def export(model: str, out: str = "model.onnx") -> None:
+    """Write a fine-tuned model as ONNX or as a torch.export program, for any batch size, and check what it computes.
+
+    Args:
+        model: run of recipes/finetune.py, its last/ or best/, or any classifier that timm can load.
+        out: file to write, .onnx or .pt2. It holds mean, std, input_size and label_names as JSON, named mimkit.
+    """
+    network = classifier(model)
+    known = ("input_size", "mean", "std", "crop_pct", "label_names")
+    about = {name: network.pretrained_cfg[name] for name in known if network.pretrained_cfg.get(name) is not None}
+    difference = exporting.export(network, Path(out), about)
+    print(f"wrote {out}: the same as the model to {difference:.1e} of its largest output")
+
+
 @one_sentence
 def main() -> None:
     """The command's entry point."""
-    commands: list[Callable[..., None]] = [models, convert, knn, probe, reconstruct]
+    commands: list[Callable[..., None]] = [models, convert, knn, probe, reconstruct, predict, export]
     run_command(commands, "Masked image modelling for hierarchical vision transformers.", version("mimkit"))
 
 

@@ -26,7 +26,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.errors import UserError
 from mimkit.images import decode
-from mimkit.sources import Source
+from mimkit.sources import Source, name_of
 
 Size = tuple[int, int]
 Index = int | tuple[int, int]  # of an image: its row, or (shard, row) in a stream
@@ -91,7 +91,7 @@ def finetune_transform(
             policy = make(augment, about)
         except (AssertionError, ValueError, KeyError, IndexError) as error:
             raise UserError(
-                f"--augment {augment} is no policy that timm knows: write one such as rand-m9-mstd0.5-inc1, or null."
+                f"--aa {augment} is no policy that timm knows: write one such as rand-m9-mstd0.5-inc1, or null."
             ) from error
     erasing = RandomErasing(erase, mode="pixel", device="cpu")
     here = Normalise(*normalise.values)  # the other one may be on a GPU, which workers have no part in
@@ -156,8 +156,7 @@ class Viewer:
                     image = v2.functional.pil_to_tensor(image)
             except Exception as error:  # readers raise whatever they like on a broken file
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                where = file["path"] or f"image {':'.join(map(str, key))}"
-                return View(None, noise, -1, (where, reason))
+                return View(None, noise, -1, (name_of(file, *key), reason))
         return View(image, noise, -1 if label is None else int(label))
 
 
@@ -388,9 +387,11 @@ def look(source: Source, size: Size, in_chans: int, count: int) -> Batch:
     return collate([viewer(row, 0, i) for i, row in enumerate(rows)])
 
 
-def guarded(batches: Iterable[Batch], limit: float, log: Callable[[str], None]) -> Iterator[Batch]:
-    """Pass batches on, name each bad image once, and stop when there are more than `limit` of them."""
-    bad: dict[str, str] = {}
+def guarded(
+    batches: Iterable[Batch], limit: float, log: Callable[[str], None], bad: dict[str, str] | None = None
+) -> Iterator[Batch]:
+    """Pass batches on, name each bad image once (and keep it in `bad`), and stop at more than `limit` of them."""
+    bad = {} if bad is None else bad
     for batch in batches:
         for image, reason in batch.bad:
             if image not in bad:

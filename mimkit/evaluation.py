@@ -34,6 +34,8 @@ def over(model: Any, batches: Iterable[Batch], normalise: Normalise, compute: Ca
             x = compute(normalise(batch.images.to(device)))
             found.append((x.float().cpu(), batch.labels))
     model.train(training)
+    if not found:
+        raise UserError("Not one image can be decoded: pass others.")
     return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 

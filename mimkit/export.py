@@ -36,6 +36,11 @@ def export(network: Any, out: Path, about: dict[str, Any]) -> float:
             outputs = read(file, inputs)
         except ImportError as error:
             raise UserError(f"--out {out} needs {error.name}: pip install mimkit[export].") from error
+        except OSError:
+            raise
+        except Exception as error:  # torch's exporters raise dozens of kinds
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"{type(network).__name__} cannot be written as {out.suffix} ({reason}).") from error
         expected = network(inputs)
         difference = float((outputs - expected).abs().max() / expected.abs().max())
         if not difference < TOLERANCE:

@@ -115,6 +115,17 @@ def _reform(own: Any, global_pool: str | None) -> tuple[Any, str]:
     return network, "".join(f"; {how}: {', '.join(what)}" for how, what in changes.items() if what)
 
 
+def classifier(model: str) -> Any:
+    """A network that has been fine-tuned, from a run, a folder or a name of timm with a tag."""
+    folder = locate(model)
+    if not comes_with_weights(folder):
+        raise UserError(f"--model {model} has no weights: pass a run of recipes/finetune.py, or a folder of a model.")
+    network = create(folder)
+    if not network.num_classes:
+        raise UserError(f"--model {model} has no classifier, which recipes/finetune.py gives it: pass what that left.")
+    return network
+
+
 def new_head(network: Any, classes: int, std: float | None) -> None:
     """A head for so many classes; with `std`, from a normal distribution of that deviation (MAE: 2e-5) and bias 0."""
     network.reset_classifier(classes)

@@ -25,6 +25,11 @@ class NoPartError(UserError):
     """The data has no such part."""
 
 
+def name_of(file: dict[str, Any] | None, *place: int) -> str:
+    """What an image is called: its file, or its place (row, or shard and row) where it has none."""
+    return (file or {}).get("path") or f"image {':'.join(map(str, place))}"
+
+
 @dataclass
 class Source:
     """Rows of images, by index or as a stream."""
@@ -34,6 +39,10 @@ class Source:
     image: str  # name of the image column
     label: str | None  # name of the label column
     length: int
+
+    def files(self) -> list[str]:
+        """What each image is called: its file, or its place where it has none."""
+        return [name_of(file, i) for i, file in enumerate(self.rows[self.image])]
 
     @property
     def streaming(self) -> bool:
@@ -80,6 +89,20 @@ def open_source(data: str, train: bool = True, streaming: bool = False) -> Sourc
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--data {data} cannot be read ({reason}): check that its files are whole.") from error
     return _source(data, rows, length)
+
+
+def open_all(data: str) -> list[Source]:
+    """The parts that there are, training and test."""
+    try:
+        parts = [open_source(data)]
+    except NoPartError:
+        parts = []
+    try:
+        return [*parts, open_source(data, train=False)]
+    except NoPartError:
+        if not parts:
+            raise
+        return parts
 
 
 def _files_below(place: Path) -> list[str]:

@@ -226,7 +226,8 @@ class Run:
         plan, rank = self.data_plan, self.accelerator.process_index
         limit = self.options.max_bad * plan.length  # over the epochs each process meets all of them
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), plan.start
-        batches = guarded(loader, limit, self.print if self.accelerator.is_main_process else print)
+        loaded = iter(loader)  # which draws a number, and may not do so inside the first step
+        batches = guarded(loaded, limit, self.print if self.accelerator.is_main_process else print)
         text = "{task.fields[text]}"
         columns = TextColumn("training"), BarColumn(), TextColumn(text)
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self.bar:

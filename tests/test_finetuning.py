@@ -1,0 +1,546 @@
+"""Fine-tuning: what it starts from, what it learns at, what it leaves."""
+
+import csv
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from conftest import command, encoded, fill, picture
+from mimkit.recipes import finetune, linear_probe, mae_hivit, mae_vit
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from mimkit import export as exporting
+from mimkit.checkpoint import read_weights, write_model
+from mimkit.data import Normalise, Viewer, eval_loader, finetune_transform
+from mimkit.errors import UserError
+from mimkit.evaluation import FrozenProbe, score
+from mimkit.export import export
+from mimkit.finetuning import load, mixing, new_head
+from mimkit.optim import layer_groups
+from mimkit.options import presets
+from mimkit.sources import open_source
+from mimkit.training import Run
+
+MIM = ["--epochs", "1", "--batch-size", "16", "--decoder-dim", "24", "--workers", "0"]
+QUICK = ["--epochs", "4", "--batch-size", "8", "--warmup-epochs", "1", "--lr", "1e-3", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Dark, middling and bright images: 32 to train on, 12 to judge by; and what pre-training leaves of a HiViT."""
+    folder = tmp_path_factory.mktemp("made")
+    for part, count in (("train", 32), ("test", 12)):
+        for i in range(count):
+            place = folder / "images" / part / ("dark", "grey", "light")[i % 3]
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(i + 1000 * count).integers(0, 80, (20, 24, 3)) + 80 * (i % 3)
+            Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.png")
+    mae_hivit.main(["--data", str(folder / "images"), "--out", str(folder / "hivit"), *MIM])
+    anew()
+    mae_vit.main(["--data", str(folder / "images"), "--out", str(folder / "vit"), *MIM])
+    anew()
+    fill_folder(folder / "hivit" / "encoder")
+    fill_folder(folder / "vit" / "encoder")
+    return folder
+
+
+def anew():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def fill_folder(folder):
+    """Weights at order 1: those after two steps would hide what is lost."""
+    net = fill(timm.create_model(f"local-dir:{folder}", pretrained=True))
+    write_model(net, folder, **{k: net.pretrained_cfg[k] for k in ("input_size", "mean", "std")})
+
+
+def tune(*argv):
+    finetune.main(list(map(str, argv)))
+    anew()
+
+
+def refused(capsys, recipe, *argv):
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(list(map(str, argv)))
+    anew()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "Traceback" not in err
+    return err
+
+
+# What each layer learns at -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "places"),
+    [
+        # stem, 2 + 2 stem blocks, 10 main blocks, head; a merge (2, 5) has the layer of the block before it
+        (
+            "hivit_t",
+            16,
+            {
+                "absolute_pos_embed": 0,
+                "patch_embed.norm.weight": 0,
+                "blocks.0.mlp.fc1.weight": 1,
+                "blocks.1.norm2.bias": 2,
+                "blocks.2.reduction.weight": 2,
+                "blocks.2.norm.weight": 2,
+                "blocks.2.mlp.fc2.weight": 3,
+                "blocks.5.reduction.weight": 4,
+                "blocks.6.attn.relative_position_bias_table": 5,
+                "blocks.15.attn.qkv.weight": 14,
+                "fc_norm.weight": 15,
+                "head.weight": 15,
+            },
+        ),
+        ("hpvit_s", 14, {"pos_embed": 0, "blocks.0.attn.qkv.weight": 1, "blocks.11.mlp.fc2.bias": 12, "head.bias": 13}),
+        ("vit_base_patch16_224", 14, {"cls_token": 0, "blocks.0.norm1.weight": 1, "blocks.11.attn.proj.weight": 12}),
+    ],
+)
+def test_layer_decay_reaches_every_block(name, layers, places):
+    net = timm.create_model(name, num_classes=10)
+    groups = layer_groups(net, 0.05, 0.65, pool_scale=10)
+    found = {parameter: group for group in groups for parameter in group["param_names"]}
+    assert found.keys() == {n for n, p in net.named_parameters() if p.requires_grad}
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    for parameter, group in found.items():
+        if parameter.startswith("pools."):
+            assert (group["lr_scale"], group["weight_decay"]) == (10, 0)
+            continue
+        assert group["lr_scale"] == pytest.approx(0.65 ** (layers - 1 - group["layer"])), parameter
+        tensor = net.get_parameter(parameter)
+        table = any(word in parameter for word in ("pos_embed", "cls_token", "bias_table"))
+        assert group["weight_decay"] == (0 if tensor.ndim < 2 or table else 0.05), parameter
+    assert {found[p]["layer"] for p in found} == set(range(layers))
+    for parameter, layer in places.items():
+        assert found[parameter]["layer"] == layer, parameter
+    if name == "hpvit_s":
+        assert {p for p in found if p.startswith("pools.")} == {"pools.0.weight", "pools.1.weight"}
+
+
+def test_a_dry_run_prints_the_table(made, capsys, tmp_path):
+    tune("--model", made / "hivit", "--data", made / "images", "--dry-run", "--out", tmp_path / "run")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "blocks.2." in line]
+    assert any("merge" in line or "reduction" in line or "blocks.2.norm" in line for line in lines)
+    assert not (tmp_path / "run").exists()
+
+
+# What it starts from -------------------------------------------------------------------------------------------------
+
+
+def test_a_hivit_of_pretraining_becomes_its_supervised_form_exactly(made):
+    own = timm.create_model(f"local-dir:{made}/hivit/encoder", pretrained=True).eval().double()
+    net, words = load(str(made / "hivit"))
+    x = torch.randn(2, 3, 32, 32)
+    tokens, expected = net.eval().double().forward_features(x.double()), own.forward_features(x.double())
+    assert torch.allclose(tokens, expected, rtol=0, atol=1e-12)  # the bias tables start at 0
+    net.float()
+    assert {n for n, _ in net.named_parameters() if "bias_table" in n}
+    assert "4 relative bias tables at 0" in words
+    assert "left out: norm.bias, norm.weight" in words
+    new_head(net, 7, 2e-5)
+    assert net(x).shape == (2, 7)
+    assert 1e-5 < net.head.weight.std() < 3e-5
+    assert not net.head.bias.any()
+
+
+@pytest.mark.parametrize("pool", [None, "avg"])
+def test_a_vit_of_pretraining_keeps_its_blocks(made, pool):
+    own = timm.create_model(f"local-dir:{made}/vit/encoder", pretrained=True).eval()
+    net, words = load(str(made / "vit"), global_pool=pool)
+    x = torch.randn(2, 3, 32, 32)
+    tokens = own.forward_features(x)
+    if pool:
+        assert "fresh: fc_norm.bias, fc_norm.weight; left out: norm.bias, norm.weight" in words
+        net.norm = own.norm
+    assert torch.equal(net.eval().forward_features(x), tokens)
+    assert net.global_pool == (pool or "token")
+
+
+@pytest.mark.parametrize(
+    "name", ["hivit_nano", "vit_tiny_patch16_224", "hpvit", "resnet10t", "swin_tiny_patch4_window7_224"]
+)
+def test_any_model_starts_from_its_own_folder_with_other_classes(name, tmp_path):
+    options = {"source": "vit_tiny_patch16_224", "source_args": {"depth": 4}} if name == "hpvit" else {}
+    net = fill(timm.create_model(name, num_classes=5, **options)).eval()
+    about = {"input_size": (3, 224, 224), "mean": [0.5] * 3, "std": [0.5] * 3}
+    write_model(net, tmp_path / "model", **about)
+    found, _ = load(str(tmp_path / "model"))
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(found.state_dict()[key], tensor), key
+    new_head(found, 3, None)
+    x = torch.randn(1, 3, 224, 224)
+    assert torch.equal(found.eval().forward_features(x), net.forward_features(x))
+    assert found(x).shape == (1, 3)
+    fresh, words = load(str(tmp_path / "model"), scratch=True)
+    assert "at random" in words
+    assert any(not torch.equal(fresh.state_dict()[key], tensor) for key, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["hivit", "vit"])
+@pytest.mark.parametrize("break_it", ["missing", "unexpected", "misshapen", "stem"])
+def test_a_folder_that_does_not_load_completely_is_refused_by_name(kind, break_it, made, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(made / kind / "encoder", folder)
+    state = load_file(folder / "model.safetensors")
+    key = "blocks.2.mlp.fc1.weight"
+    if break_it == "missing":
+        del state[key]
+    elif break_it == "stem":
+        key = "patch_embed.proj.weight"
+        del state[key]
+    elif break_it == "unexpected":
+        key = "blocks.2.mlp.fc9.weight"
+        state[key] = torch.zeros(3)
+    else:
+        state[key] = state[key][:-1].clone()
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(UserError, match=key):
+        load(str(folder))
+    if break_it in ("missing", "unexpected"):  # timm itself says nothing
+        timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=9)
+
+
+@pytest.mark.parametrize("kind", ["mae", "mae with decoder", "fine-tuned", "hivit", "hivit fine-tuned"])
+def test_a_file_loads_completely_or_is_refused_by_name(kind, tmp_path):
+    if "hivit" in kind:
+        name = "hivit_nano"
+        options = {"num_classes": 4} if "tuned" in kind else {"num_classes": 0, "unit_form": True, "multi_scale": True}
+    else:
+        name = "vit_tiny_patch16_224"
+        options = {"num_classes": 4, "global_pool": "avg"} if kind == "fine-tuned" else {"num_classes": 0}
+    net = fill(timm.create_model(name, **options)).eval()
+    state = net.state_dict()
+    if kind == "mae with decoder":
+        state |= {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 192)}
+    torch.save({"model": state}, tmp_path / "file.pth")
+    found, _ = load(name, str(tmp_path / "file.pth"), img_size=(64, 64))
+    assert torch.equal(found.blocks[2].mlp.fc1.weight, net.blocks[2].mlp.fc1.weight)
+    x = torch.randn(1, 3, 224, 224, dtype=torch.double)
+    whole, _ = load(name, str(tmp_path / "file.pth"))
+    tokens, expected = whole.eval().double().forward_features(x), net.double().forward_features(x)
+    assert torch.allclose(tokens, expected, rtol=0, atol=1e-12)
+    for key in ("blocks.2.mlp.fc1.weight", "patch_embed.proj.weight"):
+        torch.save({"model": {k: v for k, v in state.items() if k != key}}, tmp_path / "less.pth")
+        with pytest.raises(UserError, match=key):
+            load(name, str(tmp_path / "less.pth"))
+    torch.save({"model": {**state, "blocks.2.more": torch.zeros(2)}}, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=r"blocks\.2\.more"):
+        load(name, str(tmp_path / "more.pth"))
+
+
+# Augmentation --------------------------------------------------------------------------------------------------------
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_image():
+    transform = finetune_transform((24, 32), (0.3, 1.0), "rand-m9-mstd0.5-inc1", 1.0, Normalise([0.5] * 3, [0.25] * 3))
+    row = {"image": {"bytes": None, "path": None}, "label": 1}
+    viewer = Viewer(transform, 3, 0, 5, ("image", "label"))
+    row["image"]["bytes"] = encoded(picture())
+    views = {(e, i): viewer(row, e, i).image for e in (0, 1) for i in (0, 1)}
+    np.random.seed(99)
+    torch.manual_seed(99)
+    assert all(torch.equal(viewer(row, e, i).image, view) for (e, i), view in views.items())
+    assert not torch.equal(views[0, 0], views[1, 0])
+    assert not torch.equal(views[0, 0], views[0, 1])
+    assert views[0, 0].shape == (3, 24, 32)
+    assert views[0, 0].dtype == torch.float32
+
+
+def test_augmentation_of_other_channels_and_of_none():
+    plain = finetune_transform((16, 16), (1.0, 1.0), None, 0.0, Normalise([0.5], [0.25]))
+    x = plain(picture(size=(16, 16)).convert("L"))
+    assert x.shape == (1, 16, 16)
+    assert -2 <= x.min() < -1.5
+    assert 1.5 < x.max() <= 2
+    grey = finetune_transform((16, 16), (1.0, 1.0), "rand-m9-mstd0.5", 1.0, Normalise([0.5], [0.25]))
+    assert grey(picture().convert("L")).shape == (1, 16, 16)
+    five = finetune_transform((16, 16), (1.0, 1.0), "rand-m9-mstd0.5", 1.0, Normalise([0.5] * 5, [0.25] * 5))
+    assert five(torch.rand(5, 20, 20)).shape == (5, 16, 16)
+    with pytest.raises(UserError, match="--aa dance"):
+        finetune_transform((16, 16), (1.0, 1.0), "dance", 0, Normalise([0.5], [0.25]))
+
+
+def test_mixing():
+    images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 2])
+    same, targets = mixing(3, 4, 0, 0, 0.3)(images, labels)
+    assert same is images
+    assert torch.allclose(targets[0], torch.tensor([0.8, 0.1, 0.1]))
+    np.random.seed(0)
+    mixed, targets = mixing(3, 4, 0.8, 1.0, 0.0)(images.clone(), labels)
+    assert not torch.equal(mixed, images)
+    assert torch.allclose(targets.sum(1), torch.ones(4))
+    assert 0 < targets[0, 0] < 1
+    with pytest.raises(UserError, match="even"):
+        mixing(3, 5, 0.8, 0, 0)
+
+
+# How it is judged ----------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_their_definition():
+    logits, labels = torch.randn(200, 7), torch.randint(7, (200,))
+    found = score(logits, labels)
+    assert found.top1 == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    order = logits.argsort(1, descending=True)[:, :5]
+    assert found.top5 == pytest.approx(
+        100 * np.mean([int(y) in row for y, row in zip(labels, order.tolist(), strict=True)])
+    )
+    assert found.confusion[2, 3] == int(((labels == 2) & (logits.argmax(1) == 3)).sum())
+    assert found.confusion.sum() == 200
+    assert score(torch.eye(3), torch.arange(3)).top5 == 100
+
+
+def test_the_middle_of_an_image_is_judged(tmp_path):
+    picture(size=(40, 40)).save(tmp_path / "a.png")
+    source = open_source(str(tmp_path))
+    whole, middle = (next(iter(eval_loader(source, (20, 20), 3, crop_pct=pct))).images for pct in (1.0, 0.5))
+    pixels = torch.from_numpy(np.asarray(picture(size=(40, 40)))).permute(2, 0, 1)
+    assert torch.equal(middle[0], pixels[:, 10:30, 10:30])
+    assert not torch.equal(whole, middle)
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(made, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    heavy = ["--model-ema-decay", "0.9", "--drop-path", "0.1", "--clip-grad", "1", "--grad-checkpointing"]
+    tune("--model", made / "hivit", "--data", made / "images", "--out", out, *QUICK, *heavy, "--save-every", "1")
+    said = capsys.readouterr().out
+    assert "3 classes, 32 images" in said
+    assert "of 12 test images" in said
+    names = {"config.yaml", "metrics.jsonl", "curves.png", "confusion.png", "checkpoints", "best", "last"}
+    assert {f.name for f in out.iterdir()} == names
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len([line for line in lines if "top1" in line]) == 4
+    assert len([line for line in lines if "top1_raw" in line]) == 4
+    net = timm.create_model(f"local-dir:{out}/last", pretrained=True).eval()
+    ema, raw = (load_file(out / "checkpoints" / "step-00000016" / f"{name}.safetensors") for name in ("ema", "model"))
+    assert all(torch.equal(tensor, ema[key]) for key, tensor in net.state_dict().items())  # the average is what counts
+    assert not torch.equal(ema["head.weight"], raw["head.weight"])
+    config = json.loads((out / "last" / "config.json").read_text())
+    assert config["label_names"] == ["dark", "grey", "light"]
+    assert config["num_classes"] == 3
+
+    # judging it alone gives the last figure, and predict the labels behind it
+    final = [line["top1"] for line in lines if "top1" in line][-1]
+    tune("--model", out / "last", "--data", made / "images", "--eval-only")
+    assert f"top-1 {final:.2f} % of 12 test images" in capsys.readouterr().out
+    table = tmp_path / "table.csv"
+    (tmp_path / "some").mkdir()
+    for i in range(3):
+        shutil.copy(
+            made / "images" / "test" / ("dark", "grey", "light")[i] / f"{i}.png", tmp_path / "some" / f"{i}.png"
+        )
+    (tmp_path / "some" / "1b.png").write_bytes(b"no image")
+    argv = ["predict", "--model", out, "--images", tmp_path / "some", "--out", table, "--top", "2", "--max-bad", "1"]
+    code, said, err = command(capsys, monkeypatch, *argv)
+    assert code == 0, err
+    assert "1b.png" in said
+    rows = list(csv.DictReader(table.open()))
+    assert [Path(row["image"]).name for row in rows] == ["0.png"] * 2 + ["1.png"] * 2 + ["2.png"] * 2
+    best = timm.create_model(f"local-dir:{out}/best", pretrained=True).eval()
+    batch = next(iter(eval_loader(open_source(str(tmp_path / "some" / "2.png")), (32, 32), 3)))
+    expected = best(Normalise(config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"])(batch.images)).softmax(
+        1
+    )
+    assert float(rows[4]["probability"]) == pytest.approx(float(expected.max()), abs=1e-4)
+    assert rows[4]["label"] == config["label_names"][int(expected.argmax())]
+
+    # its encoder can be fine-tuned again, and it can be exported
+    assert load(str(out))[0].num_classes == 3
+    for name in ("x.onnx", "x.pt2"):
+        code, said, err = command(capsys, monkeypatch, "export", "--model", out, "--out", tmp_path / name)
+        assert code == 0, err
+        assert (tmp_path / name).stat().st_size > 1e5
+    code, _, err = command(capsys, monkeypatch, "export", "--model", out, "--out", tmp_path / "x.txt")
+    assert (code, "x.txt" in err) == (2, True)
+
+
+HEAVY = "--aa rand-m9-mstd0.5-inc1 --reprob 0.5 --mixup 0.8 --cutmix 1 --drop-path 0.3 --grad-accum-steps 2".split()
+
+
+@pytest.mark.parametrize("step", [0, 2, 5, 6, 15])
+def test_a_run_interrupted_at_any_step_ends_the_same(step, made, tmp_path, monkeypatch, capsys):
+    argv = ["--model", made / "hivit", "--data", made / "images", "--model-ema-decay", "0.9", *QUICK, *HEAVY]
+    argv += ["--save-every", "0.75", "--precision", "fp32"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    tune("--out", whole, *argv)
+
+    def end_step(self, done, before=Run.end_step):
+        before(self, done)
+        if done == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "end_step", end_step)
+        with pytest.raises(SystemExit) as stop:
+            finetune.main(list(map(str, ["--out", broken, *argv])))
+        assert stop.value.code == 130
+    anew()
+    assert not (broken / "checkpoints" / "step-00000016").exists()
+    tune("--out", broken, "--resume", "auto", *argv)
+    assert ("going on from" in capsys.readouterr().out) is (step >= 3)
+    for name in ("model", "ema", "optimizer"):
+        a, b = (load_file(f / "checkpoints" / "step-00000016" / f"{name}.safetensors") for f in (whole, broken))
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    scores = [
+        [line for line in (f / "metrics.jsonl").read_text().splitlines() if "top1" in line] for f in (whole, broken)
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_from_scratch_beside(made, tmp_path, capsys):
+    tune("--model", made / "hivit", "--data", made / "images", "--out", tmp_path / "run", *QUICK, "--compare-scratch")
+    said = capsys.readouterr().out
+    assert "weights at random" in said
+    assert " % from scratch: " in said
+    assert (tmp_path / "run" / "scratch" / "last" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_any_network_and_input_is_fine_tuned(made, tmp_path):
+    for i, argv in enumerate(
+        [
+            ["--model", "resnet10t", "--aa", "null", "--mixup", "0", "--cutmix", "0"],
+            ["--model", made / "vit", "--global-pool", "avg", "--img-size", "64x32"],
+            ["--model", "hivit_nano", "--img-size", "32x48", "--model-args.patch_size", "2", "--in-chans", "1"],
+            [
+                *("--model", "hpvit", "--img-size", "32", "--model-ema-decay", "0.9", "--head-std", "null"),
+                *("--model-args", "{source: vit_tiny_patch16_224, source_args: {depth: 2}, depths: 0-1-1-0}"),
+            ],
+        ]
+    ):
+        out = tmp_path / str(i)
+        tune("--data", made / "images", "--out", out, *QUICK, "--epochs", "2", *argv)
+        assert timm.create_model(f"local-dir:{out}/last", pretrained=True).num_classes == 3
+        assert not read_weights(out / "last")["head.weight" if i else "fc.weight"].isnan().any()
+
+
+def test_what_does_not_fit_is_one_sentence(made, tmp_path, capsys, folder):
+    data = ["--data", made / "images", *QUICK]
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    picture().save(flat / "a.png")
+    tune(*data, "--out", tmp_path / "run", "--model", made / "hivit")
+    for argv, message in [
+        (["--model", made / "nowhere", *data], "nowhere"),
+        (["--model", tmp_path, *data], "holds no config.json"),
+        (["--model", "runs/mae_nothing", *data], "accelerate launch recipes/mae_hivit.py"),
+        (["--model", "hivit_x", *data], "--model hivit_x is not known"),
+        (["--model", "hivit_nano", "--data", flat], "has no labels"),
+        (["--model", "hivit_nano", "--out", tmp_path / "run", *data], "holds a run already"),
+        (["--model", "hivit_nano", "--eval-only", "--data", made / "images"], "knows 1000 classes, and"),
+        (["--model", tmp_path / "run", "--eval-only", "--data", folder], "knows 3 classes, and"),
+        (
+            ["--model", "hivit_nano", "--init", made / "vit" / "encoder", "--data", made / "images"],
+            "pass it as --model",
+        ),
+        (["--model", "hivit_nano", "--init", tmp_path / "no.pth", "--data", made / "images"], "no such file"),
+        (["--model", made / "hivit", "--data", made / "images", "--batch-size", "2048"], "more than the 32 images"),
+        (["--model", made / "hivit", "--data", made / "images", "--batch-size", "9", "--out", tmp_path / "r"], "even"),
+        (["--model", made / "hivit", "--data", made / "images", "--img-size", "33", *QUICK], "multiple"),
+        (
+            ["--model", made / "hivit", "--data", made / "images", "--aa", "dance", "--out", tmp_path / "q", *QUICK],
+            "dance",
+        ),
+        (["--model", made / "hivit", "--data", made / "images", "--in-chans", "0"], "in_chans"),
+        (["--model", made / "vit", "--global-pool", "map", "--data", made / "images", *QUICK], "attn_pool"),
+    ]:
+        assert message in refused(capsys, finetune, *argv), argv
+
+
+def test_published_recipes():
+    defaults = asdict(finetune.Options())
+    shipped = {name: defaults | yaml.safe_load(file.read_text()) for name, file in presets("finetune").items()}
+    words = ("epochs", "warmup_epochs", "batch_size", "blr", "layer_decay", "drop_path", "weight_decay", "betas")
+    for name, values in {
+        "finetune_vit_b": (100, 5, 1024, 5e-4, 0.65, 0.1),
+        "finetune_vit_l": (50, 5, 1024, 1e-3, 0.75, 0.2),
+        "finetune_vit_h": (50, 5, 1024, 1e-3, 0.75, 0.3),
+        "finetune_hivit_b": (100, 5, 1024, 5e-4, 0.85, 0.2),
+        "finetune_hivit_t_supervised": (300, 20, 1024, 2.5e-4, 1.0, 0.05),
+        "finetune_hivit_s_supervised": (300, 20, 1024, 2.5e-4, 1.0, 0.3),
+        "finetune_hivit_b24_supervised": (300, 20, 1024, 2.5e-4, 1.0, 0.5),
+    }.items():
+        assert [shipped[name][word] for word in words] == [*values, 0.05, (0.9, 0.999)], name
+        mixed = [shipped[name][word] for word in ("aa", "mixup", "cutmix", "reprob", "smoothing", "model_ema_decay")]
+        assert mixed == ["rand-m9-mstd0.5-inc1", 0.8, 1.0, 0.25, 0.1, 0.0]
+        assert shipped[name]["clip_grad"] is None
+    probe = linear_probe.Options()
+    assert (probe.epochs, probe.warmup_epochs, probe.batch_size, probe.crop_scale) == (90, 10, 16384, (0.08, 1.0))
+
+
+# Probes and exports --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probe", ["linear", "attentive"])
+def test_a_probe_trains_only_itself(probe, made, tmp_path, capsys):
+    argv = ["--model", made / "hivit", "--data", made / "images", "--out", tmp_path / "run", "--probe", probe]
+    argv += ["--epochs", "40", "--batch-size", "16", "--warmup-epochs", "1", "--workers", "0", "--eval-every", "40"]
+    argv += ["--crop-scale", "[0.8,1]", "--blr", "50" if probe == "linear" else ".02"]
+    linear_probe.main(list(map(str, argv)))
+    said = capsys.readouterr().out
+    assert float(said.split("top-1 ")[1].split(" %")[0]) > 60  # dark, grey and bright images
+    state = load_file(next((tmp_path / "run" / "checkpoints").iterdir()) / "model.safetensors")
+    assert not any(key.startswith(("network", "blocks")) for key in state)
+    assert {"head.weight", "head.bias", "norm.running_mean"} <= state.keys()
+    assert "norm.weight" not in state  # without affine
+
+
+def test_a_cached_probe_is_the_commands(made, capsys):
+    linear_probe.main(["--model", str(made / "hivit"), "--data", str(made / "images"), "--probe", "cached"])
+    assert float(capsys.readouterr().out.split(" %")[0].split()[-1]) > 60
+    assert "choose linear, attentive or cached" in refused(
+        capsys, linear_probe, "--probe", "x", "--model", "hivit_nano"
+    )
+
+
+@pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "vit_tiny_patch16_224", "resnet10t"])
+def test_an_attentive_probe_reads_every_network(name):
+    net = timm.create_model(name, **({"source": "vit_tiny_patch16_224"} if name == "hpvit" else {}))
+    probe = FrozenProbe(net, 5, attentive=True)
+    x = torch.randn(4, 3, 224, 224)
+    probe(x).sum().backward()
+    assert all(p.grad is not None for n, p in probe.named_parameters() if "pos_embed" not in n)
+    assert all(p.grad is None for p in net.parameters())
+    before = torch.cat([b.flatten().float() for b in net.buffers()]) if list(net.buffers()) else torch.zeros(1)
+    probe.train()(x)
+    after = torch.cat([b.flatten().float() for b in net.buffers()]) if list(net.buffers()) else torch.zeros(1)
+    assert torch.equal(before, after)  # running statistics of the frozen network too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [".onnx", ".pt2"])
+@pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "vit_tiny_patch16_224"])
+def test_an_export_computes_the_same(name, kind, tmp_path):
+    options = {"source": "vit_tiny_patch16_224", "source_args": {"depth": 2, "img_size": 64}, "depths": "0-1-1-0"}
+    net = fill(timm.create_model(name, num_classes=3, **(options if name == "hpvit" else {"img_size": 64})))
+    net.pretrained_cfg["input_size"] = (3, 64, 64)
+    assert export(net, tmp_path / f"x{kind}", {"label_names": ["a", "b", "c"]}) < 1e-4
+    if kind == ".onnx":
+        import onnx
+
+        entries = {entry.key: entry.value for entry in onnx.load(tmp_path / "x.onnx").metadata_props}
+        assert json.loads(entries["mimkit"]) == {"label_names": ["a", "b", "c"]}
+
+
+def test_an_export_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
+    net = fill(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=3))
+    net.pretrained_cfg["input_size"] = (3, 32, 32)
+    read = exporting._read_program
+    monkeypatch.setattr(exporting, "_read_program", lambda file, x: read(file, x) * 1.01)
+    with pytest.raises(UserError, match="something else"):
+        export(net, tmp_path / "x.pt2", {})
+    assert not list(tmp_path.iterdir())
