@@ -22,7 +22,7 @@ from mimkit.evaluation import over
 from mimkit.finetuning import classifier
 from mimkit.macs import count_gmacs
 from mimkit.options import PositiveInt, run_command
-from mimkit.pretraining import comes_with_weights, create, load_run
+from mimkit.pretraining import comes_with_weights, create, input_of, load_run
 from mimkit.sources import open_all, open_labelled, open_source
 from mimkit.visualize import reconstructions
 
@@ -215,23 +215,19 @@ def predict(
         max_bad: share of images that may be impossible to decode; they are left out.
     """
     network = classifier(model)
-    config = network.pretrained_cfg
-    in_chans, *size = config["input_size"]
-    names = config.get("label_names") or list(map(str, range(network.num_classes)))
+    in_chans, size, normalise, own_crop = input_of(network)
+    names = network.pretrained_cfg.get("label_names") or list(map(str, range(network.num_classes)))
     if top > len(names):
         raise UserError(f"--top {top} is more than the {len(names)} classes of {model}: ask for fewer.")
     network.to("cuda" if torch.cuda.is_available() else "cpu")
-    normalise, crop = Normalise(config["mean"], config["std"]), crop_pct or config.get("crop_pct") or 1.0
     rows = []
     for source in open_all(images):
-        bad: dict[str, str] = {}
-        loader = eval_loader(source, (size[0], size[1]), in_chans, batch_size=64, crop_pct=crop)
-        batches = guarded(loader, max_bad * source.length, print, bad)
-        found = over(network, batches, normalise, network)
-        good = [name for name in source.files() if name not in bad]
-        likely, labels = found.x.softmax(1).topk(top)
-        for name, shares, chosen in zip(good, likely.tolist(), labels.tolist(), strict=True):
-            rows += [[name, names[label], f"{share:.4f}"] for share, label in zip(shares, chosen, strict=True)]
+        loader = eval_loader(source, size, in_chans, batch_size=64, crop_pct=crop_pct or own_crop)
+        for batch in guarded(loader, max_bad * source.length, print):
+            if len(batch.images):
+                likely, labels = over(network, [batch], normalise, network).x.softmax(1).topk(top)
+                for name, shares, chosen in zip(batch.names, likely.tolist(), labels.tolist(), strict=True):
+                    rows += [[name, names[label], f"{share:.4f}"] for share, label in zip(shares, chosen, strict=True)]
     with replacing_file(out) as file, open(file, "w", newline="") as opened:
         table = csv.writer(opened)
         table.writerows([["image", "label", "probability"], *rows])

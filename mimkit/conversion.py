@@ -424,18 +424,23 @@ def as_timm(plain: Plain) -> Target:
     return Target(net, plain.state, plain.rows, plain.data)
 
 
-def as_hivit(to: str, file: Path, which: str | None) -> tuple[Target, str]:
-    """A released HiViT in ours, and which of the states in its file was taken."""
+def as_hivit(
+    to: str, file: Path, which: str | None = None, img_size: tuple[int, int] | None = None, **given: Any
+) -> tuple[Target, str]:
+    """A HiViT's file in ours, and which of the states in it was taken. `img_size` is that of a file that isn't square."""
     remap, _, taken = read_family(file, "hivit", which, lambda state: set())
     found = remap.found
     cells, width = found["absolute_pos_embed"].shape[1:]
+    channels, patch = found["patch_embed.proj.weight"].shape[1:3]
     options = {
+        "in_chans": channels,
+        "patch_size": patch,
         "unit_form": not any(name.endswith("position_bias_table") for name in found),
         "multi_scale": "norm.weight" in found and len(found["norm.weight"]) != width,
         "num_classes": len(found["head.weight"]) if "head.weight" in found else 0,
-        "img_size": 16 * math.isqrt(cells),
+        "img_size": 4 * patch * math.isqrt(cells) if math.isqrt(cells) ** 2 == cells else img_size,
     }
-    net = on_meta(timm.create_model, to, **options)
+    net = on_meta(timm.create_model, to, **options | given)
     load_strictly(net, found, file, assign=True)
     return Target(net, found, remap.rows, {}), taken
 

@@ -26,7 +26,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.errors import UserError
 from mimkit.images import decode
-from mimkit.sources import Source, name_of
+from mimkit.sources import Source
 
 Size = tuple[int, int]
 Index = int | tuple[int, int]  # of an image: its row, or (shard, row) in a stream
@@ -77,7 +77,7 @@ def finetune_transform(
     """The augmentation of supervised training: crop and flip, then timm's RandAugment and random erasing.
 
     Args:
-        augment: as timm spells it, such as rand-m9-mstd0.5-inc1 or augmix-m3; None for none.
+        augment: as timm spells it, such as rand-m9-mstd0.5-inc1; None for none.
         erase: share of the images of which a part becomes noise.
         normalise: comes before the erasing, whose noise is of deviation 1: what results is a network's input.
     """
@@ -85,7 +85,8 @@ def finetune_transform(
     policy: Any = None
     if augment:
         fill = tuple(round(255 * mean) for mean in normalise.values[0])
-        about = {"translate_const": int(min(size) * 0.45), "img_mean": fill if len(fill) > 1 else fill[0]}
+        about: dict[str, Any] = {"translate_const": int(min(size) * 0.45), "interpolation": Image.Resampling.BICUBIC}
+        about["img_mean"] = fill if len(fill) > 1 else fill[0]
         make = rand_augment_transform if augment.startswith("rand") else auto_augment_transform
         try:
             policy = make(augment, about)
@@ -125,7 +126,8 @@ class View(NamedTuple):
     image: Tensor | None  # (c H W), uint8 or float32; None when it cannot be decoded
     noise: Tensor  # (n) for the mask
     label: int
-    bad: tuple[str, str] | None = None  # which image it is, and why it cannot be decoded
+    name: str  # its file, or its place
+    bad: str = ""  # why it cannot be decoded
 
 
 @dataclass
@@ -147,6 +149,8 @@ class Viewer:
         file = row[self.fields[0]] or {"bytes": None, "path": None}
         label = row[self.fields[1]] if self.fields[1] else -1
         key = (index,) if isinstance(index, int) else index
+        place = f"image {':'.join(map(str, key))}"  # names that stand beside bytes need not be unique
+        name = file["path"] if file["bytes"] is None and file["path"] else place
         with seeded(self.seed, epoch, *key):
             noise = torch.rand(self.units)
             try:
@@ -156,8 +160,8 @@ class Viewer:
                     image = v2.functional.pil_to_tensor(image)
             except Exception as error:  # readers raise whatever they like on a broken file
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                return View(None, noise, -1, (name_of(file, *key), reason))
-        return View(image, noise, -1 if label is None else int(label))
+                return View(None, noise, -1, name, reason)
+        return View(image, noise, -1 if label is None else int(label), name)
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
@@ -169,12 +173,13 @@ class Batch(NamedTuple):
     images: Tensor  # (b c H W), uint8 or float32
     noise: Tensor  # (b n)
     labels: Tensor  # (b), -1 without
+    names: list[str]
     bad: list[tuple[str, str]]  # images that could not be decoded, and why
 
     def to(self, device: torch.device) -> "Batch":
         """Move what the network needs."""
         images, noise, labels = (x.to(device, non_blocking=True) for x in (self.images, self.noise, self.labels))
-        return Batch(images, noise, labels, self.bad)
+        return self._replace(images=images, noise=noise, labels=labels)
 
 
 def collate(views: list[View]) -> Batch:
@@ -188,14 +193,15 @@ def collate(views: list[View]) -> Batch:
         torch.stack(images) if images else torch.empty(0),
         torch.stack([view.noise for view in views]),
         torch.tensor([view.label for view in filled]),
-        [view.bad for view in views if view.bad],
+        [view.name for view in filled],
+        [(view.name, view.bad) for view in views if view.bad],
     )
 
 
 def collate_good(views: list[View]) -> Batch:
     """The same without bad images, of which nothing is to be counted."""
     batch = collate([view for view in views if view.image is not None] or views)
-    return batch._replace(bad=[view.bad for view in views if view.bad])
+    return batch._replace(bad=[(view.name, view.bad) for view in views if view.bad])
 
 
 class Normalise(nn.Module):
@@ -387,11 +393,9 @@ def look(source: Source, size: Size, in_chans: int, count: int) -> Batch:
     return collate([viewer(row, 0, i) for i, row in enumerate(rows)])
 
 
-def guarded(
-    batches: Iterable[Batch], limit: float, log: Callable[[str], None], bad: dict[str, str] | None = None
-) -> Iterator[Batch]:
-    """Pass batches on, name each bad image once (and keep it in `bad`), and stop at more than `limit` of them."""
-    bad = {} if bad is None else bad
+def guarded(batches: Iterable[Batch], limit: float, log: Callable[[str], None]) -> Iterator[Batch]:
+    """Pass batches on, name each bad image once, and stop when there are more than `limit` of them."""
+    bad: dict[str, str] = {}
     for batch in batches:
         for image, reason in batch.bad:
             if image not in bad:

@@ -22,6 +22,13 @@ class Features(NamedTuple):
     y: Tensor  # (n)
 
 
+class NoImagesError(UserError):
+    """There is nothing to judge."""
+
+    def __init__(self) -> None:
+        super().__init__("Not one of the images can be decoded: pass others.")
+
+
 @torch.no_grad()
 def over(model: Any, batches: Iterable[Batch], normalise: Normalise, compute: Callable[[Tensor], Tensor]) -> Features:
     """`compute` of all images, in evaluation mode and on the model's device, and their labels; the mode is kept."""
@@ -35,7 +42,7 @@ def over(model: Any, batches: Iterable[Batch], normalise: Normalise, compute: Ca
             found.append((x.float().cpu(), batch.labels))
     model.train(training)
     if not found:
-        raise UserError("Not one image can be decoded: pass others.")
+        raise NoImagesError
     return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 

@@ -1,13 +1,13 @@
 """A trained classifier for where there is no mimkit: an ONNX file, or torch's own exported program."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mimkit.checkpoint import replacing_file
 from mimkit.errors import UserError
 
 TOLERANCE = 1e-3  # of the largest difference, relative to the largest output
@@ -30,7 +30,9 @@ def export(network: Any, out: Path, about: dict[str, Any]) -> float:
     shape = tuple(network.pretrained_cfg["input_size"])
     network.eval().requires_grad_(False)
     inputs = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    with replacing_file(out) as file:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        file = Path(folder) / out.name  # a large network's weights stand beside it, and it knows them by name
         try:
             write(network, inputs[:2], file, json.dumps(about))
             outputs = read(file, inputs)
@@ -45,6 +47,8 @@ def export(network: Any, out: Path, about: dict[str, Any]) -> float:
         difference = float((outputs - expected).abs().max() / expected.abs().max())
         if not difference < TOLERANCE:
             raise UserError(f"{out} computes something else than the model (by {difference:.1e}): it was not kept.")
+        for written in Path(folder).iterdir():
+            written.replace(out.parent / written.name)
     return difference
 
 

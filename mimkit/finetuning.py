@@ -4,27 +4,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
+from timm.models._input import _get_global_pool
 from torch import Tensor, nn
 
-from mimkit.checkpoint import read_weights, write_model
+from mimkit.checkpoint import on_meta, read_weights, write_model
 from mimkit.conversion import as_hivit
 from mimkit.converters.mae import split
 from mimkit.data import Normalise, eval_loader, guarded
 from mimkit.errors import UserError
-from mimkit.evaluation import Scores, over, score
+from mimkit.evaluation import NoImagesError, Scores, over, score
 from mimkit.pretraining import comes_with_weights, create
 from mimkit.sources import Source
 from mimkit.training import Run
 from mimkit.visualize import confusions, curves
 
 # Where the forms of a network differ: in pre-training it ends in a norm of its own, and HiViT has no relative bias
-FORMS = ("head.", "head_dist.", "fc_norm.", "norm.", "attn_pool.")
+ENDS = ("fc_norm.", "norm.")
 TABLE = "relative_position_bias_table"
-PRETRAINED_ONLY = ("unit_form", "multi_scale", "fc_norm", "use_fc_norm", "num_classes", "global_pool")
+FORM = ("unit_form", "multi_scale", "fc_norm", "use_fc_norm", "num_classes", "global_pool")
 
 # A network out of a checkpoint ---------------------------------------------------------------------------------------
 
@@ -32,108 +34,123 @@ PRETRAINED_ONLY = ("unit_form", "multi_scale", "fc_norm", "use_fc_norm", "num_cl
 def locate(name: str) -> str:
     """A run -> the folder of its network: encoder/ of a pre-training, best/ of a fine-tuning; else the name itself."""
     inside = [Path(name) / part for part in ("encoder", "best")]
-    return next((str(folder) for folder in inside if (folder / "config.json").is_file()), name)
+    found = next((str(folder) for folder in inside if (folder / "config.json").is_file()), name)
+    if Path(found).is_dir() and not (Path(found) / "config.json").is_file():
+        raise UserError(f"--model {name} holds no config.json: pass a run, its encoder/, or a converted checkpoint.")
+    if name.startswith("runs/") and not Path(name).exists():
+        raise UserError(f"--model {name} is not there: `accelerate launch recipes/mae_hivit.py` makes runs/mae_hivit.")
+    return found
 
 
-def load(
-    name: str, init: str | None = None, scratch: bool = False, global_pool: str | None = None, **options: Any
-) -> tuple[Any, str]:
-    """A network with all of a checkpoint's weights, in the form that classifies.
-
-    It is built with the checkpoint's own classes and form, and loaded strictly. Then, if that is the form of masked
-    pre-training or its pooling is to be another one, its weights move into the other form, which differs at its end
-    (`FORMS`) and, for HiViT, by relative position biases, which start at 0.
+def read(name: str, init: str | None = None, scratch: bool = False, **options: Any) -> tuple[Any, str]:
+    """A network as its checkpoint has it: built with its own classes and form, loaded strictly.
 
     Args:
         name: a run, a folder that timm can read, or a name in timm.
         init: a file of weights for it; an MAE's decoder in it is left out.
-        scratch: leave the weights of the folder or name, and start at random.
-        global_pool: as in timm; the checkpoint's own by default.
+        scratch: leave the weights of the file, folder or name, and start at random.
         options: timm's own.
 
     Returns:
         The network, and in words what it starts with.
     """
-    name, channels = locate(name), options.get("in_chans", 3)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"--model {name} holds no config.json: pass a run, its encoder/, or a converted checkpoint.")
-    if name.startswith("runs/") and not Path(name).exists():
-        raise UserError(f"--model {name} is not there: `accelerate launch recipes/mae_hivit.py` makes runs/mae_hivit.")
+    name = locate(name)
     if init and not scratch:
-        own = _from_file(name, Path(init).expanduser(), options)
+        network = _from_file(name, Path(init).expanduser(), options)
     else:
-        own = create(name, weights=False if scratch else None, **options)
-        known = own.pretrained_cfg["input_size"][0]
-        if not scratch and comes_with_weights(name) and known not in (3, channels):
-            raise UserError(f"--model {name} takes {known} channels, not {channels}: pass --in-chans {known}.")
-    pool = global_pool or getattr(own, "global_pool", None)
-    if not getattr(own, "unit_form", False) and pool == getattr(own, "global_pool", None):
-        network, changed = own, ""
-    else:
-        network, changed = _reform(own, global_pool)
-    at_random = scratch or not (init or comes_with_weights(name))
-    architecture = network.pretrained_cfg["architecture"]
-    where = "weights at random" if at_random else f"all of {init or name} but its head, if any{changed}"
-    return network, f"{architecture}: {where}"
+        network = create(name, weights=False if scratch else None, **options)
+    loaded = not scratch and (init or comes_with_weights(name))
+    origin = f"all weights of {init or name}" if loaded else "weights at random"
+    return network, f"{network.pretrained_cfg['architecture']}: {origin}"
 
 
 def _from_file(name: str, file: Path, options: dict[str, Any]) -> Any:
     if file.is_dir():
         raise UserError(f"--init {file} is a folder, which says itself what it holds: pass it as --model.")
-    form: dict[str, Any] = {}
-    if name.startswith("hivit"):
-        target = as_hivit(name, file, None)[0]
+    if name.startswith("hivit") and not Path(name).exists():
+        target, _ = as_hivit(name, file, **options)
         form, state = {**target.net._model_args, "num_classes": target.net.num_classes}, target.state
-        form.pop("img_size", None)
     else:
         state = split(read_weights(file))[0]
-        heads = create(name, weights=False, **options).pretrained_cfg.get("classifier") or ()
-        heads = (heads,) if isinstance(heads, str) else heads
-        counts = [len(state[f"{head}.weight"]) for head in heads if f"{head}.weight" in state]
+        counts = [
+            len(state[f"{head}.weight"]) for head in _heads(on_meta(create, name, False)) if f"{head}.weight" in state
+        ]
         form = {"num_classes": counts[0] if counts else 0}
         if "fc_norm.weight" in state and "norm.weight" not in state:
             form["global_pool"] = "avg"
-    return create(name, state=state, **form, **options)
+    return create(name, state=state, **form | options)
 
 
-def _reform(own: Any, global_pool: str | None) -> tuple[Any, str]:
-    """The same weights in the supervised form, or with another pooling; -> it, and what is fresh or left, in words."""
-    arguments = {key: value for key, value in own._model_args.items() if key not in PRETRAINED_ONLY}
+def _heads(network: Any) -> list[str]:
+    found = network.pretrained_cfg.get("classifier") or []
+    return [found] if isinstance(found, str) else list(found)
+
+
+def load(
+    name: str, init: str | None = None, scratch: bool = False, global_pool: str | None = None, **options: Any
+) -> tuple[Any, str]:
+    """`read`, in the form that classifies.
+
+    If the network has the form of masked pre-training, or its pooling is to be another one, its weights move into the
+    other form. That differs at its end (`ENDS`) and, for HiViT, by relative position biases, which start at 0.
+
+    Args:
+        global_pool: as in timm; the checkpoint's own by default.
+    """
+    own, words = read(name, init, scratch, **options)
+    unit_form, pool = getattr(own, "unit_form", False), _get_global_pool(own)
+    if not unit_form and global_pool in (None, pool):
+        return own, words
+    arguments = {key: value for key, value in own._model_args.items() if key not in FORM}
     arguments |= {"global_pool": global_pool} if global_pool else {}
     network = create(own.pretrained_cfg["architecture"], weights=False, num_classes=0, **arguments)
+    network.pretrained_cfg.update(own.pretrained_cfg)
+    if scratch:
+        return network, words
     state, others = network.state_dict(), own.state_dict()
     fresh, left = state.keys() - others.keys(), others.keys() - state.keys()
-    strange = [key for key in sorted(fresh | left) if not key.startswith(FORMS) and not key.endswith(TABLE)]
+    ends = (*ENDS, *(f"{head}." for head in _heads(own)))
+    strange = [key for key in sorted(fresh) if not key.startswith(ends) and not key.endswith(TABLE)]
+    strange += [key for key in sorted(left) if not key.startswith((*ends, "attn_pool."))]
     if strange:
-        raise UserError(f"--model: {', '.join(strange)} would be lost in another form: give its own --global-pool.")
+        raise UserError(
+            f"--global-pool {global_pool} does not go with {', '.join(strange)} of {name}: leave it at {pool}."
+        )
     network.load_state_dict({key: others.get(key, tensor) for key, tensor in state.items()})
-    network.pretrained_cfg.update(own.pretrained_cfg)
     tables = [key for key in fresh if key.endswith(TABLE)]
-    words = sorted(fresh.difference(tables)) + ([f"{len(tables)} relative bias tables at 0"] if tables else [])
-    kept = sorted(key for key in left if not key.startswith("head"))
-    changes = {"fresh": words, "left out": kept}
-    return network, "".join(f"; {how}: {', '.join(what)}" for how, what in changes.items() if what)
+    news = sorted(fresh.difference(tables)) + ([f"{len(tables)} relative bias tables at 0"] if tables else [])
+    changes = {"fresh": news, "left out": sorted(left)}
+    return network, words + "".join(f"; {how}: {', '.join(what)}" for how, what in changes.items() if what)
 
 
 def classifier(model: str) -> Any:
     """A network that has been fine-tuned, from a run, a folder or a name of timm with a tag."""
-    folder = locate(model)
-    if not comes_with_weights(folder):
+    network, words = read(model)
+    if words.endswith("random"):
         raise UserError(f"--model {model} has no weights: pass a run of recipes/finetune.py, or a folder of a model.")
-    network = create(folder)
     if not network.num_classes:
         raise UserError(f"--model {model} has no classifier, which recipes/finetune.py gives it: pass what that left.")
     return network
 
 
-def new_head(network: Any, classes: int, std: float | None) -> None:
-    """A head for so many classes; with `std`, from a normal distribution of that deviation (MAE: 2e-5) and bias 0."""
+def new_head(network: Any, classes: int, std: float | None) -> str:
+    """A head for so many classes; with `std`, from a normal distribution of that deviation (MAE: 2e-5) and bias 0.
+    -> it, in words"""
     network.reset_classifier(classes)
     head = network.get_classifier()
     for layer in head if isinstance(head, tuple) else (head,):
         if std is not None and hasattr(layer, "weight"):
             nn.init.trunc_normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
+    return f"fresh head of {classes} classes ({', '.join(_heads(network))})"
+
+
+def checkpoint_blocks(network: Any) -> None:
+    """Recompute activations in the backward pass, where timm has that for the network."""
+    try:
+        network.set_grad_checkpointing(True)
+    except AssertionError as error:
+        raise UserError(f"--grad-checkpointing: timm has none for a {type(network).__name__}; leave it.") from error
 
 
 def class_names(train: Source, test: Source) -> list[str]:
@@ -168,14 +185,17 @@ def mixing(
     if not (mixup or cutmix):
         return lambda images, labels: (images, mixup_target(labels, classes, smoothing=smoothing))
     if share % 2:
-        raise UserError(f"Mixup pairs images, and there are {share} in a part of a step: choose an even --batch-size.")
+        raise UserError(
+            f"Mixup pairs images, and one part of a step on one process has {share}: choose another --batch-size or "
+            "--grad-accum-steps, or --mixup 0 --cutmix 0."
+        )
     return Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes)
 
 
 # What it learns at ---------------------------------------------------------------------------------------------------
 
 
-def show_groups(groups: list[dict[str, Any]], lr: float) -> None:
+def show_groups(groups: list[dict[str, Any]], lr: float, console: Console) -> None:
     """Print the table of layer decay: each group of parameters, its layer's id, its scale and what results."""
     table = Table("parameters", "tensors", "layer", "scale", "lr", "weight decay")
     for group in groups:
@@ -183,7 +203,7 @@ def show_groups(groups: list[dict[str, Any]], lr: float) -> None:
         shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
         numbers = f"{group['lr_scale']:.6g}", f"{lr * group['lr_scale']:.3g}", f"{group['weight_decay']:g}"
         table.add_row(shown, str(len(names)), str(group["layer"]), *numbers)
-    Console(width=140).print(table)
+    console.print(table, width=140)
 
 
 # How it is judged ----------------------------------------------------------------------------------------------------
@@ -224,10 +244,15 @@ class Judge:
             share=(accelerator.process_index, accelerator.num_processes),
         )
         batches = guarded(loader, run.options.max_bad * self.test.length, run.print)
-        with accelerator.autocast():
-            found = over(network, batches, self.normalise, network)
-        counts = [accelerator.reduce(x.to(accelerator.device), "sum").cpu() for x in score(found.x, found.y)]
-        self.latest = Scores(*counts)
+        try:
+            with accelerator.autocast():
+                found = over(network, batches, self.normalise, network)
+            counts = score(found.x, found.y)
+        except NoImagesError:  # for this process: the others wait for it
+            counts = Scores(torch.zeros(len(self.names), len(self.names), dtype=torch.int64), torch.tensor(0))
+        self.latest = Scores(*(accelerator.reduce(x.to(accelerator.device), "sum").cpu() for x in counts))
+        if not self.latest.confusion.any():
+            raise NoImagesError
         return self.latest
 
     def __call__(self, step: int, network: Any, ema: Any = None) -> None:
@@ -281,6 +306,8 @@ class Judge:
     def finish(self, network: Any) -> float:
         """The pictures, and what to do next. -> top-1 accuracy at the end"""
         run, scores = self.run, self.latest or self.score(network)
+        if not run.accelerator.is_main_process:
+            return scores.top1
         self.draw(scores)
         best = max((line for line in run.metrics() if "top1" in line), key=lambda line: line["top1"])
         run.print(

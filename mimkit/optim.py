@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim._param_groups import auto_group_layers
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
@@ -35,11 +36,12 @@ def layer_groups(model: Any, weight_decay: float, layer_decay: float, pool_scale
     A timm schedule multiplies the rate of each by its `lr_scale`.
 
     Args:
-        model: any timm model; its `group_matcher` says which layer a parameter is in.
+        model: any timm model; its `group_matcher`, or else timm's guess, says which layer a parameter is in.
         pool_scale: of an HPViT's pools, whatever the layer that they stand in. They are not decayed: their start, one
             tap, is what keeps the source's tokens.
     """
-    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    matched = hasattr(model, "group_matcher")
+    layers = group_parameters(model, model.group_matcher(), reverse=True) if matched else auto_group_layers(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups: list[dict[str, Any]] = []
     for group in param_groups_layer_decay(model, weight_decay, spared(model), layer_decay=layer_decay):

@@ -1,7 +1,8 @@
 """Around a masked pre-training run: where its weights come from, how it is watched, what it leaves."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,28 @@ from mimkit.training import Run
 from mimkit.visualize import curves, reconstructions
 
 
+@contextmanager
+def always_strict() -> Iterator[None]:
+    """timm lets go of strictness where classes differ or a stem cannot be adapted: not in here."""
+    loose = nn.Module.load_state_dict
+
+    def load_state_dict(module: nn.Module, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        return loose(module, state_dict, True, assign)
+
+    setattr(nn.Module, "load_state_dict", load_state_dict)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(nn.Module, "load_state_dict", loose)  # noqa: B010
+
+
+def input_of(network: Any) -> tuple[int, Size, Normalise, float]:
+    """What a network's weights are for: channels, size, colours and the share of the scaled image."""
+    config = network.pretrained_cfg
+    channels, height, width = config["input_size"]
+    return channels, (height, width), Normalise(config["mean"], config["std"]), config.get("crop_pct") or 1.0
+
+
 def comes_with_weights(name: str) -> bool:
     """Whether `create` loads weights: from a folder, from a hub, or those that a timm name's tag says."""
     return (Path(name) / "config.json").is_file() or ":" in name or "." in name
@@ -37,28 +60,32 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
         name: a folder that timm can read, or a name in timm.
         weights: whether to load those of the folder or of the name's tag, strictly; by default where there are any.
         state: load these, strictly; tables follow the input size as timm has it. Needs their `num_classes`.
-        options: timm's own; `img_size` is left out where a network takes none, being made of convolutions.
+        options: timm's own; `img_size` and `drop_path_rate` are left out where a network knows no such thing.
     """
     folder = Path(name) if (Path(name) / "config.json").is_file() else None
-    name = f"local-dir:{name}" if folder else name
+    known = f"local-dir:{name}" if folder else name
     pretrained = state is not None or (comes_with_weights(name) if weights is None else weights)
-    loaded = {"state_dict": state, "num_classes": options["num_classes"]} if state is not None else None
+    overlay = {"source": "", "state_dict": state, "num_classes": options["num_classes"]} if state is not None else None
     try:
-        model: Any = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=loaded, **options)
+        with always_strict():
+            model: Any = timm.create_model(known, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options)
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "unexpected keyword argument 'img_size'" in reason:
-            return create(name, weights, state, **{k: v for k, v in options.items() if k != "img_size"})
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = " ".join(" ".join(lines if lines[0].startswith("Error(s) in loading") else lines[:1]).split())
+        for unknown in ("img_size", "drop_path_rate"):
+            if unknown in options and f"unexpected keyword argument '{unknown}'" in reason:
+                return create(name, weights, state, **{k: v for k, v in options.items() if k != unknown})
         if "Unknown model" in reason:
             near = timm.list_models(f"*{name[:5]}*")[:5] or timm.list_models("hivit_*")
             raise UserError(f"--model {name} is not known to timm or mimkit: try {', '.join(near)}.") from error
         if isinstance(error, TypeError | AssertionError):
             raise UserError(f"--model {name} does not take these options ({reason}): choose another model.") from error
         if pretrained and (folder or state):  # says what is missing, unexpected or of another shape
-            own = on_meta(timm.create_model, name, **({} if folder else options))
-            load_strictly(own, read_weights(folder) if folder else state or {}, folder or "the file", assign=True)
+            form = {k: v for k, v in options.items() if k != "img_size"} if state else {}
+            own = on_meta(timm.create_model, known, **form)
+            load_strictly(own, state or read_weights(name), "the file" if state else name, assign=True)
         raise UserError(f"--model {name} cannot be loaded ({reason}): check the name or the folder.") from error
     model.pretrained_cfg.pop("state_dict", None)
     return model

@@ -25,11 +25,6 @@ class NoPartError(UserError):
     """The data has no such part."""
 
 
-def name_of(file: dict[str, Any] | None, *place: int) -> str:
-    """What an image is called: its file, or its place (row, or shard and row) where it has none."""
-    return (file or {}).get("path") or f"image {':'.join(map(str, place))}"
-
-
 @dataclass
 class Source:
     """Rows of images, by index or as a stream."""
@@ -39,10 +34,6 @@ class Source:
     image: str  # name of the image column
     label: str | None  # name of the label column
     length: int
-
-    def files(self) -> list[str]:
-        """What each image is called: its file, or its place where it has none."""
-        return [name_of(file, i) for i, file in enumerate(self.rows[self.image])]
 
     @property
     def streaming(self) -> bool:

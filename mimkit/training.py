@@ -273,7 +273,10 @@ class Run:
     def end_step(self, step: int) -> None:
         """Now and then: read the recorded values, show and log them."""
         done, plan = step + 1, self.data_plan
-        if done % LOG_EVERY and not self.due(step, self.options.save_every):  # before a checkpoint nothing stays unread
+        pauses = [getattr(self.options, name, 0) for name in ("save_every", "eval_every", "knn_every")]
+        if done % LOG_EVERY and not any(
+            self.due(step, epochs) for epochs in pauses
+        ):  # before them nothing stays unread
             return
         means = {k: self.accelerator.reduce(v / self.count, "mean").item() for k, v in self.sums.items()}
         now = time.perf_counter()
@@ -282,7 +285,7 @@ class Run:
         left = (plan.steps - done) * plan.batch_size / rate
         shown = {
             **means,
-            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "lr": max(group["lr"] / (group.get("lr_scale", 1) or 1) for group in self.optimizer.param_groups),
             "images_per_s": round(rate, 1),
             "waiting": round(self.waited / elapsed, 4),
         }
@@ -294,6 +297,13 @@ class Run:
         if not self.console.is_terminal and (done % (5 * LOG_EVERY) == 0 or done == plan.steps):
             self.print(text)
         self.sums, self.count, self.waited, self.since, self.since_step = {}, 0, 0.0, now, done
+
+    def close(self) -> None:
+        """Let go of the networks and the trackers, for another run in the same process."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.free_memory()
+        del self.model, self.optimizer, self.beside
 
     def due(self, step: int, epochs: float) -> bool:
         """Whether `step` is the last one of the run, or of every so many epochs."""

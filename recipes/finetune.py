@@ -16,12 +16,12 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
-from mimkit.data import Size, Viewer, default_workers, finetune_transform, parse_size, train_loader
-from mimkit.errors import one_sentence
-from mimkit.finetuning import Judge, check_classes, class_names, load, mixing, new_head, show_groups
+from mimkit.data import Viewer, default_workers, finetune_transform, parse_size, train_loader
+from mimkit.errors import UserError, one_sentence
+from mimkit.finetuning import Judge, check_classes, checkpoint_blocks, class_names, load, mixing, new_head, show_groups
 from mimkit.optim import cosine, layer_groups
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
-from mimkit.pretraining import colours
+from mimkit.pretraining import colours, input_of
 from mimkit.sources import open_labelled
 from mimkit.training import Run
 
@@ -37,7 +37,7 @@ class Options:
         resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
         init: a file of weights for the model, in its own names; mimkit convert reads others.
         from_scratch: leave the weights, and start at random.
-        compare_scratch: do both, with the same options, and tell the difference.
+        compare_scratch: do both, from scratch without layer decay, and tell the difference.
         eval_only: judge the model as it is.
         dry_run: print what each layer learns at, and stop.
         img_size: input in pixels, 224 or HEIGHTxWIDTH; the model's own by default.
@@ -133,39 +133,35 @@ def train(options: Options) -> tuple[Run, float | None]:
     names = class_names(data, test)
     run = Run("finetune", options)
 
-    wanted = parse_size(options.img_size) if options.img_size else None
-    given = {"img_size": wanted, "drop_path_rate": options.drop_path}
-    network, start = load(
-        options.model,
-        options.init,
-        options.from_scratch,
-        options.global_pool,
-        in_chans=options.in_chans,
-        **{name: value for name, value in given.items() if value},
-        **options.model_args,
-    )
-    config = network.pretrained_cfg
-    size: Size = wanted or tuple(config["input_size"][1:])
-    if len(config["mean"]) == options.in_chans:
-        options.mean, options.std = options.mean or list(config["mean"]), options.std or list(config["std"])
+    given: dict[str, Any] = {"in_chans": options.in_chans, "drop_path_rate": options.drop_path}
+    if options.img_size:
+        given["img_size"] = parse_size(options.img_size)
+    if twice := options.model_args.keys() & {*given, "img_size", "global_pool", "num_classes"}:
+        raise UserError(f"--model-args has {', '.join(twice)}, which follows from an option or the data: leave it out.")
+    given |= options.model_args
+    network, start = load(options.model, options.init, options.from_scratch, options.global_pool, **given)
+    _, own_size, own_colours, own_crop = input_of(network)
+    size = given.get("img_size", own_size)
+    if len(own_colours.values[0]) == options.in_chans:
+        options.mean, options.std = options.mean or own_colours.values[0], options.std or own_colours.values[1]
     normalise = colours(options.in_chans, options.mean, options.std)
     options.mean, options.std = normalise.values
-    crop_pct = options.crop_pct or config.get("crop_pct") or 1.0
-    judge = Judge(run, test, (options.in_chans, *size), normalise, crop_pct, names)
+    judge = Judge(run, test, (options.in_chans, *size), normalise, options.crop_pct or own_crop, names)
     if options.eval_only:
         check_classes(network, names, options.model, options.data)
         return run, judge.alone(network.to(run.accelerator.device))
 
-    new_head(network, len(names), None if options.from_scratch else options.head_std)
+    start += "; " + new_head(network, len(names), None if options.from_scratch else options.head_std)
     if options.grad_checkpointing:
-        network.set_grad_checkpointing(True)
+        checkpoint_blocks(network)
     groups = layer_groups(network, options.weight_decay, options.layer_decay, options.pool_scale)
     if options.dry_run:
-        show_groups(groups, options.lr)
+        run.print(start)
+        show_groups(groups, options.lr, run.console)
         return run, None
     plan = run.plan(data.length, options.batch_size, options.epochs)
     run.write_config()
-    run.print(f"{start}; {len(names)} classes, {data.length:,} images, lr {options.lr:.3g}")
+    run.print(f"{start}; {data.length:,} images, lr {options.lr:.3g}")
 
     transform = finetune_transform(size, options.crop_scale, options.aa, options.reprob, normalise)
     viewer = Viewer(transform, options.in_chans, 0, options.seed, (data.image, data.label))
@@ -206,9 +202,15 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the options, train, leave the run's directory."""
     options = parse_recipe(Options, __doc__ or "", recipe="finetune", argv=argv)
     run, tuned = train(options)
-    if options.compare_scratch and tuned is not None:
-        resume = "auto" if options.resume else None
-        scratch = train(replace(options, out=f"{run.folder}/scratch", resume=resume, from_scratch=True))[1] or 0.0
+    if options.compare_scratch and tuned is not None and not options.eval_only:
+        run.close()
+        beside = replace(options, out=f"{run.folder}/scratch", from_scratch=True, layer_decay=1.0)
+        beside.resume = "auto" if options.resume else None
+        try:
+            scratch = train(beside)[1] or 0.0
+        except KeyboardInterrupt as stop:
+            hint = f"go on with --out {run.folder} --resume auto."
+            raise KeyboardInterrupt(f"Interrupted in the training from scratch: {hint}") from stop
         run.print(f"\ntop-1 {tuned:.2f} % fine-tuned, {scratch:.2f} % from scratch: {tuned - scratch:+.2f} points")
     run.accelerator.end_training()
 

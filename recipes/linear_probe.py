@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from timm.optim import Lars
 
-from mimkit.data import Normalise, Size, Viewer, default_workers, parse_size, train_loader, train_transform
+from mimkit.data import Viewer, default_workers, parse_size, train_loader, train_transform
 from mimkit.errors import UserError, one_sentence
 from mimkit.evaluation import FrozenProbe, extract_parts, linear_probe
-from mimkit.finetuning import Judge, class_names, locate
+from mimkit.finetuning import Judge, class_names, read
 from mimkit.optim import adamw, cosine
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
-from mimkit.pretraining import create
+from mimkit.pretraining import input_of
 from mimkit.sources import open_labelled
 from mimkit.training import Run
 
@@ -93,11 +93,12 @@ def main(argv: list[str] | None = None) -> None:
     names = class_names(data, test)
     run = Run("linear_probe", options)
     sized: dict[str, Any] = {"img_size": parse_size(options.img_size)} if options.img_size else {}
-    network = create(locate(options.model), **sized).to(run.accelerator.device)
-    config = network.pretrained_cfg
-    in_chans, *own = config["input_size"]
-    size: Size = sized.get("img_size") or tuple(own)
-    normalise = Normalise(config["mean"], config["std"]).to(run.accelerator.device)
+    network, start = read(options.model, **sized)
+    network.to(run.accelerator.device)
+    in_chans, own_size, normalise, crop_pct = input_of(network)
+    size = sized.get("img_size", own_size)
+    normalise.to(run.accelerator.device)
+    run.print(f"{start}; {options.probe} probe of {len(names)} classes, {data.length:,} images")
 
     if options.probe == "cached":
         limits: dict[str, Any] = {"workers": options.workers, "max_bad": options.max_bad, "log": run.print}
@@ -109,7 +110,6 @@ def main(argv: list[str] | None = None) -> None:
     plan = run.plan(data.length, options.batch_size, options.epochs)
     run.write_config()
     probe = FrozenProbe(network, len(names), attentive)
-    run.print(f"{config['architecture']}: {options.probe} probe, {len(names)} classes, {data.length:,} images")
     transform = train_transform(size, options.crop_scale)
     viewer = Viewer(transform, in_chans, 0, options.seed, (data.image, data.label))
     loader = train_loader(data, viewer, plan, options.workers)
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = Lars(groups, options.lr, momentum=0.9, weight_decay=options.weight_decay)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
     model, stepper = run.prepare(probe, optimizer)
-    judge = Judge(run, test, (in_chans, *size), normalise, config.get("crop_pct") or 1.0, names)
+    judge = Judge(run, test, (in_chans, *size), normalise, crop_pct, names)
 
     for step, parts in run.steps(loader):
         schedule.step_update(step)

@@ -95,7 +95,7 @@ def refused(capsys, recipe, *argv):
                 "blocks.1.norm2.bias": 2,
                 "blocks.2.reduction.weight": 2,
                 "blocks.2.norm.weight": 2,
-                "blocks.2.mlp.fc2.weight": 3,
+                "blocks.3.mlp.fc2.weight": 3,
                 "blocks.5.reduction.weight": 4,
                 "blocks.6.attn.relative_position_bias_table": 5,
                 "blocks.15.attn.qkv.weight": 14,
@@ -211,6 +211,41 @@ def test_a_folder_that_does_not_load_completely_is_refused_by_name(kind, break_i
         timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=9)
 
 
+def test_strictness_cannot_be_switched_off(made, tmp_path):
+    """timm lets go of it for other classes, and for a stem that it cannot adapt; a file goes before a folder."""
+    folder = tmp_path / "broken"
+    shutil.copytree(made / "vit" / "encoder", folder)
+    state = load_file(folder / "model.safetensors")
+    whole = {key: tensor * 2 for key, tensor in state.items()}
+    save_file(whole, tmp_path / "other.safetensors")
+    found, words = load(str(made / "vit"), str(tmp_path / "other.safetensors"))
+    assert "other.safetensors" in words
+    assert torch.equal(found.state_dict()["cls_token"], whole["cls_token"])
+    del state["blocks.2.mlp.fc1.weight"]
+    save_file(state, folder / "model.safetensors")
+    save_file(state, tmp_path / "less.safetensors")
+    for given in ({}, {"num_classes": 7}, {"in_chans": 1}):
+        with pytest.raises(UserError, match=r"blocks\.2\.mlp\.fc1\.weight"):
+            load(str(folder), **given)
+    with pytest.raises(UserError, match=r"blocks\.2\.mlp\.fc1\.weight"):
+        load(str(made / "vit"), str(tmp_path / "less.safetensors"))
+    grey, _ = load(str(made / "vit"), in_chans=1)
+    rgb = load_file(made / "vit" / "encoder" / "model.safetensors")["patch_embed.proj.weight"]
+    assert torch.allclose(grey.patch_embed.proj.weight, rgb.sum(1, keepdim=True), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given", [{"patch_size": 2, "img_size": 32}, {"in_chans": 1, "img_size": 64}, {"img_size": (32, 64)}], ids=str
+)
+def test_a_hivit_file_of_any_input(given, tmp_path):
+    net = fill(timm.create_model("hivit_nano", num_classes=0, **given))
+    save_file(net.state_dict(), tmp_path / "file.safetensors")
+    say = given if isinstance(given["img_size"], tuple) else {}
+    found, _ = load("hivit_nano", str(tmp_path / "file.safetensors"), **say)
+    assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in net.state_dict().items())
+    assert found.grid == net.grid
+
+
 @pytest.mark.parametrize("kind", ["mae", "mae with decoder", "fine-tuned", "hivit", "hivit fine-tuned"])
 def test_a_file_loads_completely_or_is_refused_by_name(kind, tmp_path):
     if "hivit" in kind:
@@ -281,7 +316,7 @@ def test_mixing():
     assert not torch.equal(mixed, images)
     assert torch.allclose(targets.sum(1), torch.ones(4))
     assert 0 < targets[0, 0] < 1
-    with pytest.raises(UserError, match="even"):
+    with pytest.raises(UserError, match="has 5"):
         mixing(3, 5, 0.8, 0, 0)
 
 
@@ -318,7 +353,7 @@ def test_what_a_run_leaves(made, tmp_path, capsys, monkeypatch):
     heavy = ["--model-ema-decay", "0.9", "--drop-path", "0.1", "--clip-grad", "1", "--grad-checkpointing"]
     tune("--model", made / "hivit", "--data", made / "images", "--out", out, *QUICK, *heavy, "--save-every", "1")
     said = capsys.readouterr().out
-    assert "3 classes, 32 images" in said
+    assert "fresh head of 3 classes (head)" in said
     assert "of 12 test images" in said
     names = {"config.yaml", "metrics.jsonl", "curves.png", "confusion.png", "checkpoints", "best", "last"}
     assert {f.name for f in out.iterdir()} == names
@@ -344,6 +379,7 @@ def test_what_a_run_leaves(made, tmp_path, capsys, monkeypatch):
             made / "images" / "test" / ("dark", "grey", "light")[i] / f"{i}.png", tmp_path / "some" / f"{i}.png"
         )
     (tmp_path / "some" / "1b.png").write_bytes(b"no image")
+    assert "no config.json" in command(capsys, monkeypatch, "predict", "--model", tmp_path, "--images", "x")[2]
     argv = ["predict", "--model", out, "--images", tmp_path / "some", "--out", table, "--top", "2", "--max-bad", "1"]
     code, said, err = command(capsys, monkeypatch, *argv)
     assert code == 0, err
@@ -409,6 +445,13 @@ def test_from_scratch_beside(made, tmp_path, capsys):
     assert (tmp_path / "run" / "scratch" / "last" / "model.safetensors").exists()
 
 
+def test_every_network_has_layers():
+    net = timm.create_model("poolformer_s12", num_classes=3)  # timm has no group_matcher for it
+    groups = layer_groups(net, 0.05, 0.5)
+    assert {name for group in groups for name in group["param_names"]} == {name for name, _ in net.named_parameters()}
+    assert len({group["lr_scale"] for group in groups}) > 5
+
+
 @pytest.mark.slow
 def test_any_network_and_input_is_fine_tuned(made, tmp_path):
     for i, argv in enumerate(
@@ -439,6 +482,8 @@ def test_what_does_not_fit_is_one_sentence(made, tmp_path, capsys, folder):
         (["--model", tmp_path, *data], "holds no config.json"),
         (["--model", "runs/mae_nothing", *data], "accelerate launch recipes/mae_hivit.py"),
         (["--model", "hivit_x", *data], "--model hivit_x is not known"),
+        (["--model", made / "hivit", "--model-args", "{num_classes: 3}", *data], "num_classes, which follows"),
+        (["--model", "vgg11", "--grad-checkpointing", "--dry-run", *data], "timm has none for a VGG"),
         (["--model", "hivit_nano", "--data", flat], "has no labels"),
         (["--model", "hivit_nano", "--out", tmp_path / "run", *data], "holds a run already"),
         (["--model", "hivit_nano", "--eval-only", "--data", made / "images"], "knows 1000 classes, and"),
@@ -449,14 +494,14 @@ def test_what_does_not_fit_is_one_sentence(made, tmp_path, capsys, folder):
         ),
         (["--model", "hivit_nano", "--init", tmp_path / "no.pth", "--data", made / "images"], "no such file"),
         (["--model", made / "hivit", "--data", made / "images", "--batch-size", "2048"], "more than the 32 images"),
-        (["--model", made / "hivit", "--data", made / "images", "--batch-size", "9", "--out", tmp_path / "r"], "even"),
+        (["--model", made / "hivit", "--data", made / "images", "--batch-size", "9", "--out", tmp_path / "r"], "has 9"),
         (["--model", made / "hivit", "--data", made / "images", "--img-size", "33", *QUICK], "multiple"),
         (
             ["--model", made / "hivit", "--data", made / "images", "--aa", "dance", "--out", tmp_path / "q", *QUICK],
             "dance",
         ),
         (["--model", made / "hivit", "--data", made / "images", "--in-chans", "0"], "in_chans"),
-        (["--model", made / "vit", "--global-pool", "map", "--data", made / "images", *QUICK], "attn_pool"),
+        (["--model", made / "vit", "--global-pool", "map", *data], "attn_pool"),
     ]:
         assert message in refused(capsys, finetune, *argv), argv
 
