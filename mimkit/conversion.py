@@ -427,9 +427,11 @@ def as_timm(plain: Plain) -> Target:
 def as_hivit(
     to: str, file: Path, which: str | None = None, img_size: tuple[int, int] | None = None, **given: Any
 ) -> tuple[Target, str]:
-    """A HiViT's file in ours, and which of the states in it was taken. `img_size` is that of a file that isn't square."""
+    """A HiViT's file in ours, and which of the states in it was taken. `img_size` is for files that are not square."""
     remap, _, taken = read_family(file, "hivit", which, lambda state: set())
     found = remap.found
+    if not {"absolute_pos_embed", "patch_embed.proj.weight"} <= found.keys():
+        load_strictly(on_meta(timm.create_model, to), found, file)  # says what is missing
     cells, width = found["absolute_pos_embed"].shape[1:]
     channels, patch = found["patch_embed.proj.weight"].shape[1:3]
     options = {
