@@ -1,6 +1,8 @@
 import io
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -15,6 +17,8 @@ from PIL import Image
 import mimkit.models  # noqa: F401  registers the networks with timm
 from mimkit import cli
 from mimkit.data import Plan, Viewer, train_loader, train_transform
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +84,16 @@ def viewer(source, seed=0, size=(16, 16), in_chans=3):
 def batches(source, workers=0, **plan):
     plan = Plan(source.length, **({"batch_size": 4, "steps": 5} | plan))
     return list(train_loader(source, viewer(source), plan, workers))
+
+
+def launched(processes, recipe, *argv):
+    """Run a recipe by accelerate, in so many processes -> what it printed"""
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes, "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", ROOT / "recipes" / f"{recipe}.py", *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, launch)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def command(capsys, monkeypatch, *argv):

@@ -12,7 +12,7 @@ import timm
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from conftest import command, encoded, fill, picture
+from conftest import command, encoded, fill, launched, picture
 from mimkit.recipes import finetune, linear_probe, mae_hivit, mae_vit
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -435,6 +435,20 @@ def test_a_run_interrupted_at_any_step_ends_the_same(step, made, tmp_path, monke
         [line for line in (f / "metrics.jsonl").read_text().splitlines() if "top1" in line] for f in (whole, broken)
     ]
     assert scores[0] == scores[1]
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_learns_and_judges_the_same(made, tmp_path):
+    argv = ["--model", made / "hivit", "--data", made / "images", *QUICK, "--mixup", "0", "--cutmix", "0"]
+    said = [
+        launched(n, "finetune", "--out", tmp_path / str(n), *argv, "--drop-path", "0", "--model-ema-decay", "0.9")
+        for n in (1, 2)
+    ]
+    one, two = (read_weights(tmp_path / str(n) / "last") for n in (1, 2))
+    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+    assert [line for line in said[0].splitlines() if "12 test images" in line] == [
+        line for line in said[1].splitlines() if "12 test images" in line
+    ]
 
 
 def test_from_scratch_beside(made, tmp_path, capsys):

@@ -1,9 +1,6 @@
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import LoggerType
+from conftest import launched
 from mimkit.recipes import mae_hivit, mae_vit
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,7 +23,6 @@ from mimkit.pretraining import load_run
 from mimkit.training import Run, resolve_precision
 from mimkit.units import serialize
 
-ROOT = Path(__file__).parent.parent
 TINY = ["--epochs", "4", "--batch-size", "8", "--decoder-dim", "24", "--workers", "0", "--save-every", "2"]
 
 
@@ -282,15 +279,8 @@ def test_parameter_groups_and_schedule():
 
 @pytest.mark.slow
 def test_processes_share_the_work_and_change_nothing(images, tmp_path):
-    argv = [str(ROOT / "recipes" / "mae_hivit.py"), "--data", images, *TINY]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for count in (1, 2):
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count)]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        done = subprocess.run(
-            [*launch, *argv, "--out", str(tmp_path / str(count))], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+        launched(count, "mae_hivit", "--data", images, *TINY, "--out", tmp_path / str(count))
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert one.keys() == two.keys()
     assert all(one[step] == pytest.approx(two[step], abs=1e-4) for step in one)
