@@ -200,10 +200,10 @@ def show_groups(groups: list[dict[str, Any]], lr: float, console: Console) -> No
     table = Table("parameters", "tensors", "layer", "scale", "lr", "weight decay")
     for group in groups:
         names = group["param_names"]
-        shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+        shown = names[0] if len(names) == 1 else f"{names[0]}, ..., {names[-1]}"
         numbers = f"{group['lr_scale']:.6g}", f"{lr * group['lr_scale']:.3g}", f"{group['weight_decay']:g}"
         table.add_row(shown, str(len(names)), str(group["layer"]), *numbers)
-    console.print(table, width=140)
+    Console(quiet=console.quiet, width=max(console.width, 140)).print(table)
 
 
 # How it is judged ----------------------------------------------------------------------------------------------------
