@@ -204,13 +204,14 @@ def main(argv: list[str] | None = None) -> None:
     run, tuned = train(options)
     if options.compare_scratch and tuned is not None and not options.eval_only:
         run.close()
+        hint = f"Interrupted in the training from scratch: go on with --out {run.folder} --resume auto."
         beside = replace(options, out=f"{run.folder}/scratch", from_scratch=True, layer_decay=1.0)
         beside.resume = "auto" if options.resume else None
         try:
-            scratch = train(beside)[1] or 0.0
+            run, scratch = train(beside)
         except KeyboardInterrupt as stop:
-            hint = f"go on with --out {run.folder} --resume auto."
-            raise KeyboardInterrupt(f"Interrupted in the training from scratch: {hint}") from stop
+            raise KeyboardInterrupt(hint) from stop
+        assert scratch is not None  # it was no dry run
         run.print(f"\ntop-1 {tuned:.2f} % fine-tuned, {scratch:.2f} % from scratch: {tuned - scratch:+.2f} points")
     run.accelerator.end_training()
 
