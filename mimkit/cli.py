@@ -10,13 +10,12 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from timm.data import resolve_data_config
 
 import mimkit.models  # noqa: F401  registers the networks with timm
 from mimkit import conversion, evaluation
 from mimkit import export as exporting
 from mimkit.checkpoint import on_meta, replacing_file
-from mimkit.data import Normalise, Size, cpu_count, eval_loader, guarded, look, parse_size
+from mimkit.data import Normalise, cpu_count, eval_loader, guarded, look, parse_size
 from mimkit.errors import UserError, one_sentence
 from mimkit.evaluation import over
 from mimkit.finetuning import classifier
@@ -56,10 +55,9 @@ def _features(model: str, data: str, img_size: int | str | None, images: int | N
     network = create(model, **options)
     if not comes_with_weights(model):
         print(f"{model} is neither a folder nor a name with a tag: its weights are random")
-    config = resolve_data_config(model=network)
-    size: Size = options.get("img_size") or config["input_size"][1:]
+    _, own_size, normalise, _ = input_of(network)
+    size = options.get("img_size", own_size)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
-    normalise = Normalise(config["mean"], config["std"])
     workers = cpu_count() if torch.cuda.is_available() else 0
     return evaluation.extract_parts(network, (train, test), size, normalise, images=(images, None), workers=workers)
 

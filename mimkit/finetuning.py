@@ -125,9 +125,10 @@ def load(
 
 def classifier(model: str) -> Any:
     """A network that has been fine-tuned, from a run, a folder or a name of timm with a tag."""
-    network, words = read(model)
-    if words.endswith("random"):
+    folder = locate(model)
+    if not comes_with_weights(folder):
         raise UserError(f"--model {model} has no weights: pass a run of recipes/finetune.py, or a folder of a model.")
+    network = create(folder)
     if not network.num_classes:
         raise UserError(f"--model {model} has no classifier, which recipes/finetune.py gives it: pass what that left.")
     return network

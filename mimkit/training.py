@@ -273,10 +273,9 @@ class Run:
     def end_step(self, step: int) -> None:
         """Now and then: read the recorded values, show and log them."""
         done, plan = step + 1, self.data_plan
+        # Before a checkpoint nothing stays unread, nor before a measurement, which is not training
         pauses = [getattr(self.options, name, 0) for name in ("save_every", "eval_every", "knn_every")]
-        if done % LOG_EVERY and not any(
-            self.due(step, epochs) for epochs in pauses
-        ):  # before them nothing stays unread
+        if done % LOG_EVERY and not any(self.due(step, epochs) for epochs in pauses):
             return
         means = {k: self.accelerator.reduce(v / self.count, "mean").item() for k, v in self.sums.items()}
         now = time.perf_counter()
