@@ -1,9 +1,11 @@
 """What a short masked pre-training is worth: a linear probe on CIFAR-10, before and after.
 
 python benchmarks/cifar10_probe.py --data DIR      DIR holds train.parquet and test.parquet (images, labels)
+python benchmarks/cifar10_probe.py --data DIR --recipe simmim_svit      or mae_svit
 
-Pre-trains hivit_nano, 40/80/160 wide (units of 4 px, 8 x 8 of them), on 120,000 images seen, by the recipe; then probes
-the encoder and the same network at random on 10,000 training and 10,000 test images, by the same sweep.
+Pre-trains on 120,000 images seen, by a recipe: hivit_nano, 40/80/160 wide (units of 4 px, 8 x 8 of them), or svit_nano with
+a stem of stride 1 (units of 8 px, 4 x 4). Then probes the encoder and the same network at random on 10,000 training and
+10,000 test images, by the same sweep.
 """
 
 import subprocess
@@ -22,20 +24,24 @@ from mimkit.evaluation import extract_parts, knn, linear_probe
 from mimkit.options import call
 from mimkit.sources import open_labelled
 
-FLAGS = "--config mae_hivit_small --model-args.embed_dim 160 --epochs 2.4 --warmup-epochs 0.24".split()
+FLAGS = {"mae_hivit": ["--model-args.embed_dim", "160"], "simmim_svit": [], "mae_svit": []}
 
 
-def measure(data: str, out: str | None = None, seed: int = 0) -> None:
+def measure(data: str, recipe: str = "mae_hivit", out: str | None = None, seed: int = 0) -> None:
     """Pre-train, then probe the encoder and the same network at random.
 
     Args:
         data: CIFAR-10 as parquet files.
+        recipe: mae_hivit, simmim_svit or mae_svit.
         out: directory of the pre-training run; a temporary one by default.
         seed: of the pre-training.
     """
+    if recipe not in FLAGS:
+        raise UserError(f"--recipe {recipe} is not measured here: choose among {', '.join(FLAGS)}.")
     with tempfile.TemporaryDirectory() as folder:
         run = out or f"{folder}/run"
-        command = ["accelerate", "launch", "recipes/mae_hivit.py", *FLAGS, "--data", data, "--seed", str(seed)]
+        command = ["accelerate", "launch", f"recipes/{recipe}.py", "--config", f"{recipe}_small", *FLAGS[recipe]]
+        command += ["--epochs", "2.4", "--warmup-epochs", "0.24", "--data", data, "--seed", str(seed)]
         print(" ".join(command), flush=True)
         begun = time.time()
         if subprocess.run([*command, "--out", run], cwd=Path(__file__).parent.parent).returncode:
@@ -48,7 +54,7 @@ def measure(data: str, out: str | None = None, seed: int = 0) -> None:
     cfg = trained.pretrained_cfg
     millions = sum(p.numel() for p in trained.parameters()) / 1e6
     print(f"\n{minutes:.1f} minutes in all with kNN and pictures; encoder {millions:.2f} M parameters; seed {seed}\n")
-    print("| hivit_nano | linear probe | chosen on held-out training images | kNN, k = 10 |\n|---|---|---|---|")
+    print(f"| {cfg['architecture']} | linear probe | chosen on held-out training images | kNN, k = 10 |\n|---|---|---|---|")
     for name, model in (("at random", random), ("pre-trained", trained)):
         normalise = Normalise(cfg["mean"], cfg["std"])
         train, test = extract_parts(model, parts, (32, 32), normalise, images=(10_000, 10_000))

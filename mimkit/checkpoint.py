@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mimkit.decoder import Decoder
 from mimkit.errors import UserError
+from mimkit.simmim import PixelHead
 
 State = dict[str, Tensor]
 NAMES = ("model.safetensors", "pytorch_model.bin")  # in a folder, the first that is there
@@ -234,19 +235,20 @@ def save_model(model: nn.Module, folder: Path, label_names: list[str] | None = N
     save_for_hf(model, str(folder), model_config=about, safe_serialization=True, data_config=data_config)
 
 
-def write_decoder(decoder: Decoder, folder: str | Path, **method: Any) -> None:
+def write_decoder(decoder: Decoder | PixelHead, folder: str | Path, **method: Any) -> None:
     """Write a decoder beside its encoder, with what it was trained for (mask_ratio, norm_targets)."""
     with replacing(folder) as temporary:
         save_file(decoder.state_dict(), temporary / NAMES[0])
         (temporary / "config.json").write_text(json.dumps({"decoder": decoder.config, **method}, indent=2))
 
 
-def read_decoder(folder: str | Path) -> tuple[Decoder, dict[str, Any]]:
+def read_decoder(folder: str | Path) -> tuple[Decoder | PixelHead, dict[str, Any]]:
     """-> the decoder, and what it was trained for"""
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} holds no decoder (config.json and {NAMES[0]}): pass a run of mimkit.") from error
-    decoder = Decoder(**config.pop("decoder"))
+    about = config.pop("decoder")
+    decoder = (PixelHead if "token_dim" in about else Decoder)(**about)
     load_strictly(decoder, read_weights(folder), folder)
     return decoder, config

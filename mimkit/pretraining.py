@@ -9,6 +9,9 @@ from typing import Any
 import timm
 from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer import checkpoint_filter_fn as fit_swin
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as fit_vit
 from torch import nn
 
@@ -20,10 +23,14 @@ from mimkit.errors import UserError
 from mimkit.mae import MAE, UnitEncoder
 from mimkit.models.hivit import HiViT
 from mimkit.models.hivit import checkpoint_filter_fn as fit_hivit
+from mimkit.models.swin import MaskedSwin
 from mimkit.models.vit import UnitViT
+from mimkit.simmim import MapEncoder, PixelHead, SimMIM
 from mimkit.sources import Source, open_labelled
 from mimkit.training import Run
 from mimkit.visualize import curves, reconstructions
+
+Method = MAE | SimMIM
 
 
 @contextmanager
@@ -92,13 +99,24 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
 
 
 def as_timm(encoder: Any) -> Any:
-    """The timm model that a unit encoder is, or holds."""
-    return encoder.vit if isinstance(encoder, UnitViT) else encoder
+    """The timm model that an encoder is, or holds."""
+    return encoder.vit if isinstance(encoder, UnitViT) else encoder.swin if isinstance(encoder, MaskedSwin) else encoder
 
 
-def as_unit_encoder(model: nn.Module) -> UnitEncoder:
+def as_unit_encoder(model: Any) -> UnitEncoder:
     """A timm model as an encoder that can skip units."""
-    return model if isinstance(model, HiViT) else UnitViT(model)
+    return model if hasattr(model, "encode_units") else UnitViT(model)
+
+
+def as_map_encoder(model: Any) -> MapEncoder:
+    """A timm model as an encoder that computes mask tokens too."""
+    return model if hasattr(model, "encode_masked") else MaskedSwin(model)
+
+
+def fit(state: State, model: nn.Module) -> State:
+    """A checkpoint of another input size for this model: its tables follow."""
+    fits = {HiViT: fit_hivit, VisionTransformer: fit_vit, SwinTransformer: fit_swin}
+    return next((fit(state, model) for kind, fit in fits.items() if isinstance(model, kind)), state)
 
 
 def colours(in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalise:
@@ -117,7 +135,7 @@ def colours(in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | 
     return Normalise(**values)
 
 
-def initialise(mae: MAE, source: str) -> str:
+def initialise(mae: Method, source: str) -> str:
     """Go on from released weights: a run of mimkit, or a file or folder of an encoder, with or without its decoder.
 
     Returns:
@@ -134,7 +152,7 @@ def initialise(mae: MAE, source: str) -> str:
         if (folder / "config.json").is_file():  # the size that its tables are for
             config = json.loads((folder / "config.json").read_text())
             model.pretrained_cfg["input_size"] = config["pretrained_cfg"]["input_size"]
-        encoder = fit_hivit(encoder, model) if isinstance(model, HiViT) else fit_vit(encoder, model)
+        encoder = fit(encoder, model)
     except (KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise UserError(f"--init {source} does not hold a {type(model).__name__} ({error}): check --model.") from error
     load_strictly(model, encoder, source)
@@ -144,7 +162,7 @@ def initialise(mae: MAE, source: str) -> str:
     return f"encoder and decoder from {source}"
 
 
-def export(run: Run, mae: MAE, size: Size, normalise: Normalise) -> None:
+def export(run: Run, mae: Method, size: Size, normalise: Normalise) -> None:
     """Write encoder/ (timm's layout) and decoder/ into the run's directory."""
     if run.accelerator.is_main_process:
         model = as_timm(mae.encoder)
@@ -155,12 +173,14 @@ def export(run: Run, mae: MAE, size: Size, normalise: Normalise) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def load_run(folder: Path) -> tuple[MAE, dict[str, Any]]:
-    """-> the MAE of a run's encoder/ and decoder/, and its encoder's pretrained_cfg (input_size, mean, std)"""
+def load_run(folder: Path) -> tuple[Method, dict[str, Any]]:
+    """-> the MAE or SimMIM of a run's encoder/ and decoder/, and its encoder's pretrained_cfg (input_size, mean, std)"""
     if not (folder / "encoder" / "config.json").is_file():
         raise UserError(f"--run {folder} holds no encoder/: pass the directory of a run that has saved a checkpoint.")
     decoder, method = read_decoder(folder / "decoder")
     model = create(str(folder / "encoder"))
+    if isinstance(decoder, PixelHead):
+        return SimMIM(as_map_encoder(model), decoder, method["mask_ratio"]).eval(), model.pretrained_cfg
     return MAE(as_unit_encoder(model), decoder, **method).eval(), model.pretrained_cfg
 
 
@@ -203,7 +223,7 @@ class Watch:
         self.run.accelerator.wait_for_everyone()
 
 
-def finish(run: Run, mae: MAE, source: Source, size: Size, normalise: Normalise) -> None:
+def finish(run: Run, mae: Method, source: Source, size: Size, normalise: Normalise) -> None:
     """The pictures, and what to do next."""
     if not run.accelerator.is_main_process:
         return
@@ -220,7 +240,7 @@ def finish(run: Run, mae: MAE, source: Source, size: Size, normalise: Normalise)
     )
 
 
-def describe(mae: MAE, images: int, lr: float) -> str:
+def describe(mae: Method, images: int, lr: float) -> str:
     """One line on a network and its learning rate."""
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (as_timm(mae.encoder), mae.decoder)]
     name = as_timm(mae.encoder).pretrained_cfg["architecture"]

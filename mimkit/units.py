@@ -65,6 +65,15 @@ def scatter(base: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return torch.scatter(base, 1, _expand(index, values), values.to(base.dtype))
 
 
+def hide(x: Tensor, masked: Tensor, grid: Grid, token: Tensor) -> Tensor:
+    """Map (b h w d), places (b m) of the grid (gh gw), token (d) -> the map with the token all over masked units"""
+    gh, gw = grid
+    flags = torch.zeros(len(x), gh * gw, dtype=torch.bool, device=x.device).scatter(1, masked, True)
+    units = rearrange(x, "b (gh i) (gw j) d -> b gh i gw j d", gh=gh, gw=gw)
+    hidden = torch.where(rearrange(flags, "b (gh gw) -> b gh 1 gw 1 1", gh=gh), token.to(x.dtype), units)
+    return rearrange(hidden, "b gh i gw j d -> b (gh i) (gw j) d")
+
+
 def sample_mask(
     b: int,
     n: int,

@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from mimkit.checkpoint import replacing_file
 from mimkit.data import Normalise
 from mimkit.mae import MAE
+from mimkit.simmim import SimMIM
 from mimkit.units import Grid, UnitMask, gather, scatter, serialize, unit_grid, unserialize
 
 
@@ -33,7 +34,7 @@ def unnormalise_from_visible(prediction: Tensor, units: Tensor, mask: UnitMask, 
 
 
 @torch.no_grad()
-def reconstruct(mae: MAE, images: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def reconstruct(mae: MAE | SimMIM, images: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Network inputs (b c H W) -> (as given, masked units grey, masked units predicted), all (b c H W)"""
     training = mae.training
     mae.eval()
@@ -52,7 +53,7 @@ def reconstruct(mae: MAE, images: Tensor, seed: int = 0) -> tuple[Tensor, Tensor
     return images, unserialize(hidden, grid), unserialize(made, grid)
 
 
-def reconstructions(mae: MAE, images: Tensor, normalise: Normalise, file: Path) -> None:
+def reconstructions(mae: MAE | SimMIM, images: Tensor, normalise: Normalise, file: Path) -> None:
     """Write a picture: original, masked, reconstruction, a row for each; channels beyond three are left out."""
     rows = [(x * normalise.std + normalise.mean).clamp(0, 1).cpu() for x in reconstruct(mae, images)]
     how = (
