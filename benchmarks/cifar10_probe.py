@@ -3,9 +3,9 @@
 python benchmarks/cifar10_probe.py --data DIR      DIR holds train.parquet and test.parquet (images, labels)
 python benchmarks/cifar10_probe.py --data DIR --recipe simmim_svit      or mae_svit
 
-Pre-trains on 120,000 images seen, by a recipe: hivit_nano, 40/80/160 wide (units of 4 px, 8 x 8 of them), or svit_nano with
-a stem of stride 1 (units of 8 px, 4 x 4). Then probes the encoder and the same network at random on 10,000 training and
-10,000 test images, by the same sweep.
+Pre-trains on 120,000 images seen, by a recipe: hivit_nano, 40/80/160 wide (units of 4 px, 8 x 8 of them), or svit_nano
+with a stem of stride 1 (units of 8 px, 4 x 4). Then probes the encoder and the same network at random on 10,000
+training and 10,000 test images, by the same sweep.
 """
 
 import subprocess
@@ -54,7 +54,8 @@ def measure(data: str, recipe: str = "mae_hivit", out: str | None = None, seed: 
     cfg = trained.pretrained_cfg
     millions = sum(p.numel() for p in trained.parameters()) / 1e6
     print(f"\n{minutes:.1f} minutes in all with kNN and pictures; encoder {millions:.2f} M parameters; seed {seed}\n")
-    print(f"| {cfg['architecture']} | linear probe | chosen on held-out training images | kNN, k = 10 |\n|---|---|---|---|")
+    head = f"| {cfg['architecture']} | linear probe | chosen on held-out training images | kNN, k = 10 |"
+    print(f"{head}\n|---|---|---|---|")
     for name, model in (("at random", random), ("pre-trained", trained)):
         normalise = Normalise(cfg["mean"], cfg["std"])
         train, test = extract_parts(model, parts, (32, 32), normalise, images=(10_000, 10_000))

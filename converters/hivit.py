@@ -1,5 +1,10 @@
 """Released HiViT checkpoints, in the official spelling (ours) and mmpretrain's -> our HiViT."""
 
+import math
+from typing import Any
+
+from torch import Tensor
+
 from mimkit.conversion import Family, Remap
 
 
@@ -18,10 +23,27 @@ def remap(m: Remap) -> None:
     )
 
 
+def options(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    """What a file's tensors say of the network. A table that is not square does not say for which size it is."""
+    if not {"absolute_pos_embed", "patch_embed.proj.weight"} <= state.keys():
+        return {}
+    cells, width = state["absolute_pos_embed"].shape[1:]
+    channels, patch = state["patch_embed.proj.weight"].shape[1:3]
+    side = math.isqrt(cells)
+    return {
+        "in_chans": channels,
+        "patch_size": patch,
+        "unit_form": not any(name.endswith("position_bias_table") for name in state),
+        "multi_scale": "norm.weight" in state and len(state["norm.weight"]) != width,
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+    } | ({"img_size": 4 * patch * side} if side**2 == cells else {})
+
+
 FAMILY = Family(
     title="zhangxiaosong18/hivit and mmpretrain's HiViT",
     marks=(r"patch_embed\.norm\.weight", r"blocks\.\d+\.reduction\.weight", r"(absolute_)?pos_embed"),
     remap=remap,
+    options=options,
     reader=None,
     stand_in="test_hivit",
 )

@@ -38,7 +38,7 @@ Check = dict[str, Any]
 def run_checks(folder: Path, to: str, plain: "Plain | None", file: Path, family: "Family") -> list[Check]:
     """All that apply to a file and what was made of it; one that fails is an error."""
     if plain is None:
-        return [no_reader(family, "HiViT is in no other library")]
+        return [no_reader(family, "it is in no other library")]
     if plain.pyramid:  # our own file: the pyramid in it is what the plain ViT must equal
         checks = [identity(file, plain) | {"name": "the pyramid that was read is the plain ViT"}]
     else:

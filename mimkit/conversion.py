@@ -44,6 +44,7 @@ from mimkit.models.hpvit import NAMED, PATCH, Pool, plain_vit
 from mimkit.report import Report, Row, measure, sha256
 
 DATA = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what travels with weights
+OWN = ("hivit", "svit")  # families, and what the names of our networks begin with that they are read into
 MODULES = ("vision_transformer", "deit", "beit", "eva", "vision_transformer_sam")  # of timm, with plain ViTs
 
 
@@ -124,7 +125,8 @@ class Family:
         title: where such files come from.
         marks: patterns, each of which is the whole name of some tensor in every file of the family.
         remap: puts a file's tensors under timm's names.
-        options: what no tensor tells, from the state and a config.json beside it -> arguments of `plain_vit`.
+        options: what no tensor tells, from the state and a config.json beside it -> arguments of `plain_vit`. For a
+            family in OWN, from the state under our names -> arguments of our network.
         data: mean, std and the like, where all of the family share them.
         reader: of the file without us: 'timm', 'transformers', or None.
         stand_in: the parity test in tests/test_converters.py that takes the reader's place where there is none.
@@ -152,6 +154,11 @@ def families() -> dict[str, Family]:
 
     modules = {info.name: f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)}
     return {name: importlib.import_module(module).FAMILY for name, module in modules.items()}
+
+
+def own_family(name: str) -> str | None:
+    """The family whose files become a network of ours of this name; None for a plain ViT or a pyramid."""
+    return next((layout for layout in OWN if name.startswith(f"{layout}_")), None)
 
 
 @cache
@@ -182,16 +189,16 @@ def find(source: str) -> Origin:
             )
         tag = (config.get("pretrained_cfg") or {}).get("tag")
         name = f"{name}.{tag}" if tag and timm.get_pretrained_cfg(f"{name}.{tag}") else name
-        return Origin(name, "hivit" if name.startswith("hivit") else "timm", folder, config)
+        return Origin(name, own_family(name) or "timm", folder, config)
     for layout, family in families().items():
         if source in family.aliases:
             return Origin(family.aliases[source], layout, None, {})
     name = source.split(".")[0]
-    if name in plain_vits() or name in timm.list_models("hivit_*"):
+    if name in plain_vits() or (own_family(name) and timm.is_model(name)):
         known = timm.list_models(f"{name}.*", pretrained=True)
         if "." in source and source not in known:
             raise UserError(f"--from {source}: timm has no such tag of {name}; it has {', '.join(known) or 'none'}.")
-        return Origin(source, "hivit" if name.startswith("hivit") else None, None, {})
+        return Origin(source, own_family(name), None, {})
     aliases = [alias for family in families().values() for alias in family.aliases]
     near = difflib.get_close_matches(source, [*aliases, *plain_vits()], 3, 0.3)
     raise UserError(f"--from {source} is no alias, plain ViT of timm or folder: try {', '.join(near)}, or --list.")
@@ -319,6 +326,8 @@ def read_family(file: Path, layout: str, which: str | None, wanted: Callable[[St
         names = ", ".join(sorted(remap.left))
         raise UserError(f"{file} has {len(remap.left)} tensors that {layout} does not explain: {names}.")
     for key, tensor in remap.found.items():
+        if key.endswith(".num_batches_tracked"):
+            continue
         if tensor.layout != torch.strided or not tensor.is_floating_point():
             raise UserError(f"{file}: {key} is {tensor.layout}, {tensor.dtype}, not plain numbers: check the file.")
         remap.found[key] = tensor.float().contiguous()
@@ -424,25 +433,17 @@ def as_timm(plain: Plain) -> Target:
     return Target(net, plain.state, plain.rows, plain.data)
 
 
-def as_hivit(
-    to: str, file: Path, which: str | None = None, img_size: tuple[int, int] | None = None, **given: Any
-) -> tuple[Target, str]:
-    """A HiViT's file in ours, and which of the states in it was taken. `img_size` is for files that are not square."""
-    remap, _, taken = read_family(file, "hivit", which, lambda state: set())
+def as_own(to: str, file: Path, which: str | None = None, **given: Any) -> tuple[Target, str]:
+    """A file of HiViT or SViT in ours, and which of the states in it was taken.
+
+    Args:
+        given: arguments of the network; an `img_size` is for files that do not tell it.
+    """
+    layout = own_family(to)
+    assert layout is not None
+    remap, _, taken = read_family(file, layout, which, lambda state: set())
     found = remap.found
-    if not {"absolute_pos_embed", "patch_embed.proj.weight"} <= found.keys():
-        load_strictly(on_meta(timm.create_model, to), found, file)  # says what is missing
-    cells, width = found["absolute_pos_embed"].shape[1:]
-    channels, patch = found["patch_embed.proj.weight"].shape[1:3]
-    options = {
-        "in_chans": channels,
-        "patch_size": patch,
-        "unit_form": not any(name.endswith("position_bias_table") for name in found),
-        "multi_scale": "norm.weight" in found and len(found["norm.weight"]) != width,
-        "num_classes": len(found["head.weight"]) if "head.weight" in found else 0,
-        "img_size": 4 * patch * math.isqrt(cells) if math.isqrt(cells) ** 2 == cells else img_size,
-    }
-    net = on_meta(timm.create_model, to, **options | given)
+    net = on_meta(timm.create_model, to, **given | families()[layout].options(found, {}))
     load_strictly(net, found, file, assign=True)
     return Target(net, found, remap.rows, {}), taken
 
@@ -463,7 +464,7 @@ def convert(
 
     Args:
         source: alias, name in timm, or folder of a timm model (a run's encoder/, or a converted HPViT).
-        to: hpvit, hpvit_s, hpvit_b, hpvit_l, hpvit_h, a hivit_*, or timm (the plain ViT).
+        to: hpvit, hpvit_s, hpvit_b, hpvit_l, hpvit_h, a hivit_* or svit_*, or timm (the plain ViT).
         out: directory to write.
         checkpoint: file or folder of weights; the published ones by default.
         layout: the family of the checkpoint.
@@ -474,7 +475,7 @@ def convert(
         options: HPViT's.
     """
     origin = find(source)
-    targets = ["timm", "hpvit", *NAMED, *timm.list_models("hivit_*")]
+    targets = ["timm", "hpvit", *NAMED, *(name for layout in OWN for name in timm.list_models(f"{layout}_*"))]
     if to not in targets:
         raise UserError(f"--to {to} is unknown: choose among {', '.join(targets)}.")
     if not dry_run:
@@ -491,16 +492,17 @@ def convert(
         file, layout = published(origin.name), "timm"
     if layout not in families():
         raise UserError(f"--layout {layout} is unknown: choose among {', '.join(families())}.")
-    if to.startswith("hivit") != (layout == "hivit"):
-        raise UserError(f"A checkpoint of {layout} does not become {to}: only HiViT's own become a HiViT.")
-    if to.startswith("hivit") and origin.name != to:
+    own = own_family(to)
+    if own != (layout if layout in OWN else None):
+        raise UserError(f"A checkpoint of {layout} does not become {to}: {' and '.join(OWN)} are read from their own.")
+    if own and origin.name != to:
         raise UserError(f"--from {origin.name} does not become {to}: give both the same name.")
     if options and not to.startswith("hpvit"):
         raise UserError(f"--to {to} takes no {', '.join(options)}: these are options of an HPViT.")
 
     plain: Plain | None = None
-    if layout == "hivit":
-        target, taken = as_hivit(to, file, weights)
+    if own:
+        target, taken = as_own(to, file, weights)
     else:
         if pyramid:
             plain = from_pyramid(origin, file)

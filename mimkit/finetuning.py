@@ -13,7 +13,7 @@ from timm.models._input import _get_global_pool
 from torch import Tensor, nn
 
 from mimkit.checkpoint import on_meta, read_weights, write_model
-from mimkit.conversion import as_hivit
+from mimkit.conversion import as_own, own_family
 from mimkit.converters.mae import split
 from mimkit.data import Normalise, eval_loader, guarded
 from mimkit.errors import UserError
@@ -67,8 +67,8 @@ def read(name: str, init: str | None = None, scratch: bool = False, **options: A
 def _from_file(name: str, file: Path, options: dict[str, Any]) -> Any:
     if file.is_dir():
         raise UserError(f"--init {file} is a folder, which says itself what it holds: pass it as --model.")
-    if name.startswith("hivit") and not Path(name).exists():
-        target, _ = as_hivit(name, file, **options)
+    if own_family(name) and not Path(name).exists():
+        target, _ = as_own(name, file, **options)
         form, state = {**target.net._model_args, "num_classes": target.net.num_classes}, target.state
     else:
         state = split(read_weights(file))[0]

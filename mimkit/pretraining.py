@@ -115,7 +115,7 @@ def as_map_encoder(model: Any) -> MapEncoder:
 
 def fit(state: State, model: nn.Module) -> State:
     """A checkpoint of another input size for this model: its tables follow."""
-    fits = {HiViT: fit_hivit, VisionTransformer: fit_vit, SwinTransformer: fit_swin}
+    fits: dict[type, Any] = {HiViT: fit_hivit, VisionTransformer: fit_vit, SwinTransformer: fit_swin}
     return next((fit(state, model) for kind, fit in fits.items() if isinstance(model, kind)), state)
 
 
@@ -174,7 +174,7 @@ def export(run: Run, mae: Method, size: Size, normalise: Normalise) -> None:
 
 
 def load_run(folder: Path) -> tuple[Method, dict[str, Any]]:
-    """-> the MAE or SimMIM of a run's encoder/ and decoder/, and its encoder's pretrained_cfg (input_size, mean, std)"""
+    """-> the MAE or SimMIM of a run's encoder/ and decoder/; its encoder's pretrained_cfg (input_size, mean, std)"""
     if not (folder / "encoder" / "config.json").is_file():
         raise UserError(f"--run {folder} holds no encoder/: pass the directory of a run that has saved a checkpoint.")
     decoder, method = read_decoder(folder / "decoder")

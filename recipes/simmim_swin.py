@@ -2,8 +2,8 @@
 
 accelerate launch recipes/simmim_swin.py
     a small Swin on 10,000 Fashion-MNIST images, the preset `simmim_swin_small`: TODO
-accelerate launch recipes/simmim_swin.py --model swin_base_patch4_window7_224 --data /path/to/imagenet --grad-accum-steps 4
-    SimMIM's published pre-training of Swin-B for 100 epochs, batch 2048; not run
+accelerate launch recipes/simmim_swin.py --config simmim_swin_b_800ep --data /path/to/imagenet --grad-accum-steps 4
+    SimMIM's published pre-training of Swin-B, batch 2048 (by default for 100 epochs); not run
 
 Read `mimkit/simmim.py` for the method, and `benchmarks/mim_race.md` for what it costs beside networks that skip units.
 """

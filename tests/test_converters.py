@@ -12,6 +12,7 @@ import transformers
 from conftest import fill
 from einops import rearrange
 from safetensors.torch import load_file, save_file
+from test_svit import Reference, released, shaken
 
 import mimkit
 from mimkit import conversion
@@ -553,3 +554,28 @@ def test_hivit(spelling, form, tmp_path):
         assert torch.equal(back.encode_units(units, index, (4, 4)), net.encode_units(units, index, (4, 4)))
     assert report.checks[0]["result"] == "no independent reader"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["mimkit"]["checks"]
+
+
+@pytest.mark.parametrize("name", ["svit_s", "svit_b"])
+def test_svit(name, tmp_path):
+    net = shaken(timm.create_model(name, depths=(1, 1, 1, 1), num_classes=7)).eval()
+    state = released(net)
+    torch.save({"model": state, "epoch": 3}, tmp_path / "stvit.pth")
+    report = convert(name, name, tmp_path / "out", tmp_path / "stvit.pth", "svit")
+    dropped = [row for row in report.rows if row.action == "dropped"]
+    assert len(dropped) == 8
+    assert all("weights" in row.origins[0] and row.why for row in dropped)
+    back = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
+    x = torch.randn(1, 3, 96, 70)
+    assert torch.equal(back(x), net(x))
+    heads = [stage[0].attn.num_heads for stage in net.stages]
+    double = {key: tensor.double() for key, tensor in state.items()}
+    expected = Reference(double, strides=(2, 1, 2, 1), heads=heads)(x.double())
+    assert torch.allclose(back.double().forward_features(x.double()), expected.movedim(1, -1), rtol=0, atol=1e-9)
+    torch.save(state | {"surprise": torch.zeros(3)}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match="1 tensors that svit does not explain: surprise"):
+        convert(name, name, tmp_path / "odd", tmp_path / "odd.pth", "svit")
+    with pytest.raises(UserError, match=r"does not become svit_l: give both the same name"):
+        convert(name, "svit_l", tmp_path / "odd", tmp_path / "stvit.pth", "svit")
+    with pytest.raises(UserError, match=r"A checkpoint of svit does not become hpvit_s"):
+        convert(name, "hpvit_s", tmp_path / "odd", tmp_path / "stvit.pth", "svit")

@@ -1,8 +1,8 @@
 """SViT: a vision transformer that attends among super tokens, and its masked pre-training with and without skipping.
 
-Huang et al., "Vision Transformer with Super Token Sampling", CVPR 2023. Four stages of tokens at strides 4, 8, 16, 32. In
-the first two, tokens are softly assigned to the super tokens around them, which attend to each other; in the last two
-every token is its own super token, and this is ordinary attention. Convolutions of 3 x 3 in every block tell places.
+Huang et al., "Vision Transformer with Super Token Sampling", CVPR 2023. Four stages of tokens at strides 4, 8, 16, 32.
+In the first two, tokens are softly assigned to the super tokens around them, which attend to each other; in the last
+two every token is its own super token, and this is ordinary attention. 3 x 3 convolutions in every block tell places.
 
 Those convolutions cross mask units, so nothing can be skipped as freely as in HiViT. Here the state of the network is
 the visible tokens alone, and wherever a convolution or an association looks at neighbours, masked ones are zero, just
@@ -31,47 +31,52 @@ STRIDES = {4: (2, 1, 2, 1), 2: (2, 1, 1, 1), 1: (1, 1, 1, 1)}  # of the stem's c
 class Places(NamedTuple):
     """Which tokens a state holds: those of the whole map, (b h w d), or of k x k in each visible unit, (b v k k d)."""
 
-    index: Tensor | None = None  # (b v), visible units; None: all
+    visible: Tensor | None = None  # (b v), places of units; None: all
     grid: Grid = (0, 0)  # of units
     skip: bool = True  # hold visible units only; else the whole map, of which they alone count in statistics
 
     def units(self, x: Tensor) -> Tensor:
         """Map (b h w ...) -> its visible units (b v k k ...)"""
-        assert self.index is not None
+        assert self.visible is not None
         gh, gw = self.grid
-        return gather(rearrange(x, "b (gh i) (gw j) ... -> b (gh gw) i j ...", gh=gh, gw=gw), self.index)
+        return gather(rearrange(x, "b (gh i) (gw j) ... -> b (gh gw) i j ...", gh=gh, gw=gw), self.visible)
 
     def to_map(self, x: Tensor) -> Tensor:
         """State -> map (b h w ...), zero where nothing is visible"""
-        if self.index is None or not self.skip:
+        if self.visible is None or not self.skip:
             return x
         gh, gw = self.grid
         blank = x.new_zeros(len(x), gh * gw, *x.shape[2:])
-        return rearrange(scatter(blank, self.index, x), "b (gh gw) i j ... -> b (gh i) (gw j) ...", gh=gh, gw=gw)
+        return rearrange(scatter(blank, self.visible, x), "b (gh gw) i j ... -> b (gh i) (gw j) ...", gh=gh, gw=gw)
 
     def to_state(self, x: Tensor) -> Tensor:
         """The inverse: what the map has at masked places is gone."""
-        return x if self.index is None or not self.skip else self.units(x)
+        return x if self.visible is None or not self.skip else self.units(x)
 
     def counted(self, x: Tensor) -> Tensor:
         """State -> the part of it that counts in statistics"""
-        return x if self.index is None or self.skip else self.units(x)
+        return x if self.visible is None or self.skip else self.units(x)
 
 
 # Parts that look at more than a token --------------------------------------------------------------------------------
 
 
-def convolve(conv: nn.Conv2d, x: Tensor, places: Places) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: sums, and what they divide, do not fit half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def convolve(conv: Any, x: Tensor, places: Places) -> Tensor:
     """A 3 x 3 convolution of a state: (... d) -> (... d'), half as wide and high if its stride is 2"""
     x = conv(rearrange(places.to_map(x), "b h w d -> b d h w"))
     return places.to_state(rearrange(x, "b d h w -> b h w d"))
 
 
-def batch_norm(norm: nn.BatchNorm2d, x: Tensor, places: Places) -> Tensor:
+def batch_norm(norm: Any, x: Tensor, places: Places) -> Tensor:
     """Batch normalisation of a state (... d), by the statistics of the tokens that count."""
     if not norm.training or places.counted(x) is x:
         return rearrange(norm(rearrange(x, "... d -> 1 d (...) 1")), "1 d t 1 -> t d").view(x.shape)
-    counted = places.counted(x).flatten(0, -2).float()
+    counted = wide(places.counted(x)).flatten(0, -2)
     var, mean = torch.var_mean(counted, dim=0, correction=0)
     with torch.no_grad():
         t = len(counted)
@@ -128,9 +133,8 @@ class Attention(nn.Module):
         with torch.no_grad():
             logits = cells @ self.around(tokens, places).mT * cells.shape[-1] ** -0.5
             association = logits.softmax(dim=-1).to(x.dtype)  # (... hh ww i*j 9)
-            mass = self.back(association.float().sum(-2)[..., None], places)
-        # in half precision 1e-12 is zero, and so may a mass be
-        tokens = (self.back(association.mT @ cells, places).float() / (mass + 1e-12)).to(x.dtype)
+            mass = self.back(wide(association).sum(-2)[..., None], places)
+        tokens = (wide(self.back(association.mT @ cells, places)) / (mass + 1e-12)).to(x.dtype)
         cells = association @ self.around(self.attend(tokens), places)
         return rearrange(cells, "... hh ww (i j) d -> ... (hh i) (ww j) d", i=c)[..., :h, :w, :]
 
@@ -220,7 +224,7 @@ class SViT(nn.Module):
     """SViT, supervised and as both kinds of encoder for masked pre-training, in one form.
 
     It has no table of positions, so any input size runs; the map is padded to cells with zeros, as in the paper's code.
-    `encode_units` (for `MAE`) computes visible units only, `encode_masked` (for `SimMIM`) the whole map with mask tokens.
+    `encode_units` (for `MAE`) computes visible units only, `encode_masked` (for `SimMIM`) mask tokens too.
 
     Args:
         patch_size: stride of the stem: 4, or 2 or 1 for small images. A mask unit is 8 x `patch_size` pixels wide.
@@ -256,7 +260,7 @@ class SViT(nn.Module):
             if dim % heads or dim % 2:
                 raise UserError(f"embed_dims has {dim}, which is odd or no multiple of {heads} heads: change it.")
         self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
-        self.unit_size = SIDE * patch_size
+        self.unit_size, self.depths = SIDE * patch_size, tuple(depths)
         self.token_dim, self.embed_dim = embed_dims[0], embed_dims[-1]
         self.num_features = self.head_hidden_size = self.out_dim = tail_dim
         self.grad_checkpointing = False
@@ -272,8 +276,8 @@ class SViT(nn.Module):
             if i < 3:
                 self.merges.append(Merge(dim, embed_dims[i + 1]))
             self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"})
-        self.tail = nn.Linear(embed_dims[-1], tail_dim)
-        self.norm = nn.BatchNorm2d(tail_dim)
+        self.tail: nn.Module = nn.Linear(embed_dims[-1], tail_dim)
+        self.norm: nn.Module = nn.BatchNorm2d(tail_dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
         for module in self.modules():  # convolutions stay at torch's start: normalisation follows them
@@ -286,7 +290,8 @@ class SViT(nn.Module):
     def run(self, x: Tensor, places: Places, last: int = 3) -> list[Tensor]:
         """State after the stem (... d) -> the states that stages end with, up to `last`"""
         outputs: list[Tensor] = []
-        for i, stage in enumerate(self.stages[: last + 1]):
+        stages: Any = self.stages[: last + 1]
+        for i, stage in enumerate(stages):
             x = self.merges[i - 1](x, places) if i else x
             for block in stage:
                 again = self.grad_checkpointing and self.training
@@ -384,8 +389,8 @@ class SViT(nn.Module):
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for timm's layer decay: every block is one, a merge belongs to the one before it, the tail to the last."""
-        merges = [(rf"^merges\.{i}\.", (i, len(self.stages[i]) - 1)) for i in range(len(self.merges))]
+        """Layers for timm's layer decay: every block is one, a merge is in that before it, the tail in the last."""
+        merges = [(rf"^merges\.{i}\.", (i, self.depths[i] - 1)) for i in range(len(self.merges))]
         blocks = [*merges, (r"^stages\.(\d+)\.(\d+)", None), (r"^(?:tail|norm)\.", (99999,))]
         return {"stem": r"^stem", "blocks": r"^(?:stages|merges)\.(\d+)" if coarse else blocks}
 

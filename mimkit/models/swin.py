@@ -20,11 +20,11 @@ class MaskedSwin(nn.Module):
         super().__init__()
         if not isinstance(swin, SwinTransformer):
             raise UserError(
-                f"{type(swin).__name__} is not timm's SwinTransformer: choose one such as swin_base_patch4_window7_224, "
-                "or an SViT."
+                f"{type(swin).__name__} is not timm's SwinTransformer: choose one such as "
+                "swin_base_patch4_window7_224, or an SViT."
             )
         self.swin = swin
-        self.unit_size = max(swin.patch_embed.patch_size) * 2 ** (swin.num_layers - 1)
+        self.unit_size = swin.feature_info[-1]["reduction"]
         self.token_dim, self.out_dim = swin.embed_dim, swin.num_features
         swin.head.requires_grad_(False)
 

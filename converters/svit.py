@@ -1,0 +1,69 @@
+"""Released SViT checkpoints (hhb072/STViT, stvit-{small,base,large}-{224,384}.pth) -> our SViT."""
+
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+
+from mimkit.conversion import Family, Remap
+
+HEADS = {64: 1, 96: 2, 128: 2, 192: 3, 320: 5, 384: 6, 448: 7, 512: 8, 640: 10}  # of each width in the three sizes
+BLOCK = r"layers\.(\d)\.blocks\.(\d+)\."
+
+
+def linear(tensor: Tensor) -> Tensor:
+    """A 1 x 1 convolution is a linear layer."""
+    return tensor.flatten(1) if tensor.ndim == 4 else tensor
+
+
+def qkv(tensor: Tensor) -> Tensor:
+    """Output channels in the order of heads, each with its [q, k, v] -> q of all heads, k, v"""
+    width = len(tensor) // 3
+    return rearrange(linear(tensor), "(h three d) ... -> (three h d) ...", three=3, h=HEADS.get(width, 1))
+
+
+def remap(m: Remap) -> None:
+    """Their modules are nested deeper, and their linear layers are convolutions."""
+    m.drop(rf"{BLOCK}attn\.(?:unfold|fold)\.weights", "a fixed kernel that collects neighbours; ours are slices")
+    for i in range(4):
+        m.rename(rf"patch_embed\.proj\.{3 * i}\.(.*)", rf"stem.convs.{i}.\1")
+        m.rename(rf"patch_embed\.proj\.{3 * i + 2}\.(.*)", rf"stem.norms.{i}.\1")
+    m.rename_all(
+        {
+            rf"{BLOCK}pos_embed\.conv\.(.*)": r"stages.\1.\2.pos_conv.\3",
+            rf"{BLOCK}norm1\.norm\.(.*)": r"stages.\1.\2.norm1.\3",
+            rf"{BLOCK}norm2\.(.*)": r"stages.\1.\2.norm2.\3",
+            rf"{BLOCK}mlp2\.conv\.conv\.(.*)": r"stages.\1.\2.mlp.conv.\3",
+            r"layers\.(\d)\.downsample\.proj\.0\.(.*)": r"merges.\1.conv.\2",
+            r"layers\.(\d)\.downsample\.proj\.1\.(.*)": r"merges.\1.norm.\2",
+            r"((?:norm|head)\..*)": r"\1",
+        }
+    )
+    m.rename(
+        rf"{BLOCK}attn\.stoken_refine\.qkv\.(.*)", r"stages.\1.\2.attn.qkv.\3", qkv, "[q, k, v] of each head apart"
+    )
+    m.rename(rf"{BLOCK}attn\.stoken_refine\.proj\.(.*)", r"stages.\1.\2.attn.proj.\3", linear, "1 x 1 convolution")
+    m.rename(rf"{BLOCK}mlp2\.(fc\d)\.(.*)", r"stages.\1.\2.mlp.\3.\4", linear, "1 x 1 convolution")
+    m.rename(rf"{BLOCK}gamma_(\d)", r"stages.\1.\2.ls\3.gamma", Tensor.flatten)
+    m.rename(r"proj\.(.*)", r"tail.\1", linear, "1 x 1 convolution")
+
+
+def options(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    """What a file's tensors say of the network."""
+    places = {
+        (int(stage), int(block)) for _, stage, block, *_ in (n.split(".") for n in state if n.startswith("stages"))
+    }
+    return {
+        "depths": [sum(stage == s for stage, _ in places) for s in range(4)],
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+    }
+
+
+FAMILY = Family(
+    title="hhb072/STViT",
+    marks=(r"patch_embed\.proj\.11\.weight", r"layers\.0\.blocks\.0\.attn\.stoken_refine\.qkv\.weight"),
+    remap=remap,
+    options=options,
+    reader=None,
+    stand_in="test_svit",
+)
