@@ -242,6 +242,8 @@ class Plan:
         steps, start: the run ends before step `steps`, and begins (or goes on) at `start`.
         rank, world: this process of so many.
         parts: parts that a step is accumulated from.
+        repeats: times that an image stands in a step, each with an augmentation of its own; an epoch has as many steps
+            as ever, and so fewer images (Hoffer et al., "Augment your batch", CVPR 2020).
     """
 
     length: int
@@ -252,6 +254,7 @@ class Plan:
     rank: int = 0
     world: int = 1
     parts: int = 1
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size % (self.world * self.parts):
@@ -290,9 +293,10 @@ class Order(Sampler[list[tuple[int, int]]]):
             epoch, k = divmod(step, plan.steps_per_epoch)
             if epoch != drawn:
                 order, drawn = np.random.default_rng([plan.seed, epoch]).permutation(plan.length), epoch
-            batch = order[k * plan.batch_size : (k + 1) * plan.batch_size]
-            for part in batch.reshape(plan.parts, plan.world, plan.share)[:, plan.rank]:
-                yield [(epoch, int(index)) for index in part]
+            places = np.arange(k * plan.batch_size, (k + 1) * plan.batch_size)
+            for part in places.reshape(plan.parts, plan.world, plan.share)[:, plan.rank]:
+                # what is drawn for an image follows from the first number
+                yield [(epoch * plan.repeats + int(i % plan.repeats), int(order[i // plan.repeats])) for i in part]
 
 
 class Stream(IterableDataset[Batch]):

@@ -50,6 +50,7 @@ class Options:
         head_std: deviation of the head's weights at the start; null for the network's own.
         crop_scale: share of the image's area that a crop has.
         aa: augmentation policy, as timm spells it; null for none.
+        aug_repeats: times that an image stands in a step, each augmented on its own; an epoch has fewer images then.
         reprob: share of images in which a part is erased.
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of cutmix; 0 for none.
@@ -97,6 +98,7 @@ class Options:
     head_std: PositiveFloat | None = 2e-5
     crop_scale: tuple[float, float] = (0.08, 1.0)
     aa: str | None = "rand-m9-mstd0.5-inc1"
+    aug_repeats: PositiveInt = 1
     reprob: NonNegativeFloat = 0.25
     mixup: NonNegativeFloat = 0.8
     cutmix: NonNegativeFloat = 1.0
@@ -159,7 +161,7 @@ def train(options: Options) -> tuple[Run, float | None]:
         run.print(start)
         show_groups(groups, options.lr, run.console)
         return run, None
-    plan = run.plan(data.length, options.batch_size, options.epochs)
+    plan = replace(run.plan(data.length, options.batch_size, options.epochs), repeats=options.aug_repeats)
     run.write_config()
     run.print(f"{start}; {data.length:,} images, lr {options.lr:.3g}")
 

@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         img_size=size,
         patch_size=options.patch_size,
         in_chans=options.in_chans,
+        drop_path_rate=0.0,  # timm's own is .1
         **options.model_args,
     )
     swin.set_grad_checkpointing(options.grad_checkpointing)

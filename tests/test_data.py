@@ -126,6 +126,19 @@ def test_processes_share_each_step(length, share, world, parts, seed):
         assert seen == batch
 
 
+def test_repeated_augmentation():
+    """Each image three times in a row, under numbers of its own to draw from, in an epoch of as many steps."""
+    once, thrice = (list(Order(Plan(50, 12, 9, repeats=repeats))) for repeats in (1, 3))
+    assert len(once) == len(thrice) == 9
+    for epoch in (0, 1):
+        places = [place for batch in thrice[4 * epoch : 4 * epoch + 4] for place in batch]
+        first = [place[1] for batch in once[4 * epoch : 4 * epoch + 4] for place in batch]
+        assert [index for _, index in places] == [index for index in first[:16] for _ in range(3)]
+        assert [number for number, _ in places] == [3 * epoch + copy for _ in range(16) for copy in range(3)]
+    everything = [place for batch in thrice for place in batch]
+    assert len(set(everything)) == len(everything)
+
+
 def test_a_batch_that_cannot_be_shared():
     with pytest.raises(UserError, match="--batch-size 10 cannot be shared by 2 processes x 3"):
         Plan(100, 10, 1, world=2, parts=3)

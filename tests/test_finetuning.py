@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from conftest import command, encoded, fill, launched, picture
-from mimkit.recipes import finetune, linear_probe, mae_hivit, mae_vit
+from mimkit.recipes import finetune, linear_probe, mae_hivit, mae_svit, mae_vit, simmim_svit, simmim_swin
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +25,7 @@ from mimkit.errors import UserError
 from mimkit.evaluation import FrozenProbe, score
 from mimkit.export import export
 from mimkit.finetuning import load, mixing, new_head
+from mimkit.models import SViT
 from mimkit.optim import layer_groups
 from mimkit.options import presets
 from mimkit.sources import open_source
@@ -103,6 +105,25 @@ def refused(capsys, recipe, *argv):
                 "head.weight": 15,
             },
         ),
+        # stem, 3 + 5 + 9 + 3 blocks, head with the tail; a merge has the layer of the block before it
+        (
+            "svit_s",
+            22,
+            {
+                "stem.convs.0.weight": 0,
+                "stem.norms.3.bias": 0,
+                "stages.0.0.pos_conv.weight": 1,
+                "stages.0.2.mlp.fc2.weight": 3,
+                "merges.0.conv.weight": 3,
+                "stages.1.0.attn.qkv.weight": 4,
+                "stages.2.8.norm2.weight": 17,
+                "merges.2.norm.bias": 17,
+                "stages.3.2.mlp.conv.weight": 20,
+                "tail.weight": 20,
+                "norm.weight": 20,
+                "head.weight": 21,
+            },
+        ),
         ("hpvit_s", 14, {"pos_embed": 0, "blocks.0.attn.qkv.weight": 1, "blocks.11.mlp.fc2.bias": 12, "head.bias": 13}),
         ("vit_base_patch16_224", 14, {"cls_token": 0, "blocks.0.norm1.weight": 1, "blocks.11.attn.proj.weight": 12}),
     ],
@@ -168,7 +189,7 @@ def test_a_vit_of_pretraining_keeps_its_blocks(made, pool):
 
 
 @pytest.mark.parametrize(
-    "name", ["hivit_nano", "vit_tiny_patch16_224", "hpvit", "resnet10t", "swin_tiny_patch4_window7_224"]
+    "name", ["hivit_nano", "svit_nano", "vit_tiny_patch16_224", "hpvit", "resnet10t", "swin_tiny_patch4_window7_224"]
 )
 def test_any_model_starts_from_its_own_folder_with_other_classes(name, tmp_path):
     options = {"source": "vit_tiny_patch16_224", "source_args": {"depth": 4}} if name == "hpvit" else {}
@@ -532,13 +553,64 @@ def test_published_recipes():
         "finetune_hivit_t_supervised": (300, 20, 1024, 2.5e-4, 1.0, 0.05),
         "finetune_hivit_s_supervised": (300, 20, 1024, 2.5e-4, 1.0, 0.3),
         "finetune_hivit_b24_supervised": (300, 20, 1024, 2.5e-4, 1.0, 0.5),
+        "finetune_svit_s_supervised": (300, 5, 1024, 2.5e-4, 1.0, 0.1),
+        "finetune_svit_b_supervised": (300, 5, 1024, 2.5e-4, 1.0, 0.4),
+        "finetune_svit_l_supervised": (300, 5, 1024, 2.5e-4, 1.0, 0.6),
     }.items():
         assert [shipped[name][word] for word in words] == [*values, 0.05, (0.9, 0.999)], name
         mixed = [shipped[name][word] for word in ("aa", "mixup", "cutmix", "reprob", "smoothing", "model_ema_decay")]
-        assert mixed == ["rand-m9-mstd0.5-inc1", 0.8, 1.0, 0.25, 0.1, 0.0]
+        svit = name.startswith("finetune_svit")
+        assert mixed == ["rand-m9-mstd0.5-inc1", 0.8, 1.0, 0.25, 0.1, 0.99996 if svit else 0.0]
+        assert shipped[name]["aug_repeats"] == (3 if svit else 1)
         assert shipped[name]["clip_grad"] is None
+    for size, rate in {"s": 0.1, "b": 0.4, "l": 0.6}.items():
+        larger = shipped[f"finetune_svit_{size}_384"]
+        words = ("img_size", "epochs", "lr", "weight_decay", "drop_path", "model_ema_decay")
+        assert [larger[word] for word in words] == [384, 30, 5e-6, 1e-8, rate, 0.99996]
     probe = linear_probe.Options()
     assert (probe.epochs, probe.warmup_epochs, probe.batch_size, probe.crop_scale) == (90, 10, 16384, (0.08, 1.0))
+
+
+# SViT and Swin -------------------------------------------------------------------------------------------------------
+
+SMALL = ["--img-size", "32", "--crop-scale", "[0.5, 1.0]"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [simmim_swin, simmim_svit, mae_svit])
+def test_what_pretraining_leaves_fine_tunes(recipe, made, tmp_path, capsys):
+    mim = [word for word in MIM if recipe is mae_svit or word not in ("--decoder-dim", "24")]
+    recipe.main(["--data", str(made / "images"), "--out", str(tmp_path / "mim"), *mim])
+    anew()
+    assert "kNN after 2 steps" in capsys.readouterr().out
+    encoder = timm.create_model(f"local-dir:{tmp_path}/mim/encoder", pretrained=True).state_dict()
+    network, words = load(str(tmp_path / "mim"))
+    assert "all weights of" in words
+    assert all(torch.equal(tensor, encoder[name]) for name, tensor in network.state_dict().items())
+    tune("--model", tmp_path / "mim", "--data", made / "images", "--out", tmp_path / "run", *QUICK, *SMALL)
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_an_svit_trains_in_train_mode_and_its_average_is_judged(made, tmp_path, monkeypatch):
+    """The reference's own 384 px ran in evaluation mode, and judged without the average (facts)."""
+    forward, seen = SViT.forward, []
+
+    def watched(net, x):
+        seen.append((net.training, net.norm.running_mean.clone(), torch.is_grad_enabled()))
+        return forward(net, x)
+
+    monkeypatch.setattr(SViT, "forward", watched)
+    svit = ["--model", "svit_nano", "--model-args", '{"patch_size": 1}', "--from-scratch", "--drop-path", "0.1"]
+    argv = [*svit, "--data", made / "images", "--model-ema-decay", "0.9", "--aug-repeats", "2", *QUICK, *SMALL]
+    tune(*argv, "--out", tmp_path / "run")
+    trained, judged = [s for s in seen if s[2]], [s for s in seen if not s[2]]
+    assert len(trained) == 16
+    assert all(training for training, _, _ in trained)  # after evaluations too
+    assert not any(torch.equal(a[1], b[1]) for a, b in pairwise(trained))  # statistics move
+    assert not any(training for training, _, _ in judged)
+    last = timm.create_model(f"local-dir:{tmp_path}/run/last", pretrained=True)
+    raw = load_file(next((tmp_path / "run" / "checkpoints").glob("*16/model.safetensors")))
+    assert not torch.equal(last.norm.running_mean, raw["norm.running_mean"])  # what is kept is the average
 
 
 # Probes and exports --------------------------------------------------------------------------------------------------
@@ -566,7 +638,7 @@ def test_a_cached_probe_is_the_commands(made, capsys):
     )
 
 
-@pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "vit_tiny_patch16_224", "resnet10t"])
+@pytest.mark.parametrize("name", ["hivit_nano", "svit_nano", "hpvit", "vit_tiny_patch16_224", "resnet10t"])
 def test_an_attentive_probe_reads_every_network(name):
     net = timm.create_model(name, **({"source": "vit_tiny_patch16_224"} if name == "hpvit" else {}))
     probe = FrozenProbe(net, 5, attentive=True)
@@ -582,10 +654,11 @@ def test_an_attentive_probe_reads_every_network(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [".onnx", ".pt2"])
-@pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("name", ["hivit_nano", "svit_nano", "hpvit", "vit_tiny_patch16_224"])
 def test_an_export_computes_the_same(name, kind, tmp_path):
-    options = {"source": "vit_tiny_patch16_224", "source_args": {"depth": 2, "img_size": 64}, "depths": "0-1-1-0"}
-    net = fill(timm.create_model(name, num_classes=3, **(options if name == "hpvit" else {"img_size": 64})))
+    pyramid = {"source": "vit_tiny_patch16_224", "source_args": {"depth": 2, "img_size": 64}, "depths": "0-1-1-0"}
+    options = {"hpvit": pyramid, "svit_nano": {"depths": (1, 1, 1, 1)}}.get(name, {"img_size": 64})
+    net = fill(timm.create_model(name, num_classes=3, **options))
     net.pretrained_cfg["input_size"] = (3, 64, 64)
     assert export(net, tmp_path / f"x{kind}", {"label_names": ["a", "b", "c"]}) < 1e-4
     if kind == ".onnx":

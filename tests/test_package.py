@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import command
-from mimkit.recipes import finetune, linear_probe, mae_hivit, mae_vit
+from mimkit.recipes import finetune, linear_probe, mae_hivit, mae_svit, mae_vit, simmim_svit, simmim_swin
 from PIL import Image
 
 from mimkit.options import presets
@@ -79,7 +79,10 @@ def test_wrong_words_are_one_sentence(capsys, monkeypatch, trained, tmp_path):
     assert "reconstruct" in command(capsys, monkeypatch)[1]
 
 
-@pytest.mark.parametrize("recipe", [mae_hivit, mae_vit, finetune, linear_probe])
+RECIPES = [mae_hivit, mae_vit, mae_svit, simmim_svit, simmim_swin, finetune, linear_probe]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_print_and_reload_their_configuration(recipe, capsys, tmp_path):
     name = recipe.__name__.rsplit(".", 1)[-1]
     for argv in ([], ["--model", "hivit_b"], *(["--config", preset] for preset in presets(name))):
@@ -108,6 +111,13 @@ def test_published_defaults():
         assert (options.betas, options.crop_scale) == ((0.9, 0.95), (0.2, 1.0))
     assert (hivit.decoder_dim, hivit.decoder_depth, hivit.decoder_heads) == (512, 6, 16)
     assert vit.decoder_depth == 8
+    swin, svit = simmim_swin.Options(), simmim_svit.Options()
+    assert (swin.model, swin.img_size, swin.model_args) == ("swin_base_patch4_window7_224", 192, {"window_size": 6})
+    assert (svit.model, svit.img_size, mae_svit.Options().mask_ratio) == ("svit_b", 224, 0.6)
+    for options in (swin, svit):
+        assert (options.mask_ratio, options.clip_grad, options.weight_decay) == (0.6, 5, 0.05)
+        assert (options.betas, options.crop_scale) == ((0.9, 0.999), (0.67, 1.0))
+        assert (options.epochs, options.warmup_epochs, options.batch_size, options.blr) == (100, 10, 2048, 1e-4)
 
 
 @pytest.mark.slow
