@@ -7,7 +7,6 @@ from torch import Tensor
 
 from mimkit.conversion import Family, Remap
 
-HEADS = {64: 1, 96: 2, 128: 2, 192: 3, 320: 5, 384: 6, 448: 7, 512: 8, 640: 10}  # of each width in the three sizes
 BLOCK = r"layers\.(\d)\.blocks\.(\d+)\."
 
 
@@ -18,8 +17,8 @@ def linear(tensor: Tensor) -> Tensor:
 
 def qkv(tensor: Tensor) -> Tensor:
     """Output channels in the order of heads, each with its [q, k, v] -> q of all heads, k, v"""
-    width = len(tensor) // 3
-    return rearrange(linear(tensor), "(h three d) ... -> (three h d) ...", three=3, h=HEADS.get(width, 1))
+    heads = -(-len(tensor) // 3 // 64)  # in all of the three sizes: 96 has 2 of 48, the others have 64 each
+    return rearrange(linear(tensor), "(h three d) ... -> (three h d) ...", three=3, h=heads)
 
 
 def remap(m: Remap) -> None:
@@ -55,6 +54,7 @@ def options(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "depths": [sum(stage == s for stage, _ in places) for s in range(4)],
+        "in_chans": state["stem.convs.0.weight"].shape[1] if "stem.convs.0.weight" in state else 3,
         "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
     }
 

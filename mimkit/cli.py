@@ -29,6 +29,7 @@ NOTES = {
     "hivit_nano": "ours, for tests and demonstrations",
     "hivit_b": "the paper's base; the released MAE weights",
     "hivit_b24": "the official README's 'base' row",
+    "svit_nano": "ours, for tests and demonstrations",
     "hpvit_s": "around vit_small_patch16_224, as the others around theirs",
 }
 
@@ -41,7 +42,7 @@ def models(img_size: int | str = 224) -> None:
     """
     size = parse_size(img_size)
     table = Table("name", "parameters", f"GMACs at {size[0]}x{size[1]}", "strides", "note")
-    for name in timm.list_models(["hivit_*", "hpvit_*"]):
+    for name in timm.list_models(["hivit_*", "hpvit_*", "svit_*"]):
         model = on_meta(timm.create_model, name, img_size=size)
         strides = ", ".join(str(stage["reduction"]) for stage in model.feature_info)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -139,7 +140,7 @@ def convert(
 
     Args:
         from_: alias (--list prints them), name of a plain ViT in timm, or folder of a timm model.
-        to: hpvit, hpvit_s, hpvit_b, hpvit_l, hpvit_h, timm (the plain ViT), or a hivit_* for its own checkpoints.
+        to: hpvit, hpvit_s, hpvit_b, hpvit_l, hpvit_h, timm (the plain ViT), or a hivit_* or svit_* for its own.
         out: directory to write.
         checkpoint: file or folder of weights; the published ones by default.
         layout: the checkpoint's family, such as mae, hf, timm, dinov2; an alias has its own.

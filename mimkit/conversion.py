@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models._hub import download_cached_file
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -200,7 +201,8 @@ def find(source: str) -> Origin:
             raise UserError(f"--from {source}: timm has no such tag of {name}; it has {', '.join(known) or 'none'}.")
         return Origin(source, own_family(name), None, {})
     aliases = [alias for family in families().values() for alias in family.aliases]
-    near = difflib.get_close_matches(source, [*aliases, *plain_vits()], 3, 0.3)
+    ours = [name for layout in OWN for name in timm.list_models(f"{layout}_*")]
+    near = difflib.get_close_matches(source, [*aliases, *ours, *plain_vits()], 3, 0.3)
     raise UserError(f"--from {source} is no alias, plain ViT of timm or folder: try {', '.join(near)}, or --list.")
 
 
@@ -433,18 +435,21 @@ def as_timm(plain: Plain) -> Target:
     return Target(net, plain.state, plain.rows, plain.data)
 
 
-def as_own(to: str, file: Path, which: str | None = None, **given: Any) -> tuple[Target, str]:
+def as_own(to: str, file: Path, which: str | None = None, img_size: Any = None, **given: Any) -> tuple[Target, str]:
     """A file of HiViT or SViT in ours, and which of the states in it was taken.
 
     Args:
-        given: arguments of the network; an `img_size` is for files that do not tell it.
+        img_size: what it was trained at, where its tensors do not tell: an SViT, or a HiViT that is not square.
+        given: arguments of the network.
     """
     layout = own_family(to)
     assert layout is not None
     remap, _, taken = read_family(file, layout, which, lambda state: set())
     found = remap.found
-    net = on_meta(timm.create_model, to, **given | families()[layout].options(found, {}))
+    options = {"img_size": img_size or 224, **families()[layout].options(found, {}), **given}
+    net = on_meta(timm.create_model, to, **options)
     load_strictly(net, found, file, assign=True)
+    net.pretrained_cfg["input_size"] = (net.in_chans, *to_2tuple(options["img_size"]))
     return Target(net, found, remap.rows, {}), taken
 
 
@@ -502,7 +507,9 @@ def convert(
 
     plain: Plain | None = None
     if own:
-        target, taken = as_own(to, file, weights)
+        if strange := ", ".join((source_args or {}).keys() - {"img_size"}):
+            raise UserError(f"--source-args has {strange}: a file of {own} says that itself; only img_size is taken.")
+        target, taken = as_own(to, file, weights, **(source_args or {}))
     else:
         if pyramid:
             plain = from_pyramid(origin, file)

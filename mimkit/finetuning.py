@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from rich.console import Console
 from rich.table import Table
 from timm.data import Mixup
@@ -13,7 +14,7 @@ from timm.models._input import _get_global_pool
 from torch import Tensor, nn
 
 from mimkit.checkpoint import on_meta, read_weights, write_model
-from mimkit.conversion import as_own, own_family
+from mimkit.conversion import as_own, families, own_family
 from mimkit.converters.mae import split
 from mimkit.data import Normalise, eval_loader, guarded
 from mimkit.errors import UserError
@@ -67,7 +68,8 @@ def read(name: str, init: str | None = None, scratch: bool = False, **options: A
 def _from_file(name: str, file: Path, options: dict[str, Any]) -> Any:
     if file.is_dir():
         raise UserError(f"--init {file} is a folder, which says itself what it holds: pass it as --model.")
-    if own_family(name) and not Path(name).exists():
+    layout = None if Path(name).exists() else own_family(name)
+    if layout and families()[layout].fits(read_weights(file)):
         target, _ = as_own(name, file, **options)
         form, state = {**target.net._model_args, "num_classes": target.net.num_classes}, target.state
     else:
@@ -235,6 +237,8 @@ class Judge:
     def score(self, network: Any) -> Scores:
         """Of all test images."""
         run, accelerator = self.run, self.run.accelerator
+        if accelerator.num_processes > 1:  # running statistics are each process's own, and the main one's are written
+            broadcast(list(network.buffers()))
         loader = eval_loader(
             self.test,
             self.shape[1:],

@@ -67,7 +67,7 @@ class MAE(nn.Module):
         if not hasattr(encoder, "encode_units"):
             raise UserError(
                 f"{type(encoder).__name__} has no encode_units and cannot skip units: pass a HiViT built with "
-                "unit_form=True, or wrap a plain timm VisionTransformer as mimkit.models.vit.UnitViT(vit)."
+                "unit_form=True, an SViT, or wrap a plain timm VisionTransformer as mimkit.models.vit.UnitViT(vit)."
             )
         if decoder.in_dim != encoder.out_dim:
             raise UserError(

@@ -100,7 +100,9 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
 
 def as_timm(encoder: Any) -> Any:
     """The timm model that an encoder is, or holds."""
-    return encoder.vit if isinstance(encoder, UnitViT) else encoder.swin if isinstance(encoder, MaskedSwin) else encoder
+    if isinstance(encoder, UnitViT):
+        return encoder.vit
+    return encoder.swin if isinstance(encoder, MaskedSwin) else encoder
 
 
 def as_unit_encoder(model: Any) -> UnitEncoder:
@@ -115,8 +117,8 @@ def as_map_encoder(model: Any) -> MapEncoder:
 
 def fit(state: State, model: nn.Module) -> State:
     """A checkpoint of another input size for this model: its tables follow."""
-    fits: dict[type, Any] = {HiViT: fit_hivit, VisionTransformer: fit_vit, SwinTransformer: fit_swin}
-    return next((fit(state, model) for kind, fit in fits.items() if isinstance(model, kind)), state)
+    filters: dict[type, Any] = {HiViT: fit_hivit, VisionTransformer: fit_vit, SwinTransformer: fit_swin}
+    return next((change(state, model) for kind, change in filters.items() if isinstance(model, kind)), state)
 
 
 def colours(in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalise:

@@ -6,11 +6,12 @@ Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022: f
 from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from mimkit.errors import UserError
 from mimkit.mae import MAEOutput, pixels
-from mimkit.units import UnitMask, gather, sample_mask, scatter, serialize, unit_grid, unserialize
+from mimkit.units import UnitMask, gather, hide, sample_mask, serialize, unit_grid
 
 
 class MapEncoder(Protocol):
@@ -81,11 +82,10 @@ class SimMIM(nn.Module):
         grid = unit_grid(images.shape[-2], images.shape[-1], p)
         mask = sample_mask(len(images), grid[0] * grid[1], self.mask_ratio, generator, noise)
         mask = UnitMask(mask.visible.to(images.device), mask.masked.to(images.device))
-        units = serialize(images, p)
-        target = pixels(gather(units, mask.masked))
+        target = pixels(gather(serialize(images, p), mask.masked))
         # nothing of a masked unit may reach the network: an overlapping stem would see it from next door
-        seen = scatter(torch.zeros_like(units), mask.visible, gather(units, mask.visible))
-        latent = self.encoder.encode_masked(unserialize(seen, grid), mask, self.decoder.mask_token)
+        seen = hide(rearrange(images, "b c h w -> b h w c"), mask.masked, grid, images.new_zeros(images.shape[1]))
+        latent = self.encoder.encode_masked(rearrange(seen, "b h w c -> b c h w"), mask, self.decoder.mask_token)
         prediction = self.decoder(gather(latent, mask.masked))
         if prediction.shape != target.shape:
             raise UserError(

@@ -76,7 +76,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next one.
 
     It hands large blocks back to the system, and faulting them in again costs a few percent of a training step on a
-    CPU, more where it is busy (benchmarks/mim_step.md). Other C libraries are left alone.
+    CPU, more where it is busy (benchmarks/mim_race.md). Other C libraries are left alone.
     """
     mmap_max, trim_threshold = -4, -1  # malloc.h
     try:

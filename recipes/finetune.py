@@ -153,7 +153,8 @@ def train(options: Options) -> tuple[Run, float | None]:
         check_classes(network, names, options.model, options.data)
         return run, judge.alone(network.to(run.accelerator.device))
 
-    start += "; " + new_head(network, len(names), None if options.from_scratch else options.head_std)
+    if options.from_scratch or list(network.pretrained_cfg.get("label_names") or []) != names:
+        start += "; " + new_head(network, len(names), None if options.from_scratch else options.head_std)
     if options.grad_checkpointing:
         checkpoint_blocks(network)
     groups = layer_groups(network, options.weight_decay, options.layer_decay, options.pool_scale)

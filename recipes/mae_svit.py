@@ -8,18 +8,21 @@ accelerate launch recipes/mae_svit.py --model svit_b --data /path/to/imagenet --
 Read `mimkit/mae.py` for the method, and `Places` in `mimkit/models/svit.py` for how units are skipped.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from mimkit.data import Viewer, default_workers, parse_size, train_loader, train_transform
 from mimkit.decoder import Decoder
-from mimkit.errors import one_sentence
+from mimkit.errors import UserError, one_sentence
 from mimkit.mae import MAE
+from mimkit.models import SViT
 from mimkit.optim import adamw, cosine
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
 from mimkit.pretraining import Watch, colours, comes_with_weights, create, describe, export, finish, initialise
 from mimkit.sources import open_source
 from mimkit.training import Run
+from mimkit.units import unit_grid
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Options:
         data: 'sample', a folder of images, parquet or .tar (webdataset) files, or the name of a set on the hub.
         out: directory of the run; runs/mae_svit, or the next free number, by default.
         resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
-        init: released or earlier weights to start from: a run, or an encoder's file or folder, with its decoder or not.
+        init: earlier weights to start from: a run, or an encoder's file or folder, with its decoder or not.
         img_size: input in pixels: 224 or HEIGHTxWIDTH.
         patch_size: pixels of a patch; a mask unit is eight times as wide.
         model_args: other arguments of the model, such as {init_values: 0.1}.
@@ -121,10 +124,14 @@ def main(argv: list[str] | None = None) -> None:
     encoder = create(
         options.model,
         num_classes=0,
+        img_size=size,
         patch_size=options.patch_size,
         in_chans=options.in_chans,
         **options.model_args,
     )
+    if not isinstance(encoder, SViT):
+        raise UserError(f"--model {options.model} is a {type(encoder).__name__}: choose an SViT, such as svit_b.")
+    units = math.prod(unit_grid(*size, encoder.unit_size))
     encoder.set_grad_checkpointing(options.grad_checkpointing)
     width, depth, heads = options.decoder_dim, options.decoder_depth, options.decoder_heads
     decoder = Decoder(encoder.out_dim, encoder.unit_size, options.in_chans, width, depth, heads)
@@ -135,7 +142,6 @@ def main(argv: list[str] | None = None) -> None:
     run.print(describe(mae, source.length, options.lr))
 
     transform = train_transform(size, options.crop_scale)
-    units = (size[0] // encoder.unit_size) * (size[1] // encoder.unit_size)
     viewer = Viewer(transform, options.in_chans, units, options.seed, (source.image, None))
     loader = train_loader(source, viewer, plan, options.workers)
     optimizer = adamw(mae, options.lr, options.weight_decay, options.betas)

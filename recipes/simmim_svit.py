@@ -8,17 +8,20 @@ accelerate launch recipes/simmim_svit.py --model svit_b --data /path/to/imagenet
 Read `mimkit/simmim.py` for the method; `recipes/mae_svit.py` skips masked units instead.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from mimkit.data import Viewer, default_workers, parse_size, train_loader, train_transform
-from mimkit.errors import one_sentence
+from mimkit.errors import UserError, one_sentence
+from mimkit.models import SViT
 from mimkit.optim import adamw, cosine
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
 from mimkit.pretraining import Watch, colours, comes_with_weights, create, describe, export, finish, initialise
 from mimkit.simmim import PixelHead, SimMIM
 from mimkit.sources import open_source
 from mimkit.training import Run
+from mimkit.units import unit_grid
 
 
 @dataclass
@@ -30,7 +33,7 @@ class Options:
         data: 'sample', a folder of images, parquet or .tar (webdataset) files, or the name of a set on the hub.
         out: directory of the run; runs/simmim_svit, or the next free number, by default.
         resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
-        init: released or earlier weights to start from: a run, or an encoder's file or folder, with its head or not.
+        init: earlier weights to start from: a run, or an encoder's file or folder, with its head or not.
         img_size: input in pixels: 224 or HEIGHTxWIDTH.
         patch_size: pixels of a patch; a mask unit is eight times as wide.
         model_args: other arguments of the model, such as {init_values: 0.1}.
@@ -112,10 +115,14 @@ def main(argv: list[str] | None = None) -> None:
     encoder = create(
         options.model,
         num_classes=0,
+        img_size=size,
         patch_size=options.patch_size,
         in_chans=options.in_chans,
         **options.model_args,
     )
+    if not isinstance(encoder, SViT):
+        raise UserError(f"--model {options.model} is a {type(encoder).__name__}: choose an SViT, such as svit_b.")
+    units = math.prod(unit_grid(*size, encoder.unit_size))
     encoder.set_grad_checkpointing(options.grad_checkpointing)
     head = PixelHead(encoder.out_dim, encoder.unit_size, encoder.token_dim, options.in_chans)
     simmim = SimMIM(encoder, head, options.mask_ratio)
@@ -125,7 +132,6 @@ def main(argv: list[str] | None = None) -> None:
     run.print(describe(simmim, source.length, options.lr))
 
     transform = train_transform(size, options.crop_scale)
-    units = (size[0] // encoder.unit_size) * (size[1] // encoder.unit_size)
     viewer = Viewer(transform, options.in_chans, units, options.seed, (source.image, None))
     loader = train_loader(source, viewer, plan, options.workers)
     optimizer = adamw(simmim, options.lr, options.weight_decay, options.betas)

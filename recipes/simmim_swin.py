@@ -8,6 +8,7 @@ accelerate launch recipes/simmim_swin.py --config simmim_swin_b_800ep --data /pa
 Read `mimkit/simmim.py` for the method, and `benchmarks/mim_race.md` for what it costs beside networks that skip units.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from mimkit.pretraining import Watch, colours, comes_with_weights, create, descr
 from mimkit.simmim import PixelHead, SimMIM
 from mimkit.sources import open_source
 from mimkit.training import Run
+from mimkit.units import unit_grid
 
 
 @dataclass
@@ -121,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     swin.set_grad_checkpointing(options.grad_checkpointing)
     encoder = MaskedSwin(swin)
+    units = math.prod(unit_grid(*size, encoder.unit_size))
     head = PixelHead(encoder.out_dim, encoder.unit_size, encoder.token_dim, options.in_chans)
     simmim = SimMIM(encoder, head, options.mask_ratio)
     if options.init:
@@ -129,7 +132,6 @@ def main(argv: list[str] | None = None) -> None:
     run.print(describe(simmim, source.length, options.lr))
 
     transform = train_transform(size, options.crop_scale)
-    units = (size[0] // encoder.unit_size) * (size[1] // encoder.unit_size)
     viewer = Viewer(transform, options.in_chans, units, options.seed, (source.image, None))
     loader = train_loader(source, viewer, plan, options.workers)
     optimizer = adamw(simmim, options.lr, options.weight_decay, options.betas)

@@ -1,5 +1,6 @@
 """Each family against the library that its files come from: tiny random networks, through files, checks and all."""
 
+import argparse
 import copy
 import json
 import math
@@ -556,12 +557,19 @@ def test_hivit(spelling, form, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["mimkit"]["checks"]
 
 
-@pytest.mark.parametrize("name", ["svit_s", "svit_b"])
+@pytest.mark.parametrize("name", ["svit_s", "svit_b", "svit_l"])
 def test_svit(name, tmp_path):
+    """A file as the repository wrote it: both states, of a parallel run, and its arguments."""
     net = shaken(timm.create_model(name, depths=(1, 1, 1, 1), num_classes=7)).eval()
     state = released(net)
-    torch.save({"model": state, "epoch": 3}, tmp_path / "stvit.pth")
-    report = convert(name, name, tmp_path / "out", tmp_path / "stvit.pth", "svit")
+    parallel = {f"module.{key}": tensor for key, tensor in state.items()}
+    other = {key: tensor + 1 for key, tensor in parallel.items()}
+    beside = {"epoch": 3, "args": argparse.Namespace(model="stvit", input_size=384)}
+    torch.save({"model": parallel, "model_ema": other, **beside}, tmp_path / "stvit.pth")
+    given = {"weights": "model", "source_args": {"img_size": 384}}
+    report = convert(name, name, tmp_path / "out", tmp_path / "stvit.pth", "svit", **given)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [3, 384, 384]
     dropped = [row for row in report.rows if row.action == "dropped"]
     assert len(dropped) == 8
     assert all("weights" in row.origins[0] and row.why for row in dropped)
@@ -575,7 +583,9 @@ def test_svit(name, tmp_path):
     torch.save(state | {"surprise": torch.zeros(3)}, tmp_path / "odd.pth")
     with pytest.raises(UserError, match="1 tensors that svit does not explain: surprise"):
         convert(name, name, tmp_path / "odd", tmp_path / "odd.pth", "svit")
-    with pytest.raises(UserError, match=r"does not become svit_l: give both the same name"):
-        convert(name, "svit_l", tmp_path / "odd", tmp_path / "stvit.pth", "svit")
+    with pytest.raises(UserError, match=r"--source-args has depth: a file of svit says that itself"):
+        convert(name, name, tmp_path / "odd", tmp_path / "stvit.pth", "svit", source_args={"depth": 3})
+    with pytest.raises(UserError, match=r"does not become svit_nano: give both the same name"):
+        convert(name, "svit_nano", tmp_path / "odd", tmp_path / "stvit.pth", "svit")
     with pytest.raises(UserError, match=r"A checkpoint of svit does not become hpvit_s"):
         convert(name, "hpvit_s", tmp_path / "odd", tmp_path / "stvit.pth", "svit")

@@ -17,6 +17,7 @@ from conftest import command, encoded, fill, launched, picture
 from mimkit.recipes import finetune, linear_probe, mae_hivit, mae_svit, mae_vit, simmim_svit, simmim_swin
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_svit import released, shaken
 
 from mimkit import export as exporting
 from mimkit.checkpoint import read_weights, write_model
@@ -611,6 +612,33 @@ def test_an_svit_trains_in_train_mode_and_its_average_is_judged(made, tmp_path, 
     last = timm.create_model(f"local-dir:{tmp_path}/run/last", pretrained=True)
     raw = load_file(next((tmp_path / "run" / "checkpoints").glob("*16/model.safetensors")))
     assert not torch.equal(last.norm.running_mean, raw["norm.running_mean"])  # what is kept is the average
+
+
+def test_a_classifier_keeps_its_head_for_the_same_classes_at_another_size(made, tmp_path, capsys):
+    """As the published 384 px goes on from 224: without learning, it is what it was."""
+    svit = ["--model", "svit_nano", "--model-args", '{"patch_size": 1}', "--from-scratch", "--drop-path", "0.1"]
+    tune(*svit, "--data", made / "images", *QUICK, *SMALL, "--out", tmp_path / "first")
+    before = load_file(tmp_path / "first" / "best" / "model.safetensors")  # which is what a run stands for
+    capsys.readouterr()
+    larger = ["--img-size", "64", "--epochs", "1", "--batch-size", "16", "--warmup-epochs", "0", "--lr", "1e-30"]
+    larger += ["--model-ema-decay", "0.5", "--layer-decay", "1", "--weight-decay", "1e-8", "--workers", "0"]
+    tune("--model", tmp_path / "first", "--data", made / "images", *larger, "--out", tmp_path / "second")
+    said = capsys.readouterr().out
+    assert "fresh head" not in said
+    assert "by their average" in said
+    after = load_file(tmp_path / "second" / "last" / "model.safetensors")
+    assert torch.equal(after["head.weight"], before["head.weight"])
+    assert not torch.equal(after["norm.running_mean"], before["norm.running_mean"])  # it ran in train mode, at 64 px
+
+
+def test_an_svit_starts_from_files(tmp_path):
+    net = shaken(timm.create_model("svit_s", depths=(1, 1, 1, 1), num_classes=3, in_chans=1))
+    torch.save({"model": released(net)}, tmp_path / "released.pth")
+    save_file(net.state_dict(), tmp_path / "own.safetensors")
+    found, _ = load("svit_s", str(tmp_path / "released.pth"), img_size=(384, 384), in_chans=1)
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in found.state_dict().items())
+    found, _ = load("svit_s", str(tmp_path / "own.safetensors"), in_chans=1, depths=(1, 1, 1, 1))
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in found.state_dict().items())
 
 
 # Probes and exports --------------------------------------------------------------------------------------------------

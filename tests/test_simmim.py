@@ -159,18 +159,24 @@ def test_it_trains(kind):
 
 
 def test_low_precision_and_whole_compilation():
-    net = simmim(encoder("swin"))
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    expected = net(images, noise=noise)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")(images, noise=noise)
-    assert torch.allclose(compiled.prediction, expected.prediction, atol=1e-3)
     for kind in ("swin", "svit"):
-        net = simmim(encoder(kind)).train()
-        with torch.autocast("cpu", torch.bfloat16):
-            low = net(images, noise=noise)
-        assert low.loss.dtype == torch.float32
+        options = {"depths": (1, 1, 1, 1)}
+        net = simmim(encoder(kind, **options)).train()
+        state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        expected = net(images, noise=noise)
+        moved = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        net.load_state_dict(state)
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")(images, noise=noise)
+        assert torch.allclose(compiled.prediction, expected.prediction, atol=1e-3)
+        assert all(torch.allclose(tensor, moved[name], atol=1e-4) for name, tensor in net.state_dict().items())
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                low = net(images, noise=noise)
+            assert low.loss.dtype == torch.float32
+            assert low.loss.isfinite()
         low.loss.backward()
-        assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+        assert net.bfloat16()(images.bfloat16(), noise=noise).loss.isfinite()
 
 
 def test_any_grid():

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import LoggerType
 from conftest import launched
-from mimkit.recipes import mae_hivit, mae_vit
+from mimkit.recipes import mae_hivit, mae_svit, mae_vit, simmim_svit, simmim_swin
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,6 +22,7 @@ from mimkit.optim import adamw, cosine
 from mimkit.pretraining import load_run
 from mimkit.training import Run, resolve_precision
 from mimkit.units import serialize
+from mimkit.visualize import reconstruct
 
 TINY = ["--epochs", "4", "--batch-size", "8", "--decoder-dim", "24", "--workers", "0", "--save-every", "2"]
 
@@ -85,16 +86,26 @@ def test_what_a_run_leaves(recipe, images, tmp_path, capsys):
     assert not torch.allclose(timm.create_model(f"local-dir:{out}/encoder").eval()(x), encoder(x), atol=1e-3)
 
 
-@pytest.mark.parametrize("options", ["", "--streaming true", "--grad-accum-steps 2 --workers 1"])
-def test_a_resumed_run_is_the_run(options, images, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (mae_hivit, ""),
+        (mae_hivit, "--streaming true"),
+        (mae_hivit, "--grad-accum-steps 2 --workers 1"),
+        (simmim_svit, ""),  # has running statistics
+    ],
+    ids=["plain", "streaming", "accumulated", "simmim"],
+)
+def test_a_resumed_run_is_the_run(recipe, options, images, tmp_path, capsys):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    argv = ["--data", images, *TINY, *options.split()]
-    run(mae_hivit, "--out", str(whole), *argv)
+    tiny = [word for word in TINY if recipe is mae_hivit or word not in ("--decoder-dim", "24")]
+    argv = ["--data", images, *tiny, *options.split()]
+    run(recipe, "--out", str(whole), *argv)
     shutil.copytree(whole, broken)
     for name in ("encoder", "decoder", "checkpoints/step-00000016"):
         shutil.rmtree(broken / name)
     capsys.readouterr()
-    run(mae_hivit, "--out", str(broken), "--resume", "auto", *argv)
+    run(recipe, "--out", str(broken), "--resume", "auto", *argv)
     assert "going on from" in capsys.readouterr().out
     assert losses(broken) == losses(whole)
     a, b = (load_file(f / "checkpoints" / "step-00000016" / "model.safetensors") for f in (whole, broken))
@@ -324,3 +335,34 @@ def test_normalise_is_exported_with_the_encoder(images, tmp_path):
     run(mae_hivit, "--data", images, "--out", str(tmp_path / "run"), *TINY, *argv)
     cfg = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True).pretrained_cfg
     assert torch.allclose(Normalise(cfg["mean"], cfg["std"]).std.flatten(), torch.tensor([0.4, 0.5, 0.6]))
+
+
+@pytest.mark.parametrize("recipe", [simmim_svit, mae_svit, simmim_swin])
+def test_wrong_networks_and_sizes_end_in_a_sentence_before_anything_is_written(recipe, images, tmp_path, capsys):
+    data = ["--data", images, "--batch-size", "8", "--workers", "0", "--out", str(tmp_path / "run")]
+    others = ["hivit_nano", "vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224", "svit_nano"]
+    own = "swin_tiny_patch4_window7_224" if recipe is simmim_swin else "svit_nano"
+    for name in others:
+        if name != own:
+            assert "choose" in fails(capsys, *data, "--model", name, recipe=recipe)
+    said = fails(capsys, *data, "--model", own, "--img-size", "100", "--patch-size", "4", recipe=recipe)
+    assert "height of 100 px is not a multiple of the mask unit of 32 px" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_simmim_run_is_drawn_and_started_from(images, tmp_path, capsys):
+    tiny = ["--data", images, "--batch-size", "8", "--workers", "0", "--epochs", "1", "--warmup-epochs", "0"]
+    run(simmim_svit, *tiny, "--out", str(tmp_path / "first"))
+    simmim, config = load_run(tmp_path / "first")
+    assert tuple(config["input_size"]) == (3, 32, 32)
+    state = load_file(tmp_path / "first" / "checkpoints" / "step-00000004" / "model.safetensors")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in simmim.state_dict().items())
+    x, shown, made = reconstruct(simmim, torch.randn(2, 3, 32, 32))
+    hidden = shown == 0
+    assert hidden.float().mean() == pytest.approx(10 / 16)
+    assert torch.equal(made[~hidden], x[~hidden])
+    capsys.readouterr()
+    run(simmim_svit, *tiny, "--out", str(tmp_path / "second"), "--init", str(tmp_path / "first"), "--lr", "1e-30")
+    assert "encoder and decoder from" in capsys.readouterr().out
+    again, _ = load_run(tmp_path / "second")
+    assert torch.allclose(again.decoder.pred.weight, simmim.decoder.pred.weight)

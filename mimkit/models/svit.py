@@ -22,7 +22,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from mimkit.errors import UserError
-from mimkit.units import Grid, UnitMask, gather, hide, scatter, unit_grid
+from mimkit.units import Grid, UnitMask, hide, unit_grid
 
 SIDE = 8  # tokens of the first stage along a side of a mask unit, which is one token of the last
 STRIDES = {4: (2, 1, 2, 1), 2: (2, 1, 1, 1), 1: (1, 1, 1, 1)}  # of the stem's convolutions, by patch size
@@ -35,19 +35,25 @@ class Places(NamedTuple):
     grid: Grid = (0, 0)  # of units
     skip: bool = True  # hold visible units only; else the whole map, of which they alone count in statistics
 
+    def where(self) -> tuple[Any, ...]:
+        """Index of visible units in a map seen as (b gh k gw k ...): it gives, or takes, (b v k k ...)"""
+        assert self.visible is not None
+        image = torch.arange(len(self.visible), device=self.visible.device)[:, None]
+        return image, self.visible // self.grid[1], slice(None), self.visible % self.grid[1]
+
     def units(self, x: Tensor) -> Tensor:
         """Map (b h w ...) -> its visible units (b v k k ...)"""
-        assert self.visible is not None
         gh, gw = self.grid
-        return gather(rearrange(x, "b (gh i) (gw j) ... -> b (gh gw) i j ...", gh=gh, gw=gw), self.visible)
+        return x.unflatten(2, (gw, -1)).unflatten(1, (gh, -1))[self.where()]
 
     def to_map(self, x: Tensor) -> Tensor:
         """State -> map (b h w ...), zero where nothing is visible"""
         if self.visible is None or not self.skip:
             return x
-        gh, gw = self.grid
-        blank = x.new_zeros(len(x), gh * gw, *x.shape[2:])
-        return rearrange(scatter(blank, self.visible, x), "b (gh gw) i j ... -> b (gh i) (gw j) ...", gh=gh, gw=gw)
+        (gh, gw), k = self.grid, x.shape[2]
+        blank = x.new_zeros(len(x), gh, k, gw, k, *x.shape[4:])
+        blank[self.where()] = x
+        return blank.flatten(3, 4).flatten(1, 2)
 
     def to_state(self, x: Tensor) -> Tensor:
         """The inverse: what the map has at masked places is gone."""
@@ -74,15 +80,17 @@ def convolve(conv: Any, x: Tensor, places: Places) -> Tensor:
 
 def batch_norm(norm: Any, x: Tensor, places: Places) -> Tensor:
     """Batch normalisation of a state (... d), by the statistics of the tokens that count."""
-    if not norm.training or places.counted(x) is x:
-        return rearrange(norm(rearrange(x, "... d -> 1 d (...) 1")), "1 d t 1 -> t d").view(x.shape)
-    counted = wide(places.counted(x)).flatten(0, -2)
+    counted = places.counted(x) if norm.training else x
+    if counted is x:
+        # as one long image whose channels lie innermost, which is how kernels like it best
+        return rearrange(norm(rearrange(x, "b ... d -> b d (...) 1")), "b d t 1 -> b t d").view(x.shape)
+    counted = wide(counted).flatten(0, -2)
     var, mean = torch.var_mean(counted, dim=0, correction=0)
     with torch.no_grad():
         t = len(counted)
         norm.num_batches_tracked.add_(1)
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var * (t / (t - 1)), norm.momentum)
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        norm.running_var.lerp_((var * (t / max(t - 1, 1))).to(norm.running_var.dtype), norm.momentum)
     scale = norm.weight * (var + norm.eps).rsqrt()
     return torch.addcmul(norm.bias - mean * scale, x, scale).to(x.dtype)
 
@@ -96,9 +104,8 @@ def neighbours(x: Tensor) -> Tensor:
 
 def to_neighbours(x: Tensor) -> Tensor:
     """(b h w 9 d) -> (b h w d): what each gets from the 3 x 3 around it, the adjoint of `neighbours`"""
-    h, w = x.shape[1:3]
-    x = F.pad(x, (0, 0, 0, 0, 1, 1, 1, 1))
-    parts = [x[:, 2 - i : 2 - i + h, 2 - j : 2 - j + w, 3 * i + j] for i in range(3) for j in range(3)]
+    shifts = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    parts = [F.pad(part, (0, 0, j, -j, i, -i)) for part, (i, j) in zip(x.unbind(3), shifts, strict=True)]
     return torch.stack(parts).sum(0)
 
 
@@ -127,14 +134,15 @@ class Attention(nn.Module):
         if self.cell == 1:
             return self.attend(x)
         (h, w), c = x.shape[-3:-1], self.cell
-        x = F.pad(x, (0, 0, 0, -w % c, 0, -h % c))
+        if h % c or w % c:
+            x = F.pad(x, (0, 0, 0, -w % c, 0, -h % c))
         cells = rearrange(x, "... (hh i) (ww j) d -> ... hh ww (i j) d", i=c, j=c)
         tokens = cells.mean(dim=-2)  # super tokens (... hh ww d)
         with torch.no_grad():
-            logits = cells @ self.around(tokens, places).mT * cells.shape[-1] ** -0.5
+            logits = cells @ self.around(tokens * tokens.shape[-1] ** -0.5, places).mT
             association = logits.softmax(dim=-1).to(x.dtype)  # (... hh ww i*j 9)
             mass = self.back(wide(association).sum(-2)[..., None], places)
-        tokens = (wide(self.back(association.mT @ cells, places)) / (mass + 1e-12)).to(x.dtype)
+        tokens = (self.back(wide(association.mT @ cells), places) / (mass + 1e-12)).to(x.dtype)
         cells = association @ self.around(self.attend(tokens), places)
         return rearrange(cells, "... hh ww (i j) d -> ... (hh i) (ww j) d", i=c)[..., :h, :w, :]
 
@@ -227,6 +235,7 @@ class SViT(nn.Module):
     `encode_units` (for `MAE`) computes visible units only, `encode_masked` (for `SimMIM`) mask tokens too.
 
     Args:
+        img_size: input in pixels; nothing depends on it.
         patch_size: stride of the stem: 4, or 2 or 1 for small images. A mask unit is 8 x `patch_size` pixels wide.
         embed_dims, depths, num_heads: of the four stages.
         init_values: start of LayerScale in the last two stages, which have none by default.
@@ -240,6 +249,7 @@ class SViT(nn.Module):
 
     def __init__(
         self,
+        img_size: int | tuple[int, int] = 224,
         patch_size: int = 4,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -290,8 +300,8 @@ class SViT(nn.Module):
     def run(self, x: Tensor, places: Places, last: int = 3) -> list[Tensor]:
         """State after the stem (... d) -> the states that stages end with, up to `last`"""
         outputs: list[Tensor] = []
-        stages: Any = self.stages[: last + 1]
-        for i, stage in enumerate(stages):
+        stages: Any = zip(range(last + 1), self.stages, strict=False)
+        for i, stage in stages:
             x = self.merges[i - 1](x, places) if i else x
             for block in stage:
                 again = self.grad_checkpointing and self.training
