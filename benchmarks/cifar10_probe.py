@@ -12,19 +12,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from torch import Tensor
 
 import mimkit  # noqa: F401  registers the networks with timm
-from mimkit.data import Normalise
+from mimkit.data import Normalise, eval_loader
 from mimkit.errors import UserError, one_sentence
-from mimkit.evaluation import extract_parts, knn, linear_probe
+from mimkit.evaluation import extract_parts, knn, linear_probe, over
 from mimkit.options import call
 from mimkit.sources import open_labelled
 
 FLAGS = {"mae_hivit": ["--model-args.embed_dim", "160"], "simmim_svit": [], "mae_svit": []}
+
+
+def pooled_maps(model: Any, x: Tensor) -> Tensor:
+    """(b c H W) -> the mean of each stage's map, side by side"""
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    return torch.cat([m.mean(dim=(2, 3)) for m in maps], dim=1)
 
 
 def measure(data: str, recipe: str = "mae_hivit", out: str | None = None, seed: int = 0) -> None:
@@ -33,7 +42,7 @@ def measure(data: str, recipe: str = "mae_hivit", out: str | None = None, seed: 
     Args:
         data: CIFAR-10 as parquet files.
         recipe: mae_hivit, simmim_svit or mae_svit.
-        out: directory of the pre-training run; a temporary one by default.
+        out: directory of the pre-training run, which is not trained again if it is there; a temporary one by default.
         seed: of the pre-training.
     """
     if recipe not in FLAGS:
@@ -44,7 +53,8 @@ def measure(data: str, recipe: str = "mae_hivit", out: str | None = None, seed: 
         command += ["--epochs", "2.4", "--warmup-epochs", "0.24", "--data", data, "--seed", str(seed)]
         print(" ".join(command), flush=True)
         begun = time.time()
-        if subprocess.run([*command, "--out", run], cwd=Path(__file__).parent.parent).returncode:
+        done = (Path(run) / "decoder").is_dir()
+        if not done and subprocess.run([*command, "--out", run], cwd=Path(__file__).parent.parent).returncode:
             raise UserError("the pre-training failed, as it says above: mend that first.")
         minutes = (time.time() - begun) / 60
         trained = timm.create_model(f"local-dir:{run}/encoder", pretrained=True)
@@ -55,13 +65,16 @@ def measure(data: str, recipe: str = "mae_hivit", out: str | None = None, seed: 
     millions = sum(p.numel() for p in trained.parameters()) / 1e6
     print(f"\n{minutes:.1f} minutes in all with kNN and pictures; encoder {millions:.2f} M parameters; seed {seed}\n")
     head = f"| {cfg['architecture']} | linear probe | chosen on held-out training images | kNN, k = 10 |"
-    print(f"{head}\n|---|---|---|---|")
+    print(f"{head} linear probe of the pooled maps of all stages |\n|---|---|---|---|---|")
     for name, model in (("at random", random), ("pre-trained", trained)):
         normalise = Normalise(cfg["mean"], cfg["std"])
         train, test = extract_parts(model, parts, (32, 32), normalise, images=(10_000, 10_000))
         probe = linear_probe(train, test)
         chosen = f"lr {probe.lr:g}, decay {probe.weight_decay:g} ({probe.validation:.1f} %)"
-        print(f"| {name} | {probe.accuracy:.1f} % | {chosen} | {knn(train, test)[10]:.1f} % |", flush=True)
+        loaders = (eval_loader(part, (32, 32), 3, 10_000) for part in parts)
+        maps = linear_probe(*(over(model, loader, normalise, partial(pooled_maps, model)) for loader in loaders))
+        knn10 = knn(train, test)[10]
+        print(f"| {name} | {probe.accuracy:.1f} % | {chosen} | {knn10:.1f} % | {maps.accuracy:.1f} % |", flush=True)
 
 
 if __name__ == "__main__":
