@@ -27,7 +27,11 @@ from mimkit.evaluation import extract_parts, knn, linear_probe, over
 from mimkit.options import call
 from mimkit.sources import open_labelled
 
-FLAGS = {"mae_hivit": ["--model-args.embed_dim", "160"], "simmim_svit": [], "mae_svit": []}
+FLAGS = {
+    "mae_hivit": ["--model-args.embed_dim", "160"],
+    "simmim_svit": [],
+    "mae_svit": ["--norm-targets", "false", "--decoder-dim", "128", "--decoder-depth", "4"],
+}
 
 
 def pooled_maps(model: Any, x: Tensor) -> Tensor:
