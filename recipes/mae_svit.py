@@ -1,8 +1,8 @@
 """Pre-train an SViT by masked autoencoding: masked units are skipped, though its convolutions look across units.
 
 accelerate launch recipes/mae_svit.py
-    svit_nano on 10,000 Fashion-MNIST images, the preset `mae_svit_small`: one epoch at 131 images/s on
-    2 CPU cores (AMD EPYC)
+    svit_nano on 10,000 Fashion-MNIST images, the preset `mae_svit_small`: under 3 minutes on
+    2 CPU cores (AMD EPYC), kNN accuracy 71.8 % after it
 accelerate launch recipes/mae_svit.py --model svit_b --data /path/to/imagenet --grad-accum-steps 8
     HiViT-B's published pre-training, with units of 32 px; nobody has published one of SViT; not run
 
