@@ -49,11 +49,9 @@ def remap(m: Remap) -> None:
 
 def options(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
     """What a file's tensors say of the network."""
-    places = {
-        (int(stage), int(block)) for _, stage, block, *_ in (n.split(".") for n in state if n.startswith("stages"))
-    }
+    blocks = {tuple(name.split(".")[1:3]) for name in state if name.startswith("stages.")}
     return {
-        "depths": [sum(stage == s for stage, _ in places) for s in range(4)],
+        "depths": [sum(stage == str(s) for stage, _ in blocks) for s in range(4)],
         "in_chans": state["stem.convs.0.weight"].shape[1] if "stem.convs.0.weight" in state else 3,
         "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
     }

@@ -162,6 +162,11 @@ def own_family(name: str) -> str | None:
     return next((layout for layout in OWN if name.startswith(f"{layout}_")), None)
 
 
+def own_names() -> list[str]:
+    """Our networks that files of their own are read into."""
+    return timm.list_models([f"{layout}_*" for layout in OWN])
+
+
 @cache
 def plain_vits() -> list[str]:
     """Names in timm."""
@@ -195,14 +200,13 @@ def find(source: str) -> Origin:
         if source in family.aliases:
             return Origin(family.aliases[source], layout, None, {})
     name = source.split(".")[0]
-    if name in plain_vits() or (own_family(name) and timm.is_model(name)):
+    if name in plain_vits() or name in own_names():
         known = timm.list_models(f"{name}.*", pretrained=True)
         if "." in source and source not in known:
             raise UserError(f"--from {source}: timm has no such tag of {name}; it has {', '.join(known) or 'none'}.")
         return Origin(source, own_family(name), None, {})
     aliases = [alias for family in families().values() for alias in family.aliases]
-    ours = [name for layout in OWN for name in timm.list_models(f"{layout}_*")]
-    near = difflib.get_close_matches(source, [*aliases, *ours, *plain_vits()], 3, 0.3)
+    near = difflib.get_close_matches(source, [*aliases, *own_names(), *plain_vits()], 3, 0.3)
     raise UserError(f"--from {source} is no alias, plain ViT of timm or folder: try {', '.join(near)}, or --list.")
 
 
@@ -480,7 +484,7 @@ def convert(
         options: HPViT's.
     """
     origin = find(source)
-    targets = ["timm", "hpvit", *NAMED, *(name for layout in OWN for name in timm.list_models(f"{layout}_*"))]
+    targets = ["timm", "hpvit", *NAMED, *own_names()]
     if to not in targets:
         raise UserError(f"--to {to} is unknown: choose among {', '.join(targets)}.")
     if not dry_run:
