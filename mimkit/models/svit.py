@@ -5,8 +5,9 @@ In the first two, tokens are softly assigned to the super tokens around them, wh
 two every token is its own super token, and this is ordinary attention. 3 x 3 convolutions in every block tell places.
 
 Those convolutions cross mask units, so nothing can be skipped as freely as in HiViT. Here the state of the network is
-the visible tokens alone, and wherever a convolution or an association looks at neighbours, masked ones are zero, just
-as those beyond the image's border are. With nothing masked this is the ordinary network.
+the visible tokens alone. Where an association looks at neighbours, masked ones are zero, just as those beyond the
+image's border are; where a convolution does, they are the mean of the image's visible tokens. With nothing masked this
+is the ordinary network.
 """
 
 from collections.abc import Sequence
@@ -46,12 +47,13 @@ class Places(NamedTuple):
         gh, gw = self.grid
         return x.unflatten(2, (gw, -1)).unflatten(1, (gh, -1))[self.where()]
 
-    def to_map(self, x: Tensor) -> Tensor:
-        """State -> map (b h w ...), zero where nothing is visible"""
+    def to_map(self, x: Tensor, average: bool = False) -> Tensor:
+        """State -> map (b h w ...); where nothing is visible it is zero, or the average of what is in the image"""
         if self.visible is None or not self.skip:
             return x
         (gh, gw), k = self.grid, x.shape[2]
-        blank = x.new_zeros(len(x), gh, k, gw, k, *x.shape[4:])
+        blank = wide(x).mean(dim=(1, 2, 3)).to(x.dtype) if average else x.new_zeros(len(x), *x.shape[4:])
+        blank = blank[:, None, None, None, None].expand(-1, gh, k, gw, k, *x.shape[4:]).clone()
         blank[self.where()] = x
         return blank.flatten(3, 4).flatten(1, 2)
 
@@ -73,8 +75,13 @@ def wide(x: Tensor) -> Tensor:
 
 
 def convolve(conv: Any, x: Tensor, places: Places) -> Tensor:
-    """A 3 x 3 convolution of a state: (... d) -> (... d'), half as wide and high if its stride is 2"""
-    x = conv(rearrange(places.to_map(x), "b h w d -> b d h w"))
+    """A 3 x 3 convolution of a state: (... d) -> (... d'), half as wide and high if its stride is 2
+
+    A masked neighbour counts as an average one. Zeros would make what comes out depend on how many neighbours there are
+    more than on the image, as tokens share a large mean: trained so, the network is another one on whole images, and
+    the last layer's features collapse (measured: benchmarks/cifar10_probe.md).
+    """
+    x = conv(rearrange(places.to_map(x, average=True), "b h w d -> b d h w"))
     return places.to_state(rearrange(x, "b d h w -> b h w d"))
 
 
