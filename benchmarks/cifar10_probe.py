@@ -30,7 +30,7 @@ from mimkit.sources import open_labelled
 FLAGS = {
     "mae_hivit": ["--model-args.embed_dim", "160"],
     "simmim_svit": [],
-    "mae_svit": ["--norm-targets", "false", "--decoder-dim", "128", "--decoder-depth", "4"],
+    "mae_svit": ["--norm-targets", "false", "--mask-ratio", "0.4"],
 }
 
 
