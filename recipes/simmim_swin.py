@@ -1,8 +1,8 @@
 """Pre-train a Swin by SimMIM: the whole map is computed, mask tokens and all.
 
 accelerate launch recipes/simmim_swin.py
-    a small Swin on 10,000 Fashion-MNIST images, the preset `simmim_swin_small`: one epoch at 129 images/s on
-    2 CPU cores (AMD EPYC)
+    a small Swin on 10,000 Fashion-MNIST images, the preset `simmim_swin_small`: 2 min 15 s on
+    2 CPU cores (AMD EPYC), kNN accuracy 57.8 % after it and 59.4 % at random
 accelerate launch recipes/simmim_swin.py --config simmim_swin_b_800ep --data /path/to/imagenet --grad-accum-steps 4
     SimMIM's published pre-training of Swin-B, batch 2048 (by default for 100 epochs); not run
 
