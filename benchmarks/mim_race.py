@@ -267,24 +267,24 @@ def race(machine: Machine, rows: list[Row], batch: int, rounds: int, compile: bo
         peaks[row.name] = machine.peak(steps[row.name]) / batch
         print(f"{row.name}: {bytes_kept[row.name]:.0f} MB kept an image", file=sys.stderr, flush=True)
     times, rates = take_turns(steps, machine, rounds)
+    speeds = {name: batch / median(seconds) for name, seconds in times.items()}
     lines = [
         "| network | units | masked | forward GMACs | images/s | against Swin-B | the same / ratio of GMACs "
         "| of the matrix rate | MB kept for backward, an image | MB at the peak, an image |",
         "|---" * 10 + "|",
     ]
     for row in rows:
-        name, speed = row.name, batch / median(times[row.name])
+        name = row.name
         ratio = median(theirs / ours for theirs, ours in zip(times[SWIN], times[name], strict=True))
         work = gmacs[SWIN] / gmacs[name]
         share = median(6 * gmacs[name] * batch / t / rate for t, rate in zip(times[name], rates[name], strict=True))
         lines.append(
-            f"| {name} | {row.units} | {row.ratio:.0%} | {gmacs[name]:.2f} | {speed:.2f} | {ratio:.2f} x | "
+            f"| {name} | {row.units} | {row.ratio:.0%} | {gmacs[name]:.2f} | {speeds[name]:.2f} | {ratio:.2f} x | "
             f"{ratio / work:.2f} | {share:.0%} | {bytes_kept[name]:.0f} | {peaks[name]:.0f} |"
         )
     table = "\n".join(lines)
     print(f"{machine.side}-cube matrix product: {typical(rates):.0f} GFLOP/s\n\n{table}")
     Path(f"{out}.md").write_text(f"{table}\n")
-    speeds = {row.name: batch / median(times[row.name]) for row in rows}
     draw(speeds, bytes_kept, f"{machine.words()}, {machine.precision}, batch {batch}", Path(f"{out}.png"))
 
 
