@@ -79,7 +79,7 @@ def convolve(conv: Any, x: Tensor, places: Places) -> Tensor:
 
     A masked neighbour counts as an average one. Zeros would make what comes out depend on how many neighbours there are
     more than on the image, as tokens share a large mean: trained so, the network is another one on whole images, and
-    the last layer's features collapse (measured: benchmarks/cifar10_probe.md).
+    its features are worth less (measured: benchmarks/cifar10_probe.md).
     """
     x = conv(rearrange(places.to_map(x, average=True), "b h w d -> b d h w"))
     return places.to_state(rearrange(x, "b d h w -> b h w d"))
