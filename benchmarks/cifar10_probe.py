@@ -74,7 +74,7 @@ def measure(data: str, recipe: str = "mae_hivit", out: str | None = None, seed: 
         normalise = Normalise(cfg["mean"], cfg["std"])
         train, test = extract_parts(model, parts, (32, 32), normalise, images=(10_000, 10_000))
         probe = linear_probe(train, test)
-        chosen = f"lr {probe.lr:g}, decay {probe.weight_decay:g} ({probe.validation:.1f} %)"
+        chosen = f"decay {probe.weight_decay:g} ({probe.validation:.1f} %)"
         loaders = (eval_loader(part, (32, 32), 3, 10_000) for part in parts)
         maps = linear_probe(*(over(model, loader, normalise, partial(pooled_maps, model)) for loader in loaders))
         knn10 = knn(train, test)[10]

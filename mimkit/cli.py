@@ -80,7 +80,7 @@ def knn(model: str, data: str = "sample", img_size: int | str | None = None, ima
 def probe(
     model: str, data: str = "sample", img_size: int | str | None = None, images: PositiveInt | None = None
 ) -> None:
-    """Accuracy of a linear classifier on pooled features; its settings are chosen on a fifth of the training images.
+    """Accuracy of a linear classifier on pooled features; its decay is chosen on a fifth of the training images.
 
     Args:
         model: directory of an encoder, such as RUN/encoder, or a name known to timm (random without a tag).
@@ -92,7 +92,7 @@ def probe(
     found = evaluation.linear_probe(train, test)
     print(
         f"linear probe {found.accuracy:.2f} % ({len(train.y)} training and {len(test.y)} test images; "
-        f"lr {found.lr:g}, weight decay {found.weight_decay:g}: {found.validation:.2f} % on held-out training images)"
+        f"weight decay {found.weight_decay:g}: {found.validation:.2f} % on held-out training images)"
     )
 
 

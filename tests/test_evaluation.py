@@ -5,7 +5,7 @@ from torch import nn
 
 from mimkit.data import Normalise
 from mimkit.errors import UserError
-from mimkit.evaluation import Features, extract_parts, fit_linear, knn, linear_probe
+from mimkit.evaluation import Features, extract_parts, fit_path, knn, linear_probe
 from mimkit.sources import open_labelled
 
 
@@ -41,13 +41,13 @@ def test_knn_is_its_definition():
 
 def test_probe_learns_and_test_labels_never_choose():
     train, test = clouds(400), clouds(300, 1)
-    probe = linear_probe(train, test, epochs=5)
+    probe = linear_probe(train, test)
     assert probe.accuracy > 95
     shuffled = test._replace(y=test.y[torch.randperm(len(test.y))])
-    again = linear_probe(train, shuffled, epochs=5)
-    assert (again.lr, again.weight_decay, again.validation) == (probe.lr, probe.weight_decay, probe.validation)
+    again = linear_probe(train, shuffled)
+    assert (again.weight_decay, again.validation) == (probe.weight_decay, probe.validation)
     assert again.accuracy < 50
-    blind = linear_probe(train._replace(x=torch.randn(400, 16)), test, epochs=5)
+    blind = linear_probe(train._replace(x=torch.randn(400, 16)), test)
     assert blind.accuracy < 50
     with pytest.raises(UserError, match="2 classes"):
         linear_probe(train._replace(y=torch.zeros(400, dtype=torch.long)), test)
@@ -56,14 +56,34 @@ def test_probe_learns_and_test_labels_never_choose():
 def test_probe_does_not_mind_the_scale_of_features():
     train, test = clouds(400), clouds(300, 1)
     scaled = [part._replace(x=part.x * torch.logspace(-3, 3, 16) + 5) for part in (train, test)]
-    plain = linear_probe(train, test, epochs=5)
-    assert linear_probe(*scaled, epochs=5).accuracy == pytest.approx(plain.accuracy, abs=1)
+    plain = linear_probe(train, test)
+    assert linear_probe(*scaled).accuracy == pytest.approx(plain.accuracy, abs=1)
 
 
-def test_fit_uses_weight_decay():
-    train = clouds(200)
-    norms = [fit_linear(train, 4, 0.1, decay, 30).weight.norm() for decay in (0.0, 0.1)]
-    assert norms[1] < 0.9 * norms[0]
+def test_fit_is_the_optimum_for_each_decay_though_features_are_ill_conditioned():
+    train = clouds(200, noise=3)
+    x = train.x @ torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).matrix_power(3)
+    train = train._replace(x=(x - x.mean(0)) / x.std(0))
+    assert torch.linalg.cond(train.x) > 100
+
+    def loss(head, decay):
+        scores = train.x.double() @ head.weight.double().T + head.bias.double()
+        return float(nn.functional.cross_entropy(scores, train.y) + decay / 2 * head.weight.square().sum())
+
+    losses, norms = {}, []
+    for decay, head in fit_path(train, 4, (1e-4, 1e-2, 1e-3)):
+        losses[decay] = loss(head, decay)
+        norms.append(float(head.weight.norm()))
+    assert norms == sorted(norms)
+    assert list(losses) == [1e-2, 1e-3, 1e-4]
+    for decay, found in losses.items():
+        head = nn.Linear(16, 4)
+        descent = torch.optim.Adam(head.parameters(), 0.05)
+        for _ in range(3000):
+            descent.zero_grad()
+            (nn.functional.cross_entropy(head(train.x), train.y) + decay / 2 * head.weight.square().sum()).backward()
+            descent.step()
+        assert found < loss(head, decay) + 1e-4
 
 
 def test_features_of_any_timm_model_in_its_own_mode():
