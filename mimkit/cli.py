@@ -22,6 +22,7 @@ from mimkit.finetuning import classifier
 from mimkit.macs import count_gmacs
 from mimkit.options import PositiveInt, run_command
 from mimkit.pretraining import comes_with_weights, create, input_of, load_run
+from mimkit.segmentation import find_segmenter, predict_masks
 from mimkit.sources import open_all, open_labelled, open_source
 from mimkit.visualize import reconstructions
 
@@ -198,21 +199,27 @@ def convert(
 def predict(
     model: str,
     images: str,
-    out: str = "predictions.csv",
+    out: str | None = None,
     top: PositiveInt = 1,
     crop_pct: float | None = None,
     max_bad: float = 0.01,
 ) -> None:
-    """Label images by a fine-tuned model, in a table of comma-separated values.
+    """Label images by a fine-tuned classifier, in a table, or their pixels by a segmenter, in masks.
 
     Args:
-        model: run of recipes/finetune.py, its last/ or best/, or any classifier that timm can load.
+        model: run of recipes/finetune.py or segment.py, its last/ or best/, or any classifier that timm can load.
         images: an image, a folder of images, parquet or .tar files.
-        out: table to write: image, label and probability.
+        out: table to write: image, label and probability (predictions.csv); for a segmenter a new folder of masks, each
+            of the size of its image, in the class numbers of the data it was trained with (predictions).
         top: how many labels for an image, the most likely first.
         crop_pct: share of the scaled image that is looked at; the model's own by default.
         max_bad: share of images that may be impossible to decode; they are left out.
     """
+    if segmenter := find_segmenter(model):
+        out = out or "predictions"
+        print(f"wrote {out}/: {predict_masks(segmenter, images, out, max_bad)} masks")
+        return
+    out = out or "predictions.csv"
     network = classifier(model)
     in_chans, size, normalise, own_crop = input_of(network)
     names = network.pretrained_cfg.get("label_names") or list(map(str, range(network.num_classes)))

@@ -30,7 +30,7 @@ from mimkit.sources import Source
 
 Size = tuple[int, int]
 Index = int | tuple[int, int]  # of an image: its row, or (shard, row) in a stream
-Transform = Callable[[Any], Any]
+Transform = Callable[..., Any]
 WINDOW = 2048  # rows among which a stream is shuffled, beside the shuffle of its shards
 
 
@@ -125,7 +125,7 @@ class View(NamedTuple):
 
     image: Tensor | None  # (c H W), uint8 or float32; None when it cannot be decoded
     noise: Tensor  # (n) for the mask
-    label: int
+    label: int | Tensor  # its class, or what `Viewer.target` gave, as the transform left it
     name: str  # its file, or its place
     bad: str = ""  # why it cannot be decoded
 
@@ -137,6 +137,8 @@ class Viewer:
     Args:
         units: mask units in an image, the length of its noise; 0 for none.
         fields: names of the image and the label column.
+        target: reads what the label column holds, if that is no class; the transform takes it along with the image,
+            and gives back both.
     """
 
     transform: Transform
@@ -144,6 +146,7 @@ class Viewer:
     units: int
     seed: int
     fields: tuple[str, str | None]
+    target: Callable[[Any], Any] | None = None
 
     def __call__(self, row: dict[str, Any], epoch: int, index: Index) -> View:
         file = row[self.fields[0]] or {"bytes": None, "path": None}
@@ -154,14 +157,22 @@ class Viewer:
         with seeded(self.seed, epoch, *key):
             noise = torch.rand(self.units)
             try:
-                data = file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
-                image = self.transform(decode(data, self.in_chans))
+                image = decode(read_cell(file), self.in_chans)
+                if self.target:
+                    image, label = self.transform(image, self.target(label))
+                else:
+                    image = self.transform(image)
                 if isinstance(image, Image.Image):
                     image = v2.functional.pil_to_tensor(image)
             except Exception as error:  # readers raise whatever they like on a broken file
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 return View(None, noise, -1, name, reason)
-        return View(image, noise, -1 if label is None else int(label), name)
+        return View(image, noise, label if isinstance(label, Tensor) else -1 if label is None else int(label), name)
+
+
+def read_cell(file: dict[str, Any]) -> bytes:
+    """What a cell of images holds, or points at."""
+    return file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
@@ -172,7 +183,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # (b c H W), uint8 or float32
     noise: Tensor  # (b n)
-    labels: Tensor  # (b), -1 without
+    labels: Tensor  # (b), -1 without; or masks (b H W)
     names: list[str]
     bad: list[tuple[str, str]]  # images that could not be decoded, and why
 
@@ -192,7 +203,7 @@ def collate(views: list[View]) -> Batch:
     return Batch(
         torch.stack(images) if images else torch.empty(0),
         torch.stack([view.noise for view in views]),
-        torch.tensor([view.label for view in filled]),
+        torch.stack([torch.as_tensor(view.label) for view in filled]) if filled else torch.empty(0),
         [view.name for view in filled],
         [(view.name, view.bad) for view in views if view.bad],
     )
@@ -368,7 +379,7 @@ def train_loader(source: Source, viewer: Viewer, plan: Plan, workers: int) -> Da
     return DataLoader(Rows(source, viewer), batch_sampler=Order(plan), collate_fn=collate, **common)
 
 
-def _spread(length: int, count: int) -> list[int]:
+def spread(length: int, count: int) -> list[int]:
     """Places of so many rows, evenly spread."""
     return [int(i) for i in np.linspace(0, length - 1, min(count, length))]
 
@@ -386,14 +397,14 @@ def eval_loader(
     """Images in order, with labels: evenly spread ones where fewer are wanted, of them the share of (rank, world)."""
     viewer = Viewer(eval_transform(size, crop_pct), in_chans, 0, 0, (source.image, source.label))
     rank, world = share
-    places: Any = [(0, i) for i in _spread(source.length, images or source.length)[rank::world]]
+    places: Any = [(0, i) for i in spread(source.length, images or source.length)[rank::world]]
     return DataLoader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate_good, num_workers=workers)
 
 
 def look(source: Source, size: Size, in_chans: int, count: int) -> Batch:
     """A few images, uncropped: evenly spread ones, or the first of a stream."""
     viewer = Viewer(eval_transform(size), in_chans, 0, 0, (source.image, source.label))
-    rows = source.rows.take(count) if source.streaming else (source.rows[i] for i in _spread(source.length, count))
+    rows = source.rows.take(count) if source.streaming else (source.rows[i] for i in spread(source.length, count))
     return collate([viewer(row, 0, i) for i, row in enumerate(rows)])
 
 

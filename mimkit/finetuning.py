@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from rich.console import Console
 from rich.table import Table
 from timm.data import Mixup
@@ -22,7 +21,7 @@ from mimkit.evaluation import NoImagesError, Scores, over, score
 from mimkit.pretraining import comes_with_weights, create
 from mimkit.sources import Source
 from mimkit.training import Run
-from mimkit.visualize import confusions, curves
+from mimkit.visualize import confusions
 
 # Where the forms of a network differ: in pre-training it ends in a norm of its own, and HiViT has no relative bias
 ENDS = ("fc_norm.", "norm.")
@@ -212,14 +211,17 @@ def show_groups(groups: list[dict[str, Any]], lr: float, console: Console) -> No
 # How it is judged ----------------------------------------------------------------------------------------------------
 
 
-class Judge:
-    """Accuracy of a network on labelled images, counted over all processes.
+class Classification:
+    """Accuracy on labelled images.
 
     Args:
         shape: of the input, (c H W).
         crop_pct: the input is the middle of an image that is 1 / crop_pct times as large.
         names: of the classes.
     """
+
+    figure = "top1"
+    hints: tuple[str, ...] = ("predict --model {} --images FOLDER", "export --model {} --out model.onnx")
 
     def __init__(
         self,
@@ -232,13 +234,10 @@ class Judge:
     ):
         self.run, self.test, self.shape, self.normalise = run, test, shape, normalise
         self.crop_pct, self.names = crop_pct, list(names)
-        self.latest: Scores | None = None
 
-    def score(self, network: Any) -> Scores:
-        """Of all test images."""
+    def score(self, network: Any) -> dict[str, float]:
+        """top1 and top5, in %"""
         run, accelerator = self.run, self.run.accelerator
-        if accelerator.num_processes > 1:  # running statistics are each process's own, and the main one's are written
-            broadcast(list(network.buffers()))
         loader = eval_loader(
             self.test,
             self.shape[1:],
@@ -255,71 +254,23 @@ class Judge:
             counts = score(found.x, found.y)
         except NoImagesError:  # for this process: the others wait for it
             counts = Scores(torch.zeros(len(self.names), len(self.names), dtype=torch.int64), torch.tensor(0))
-        self.latest = Scores(*(accelerator.reduce(x.to(accelerator.device), "sum").cpu() for x in counts))
+        self.latest = Scores(*run.total(*counts))
         if not self.latest.confusion.any():
             raise NoImagesError
-        return self.latest
+        return {"top1": self.latest.top1, "top5": self.latest.top5}
 
-    def __call__(self, step: int, network: Any, ema: Any = None) -> None:
-        """Measure, print and log; write last/, and best/ if it is. Where weights are averaged it is they that count."""
-        before = max((line["top1"] for line in self.run.metrics() if "top1" in line), default=-1.0)
-        if ema:
-            raw = self.score(network).top1
-            self.run.log(step, top1_raw=raw)
-            self.run.print(f"top-1 {raw:.2f} % by the weights as they are; by their average")
-        scores = self.measure(step, ema or network)
-        self.write(ema or network, "last")
-        if scores.top1 > before:
-            self.write(ema or network, "best")
-        self.run.accelerator.wait_for_everyone()
-
-    def measure(self, step: int, network: Any) -> Scores:
-        """Print and log."""
-        scores = self.score(network)
-        self.run.log(step, top1=scores.top1, top5=scores.top5)
-        self.run.print(f"after {step} steps: {self.words(scores)}")
-        return scores
-
-    def words(self, scores: Scores) -> str:
+    def words(self, figures: dict[str, float]) -> str:
         """In a line."""
-        top5 = f", top-5 {scores.top5:.2f} %" if len(self.names) > 5 else ""
-        return f"top-1 {scores.top1:.2f} %{top5} of {scores.confusion.sum()} test images"
+        top5 = f", top-5 {figures['top5']:.2f} %" if len(self.names) > 5 else ""
+        return f"top-1 {figures['top1']:.2f} %{top5} of {self.latest.confusion.sum()} test images"
 
-    def write(self, network: Any, name: str) -> None:
-        """Into the run's directory, in timm's layout, with the names of its classes."""
-        if self.run.accelerator.is_main_process:
-            mean, std = self.normalise.values
-            about = {"input_size": self.shape, "crop_pct": self.crop_pct, "interpolation": "bicubic"}
-            write_model(network, self.run.folder / name, mean=mean, std=std, label_names=self.names, **about)
+    def write(self, network: Any, folder: Path) -> None:
+        """In timm's layout, with the names of its classes."""
+        mean, std = self.normalise.values
+        about = {"input_size": self.shape, "crop_pct": self.crop_pct, "interpolation": "bicubic"}
+        write_model(network, folder, mean=mean, std=std, label_names=self.names, **about)
 
-    def alone(self, network: Any) -> float:
-        """Judge a network as it is; with --out leave the picture. -> top-1 accuracy"""
-        scores = self.score(network)
-        self.run.print(self.words(scores))
-        if self.run.options.out:
-            self.draw(scores)
-            self.run.print(f"wrote {self.run.folder}/confusion.png")
-        return scores.top1
-
-    def draw(self, scores: Scores) -> None:
-        """The confusion of classes, and how training went, where there was any."""
-        if self.run.accelerator.is_main_process:
-            confusions(scores.confusion, self.names, self.run.folder / "confusion.png")
-            if metrics := self.run.metrics():
-                curves(metrics, self.run.folder / "curves.png")
-
-    def finish(self, network: Any) -> float:
-        """The pictures, and what to do next. -> top-1 accuracy at the end"""
-        run, scores = self.run, self.latest or self.score(network)
-        if not run.accelerator.is_main_process:
-            return scores.top1
-        self.draw(scores)
-        best = max((line for line in run.metrics() if "top1" in line), key=lambda line: line["top1"])
-        run.print(
-            f"\nwrote {run.folder}/: last/ ({scores.top1:.2f} %) and best/ ({best['top1']:.2f} % after {best['step']} "
-            "steps, chosen by the test images) for timm,\n"
-            "confusion.png, curves.png, metrics.jsonl, config.yaml, checkpoints/\n"
-            f"next: mimkit predict --model {run.folder}/last --images FOLDER\n"
-            f"      mimkit export --model {run.folder}/last --out model.onnx"
-        )
-        return scores.top1
+    def draw(self, folder: Path) -> list[str]:
+        """The confusion of classes."""
+        confusions(self.latest.confusion, self.names, folder / "confusion.png")
+        return ["confusion.png"]

@@ -6,7 +6,7 @@ import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.optim._param_groups import auto_group_layers
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from torch import nn
 
 from mimkit.errors import UserError
@@ -55,17 +55,38 @@ def layer_groups(model: Any, weight_decay: float, layer_decay: float, pool_scale
     return sorted(groups, key=lambda group: (group["layer"], -group["weight_decay"]))
 
 
+def groups_with_head(
+    model: nn.Module, backbone: str, weight_decay: float, layer_decay: float, pool_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """`layer_groups` of the backbone of that name, which is without a head, below all the rest of a model."""
+    inside = f"{backbone}."
+    groups = layer_groups(model.get_submodule(backbone), weight_decay, layer_decay, pool_scale)
+    for group in groups:
+        pools = group["param_names"][0].startswith(POOLS)
+        group["lr_scale"] = group.get("lr_scale", 1.0) * (1.0 if pools else layer_decay)
+        group["param_names"] = [inside + name for name in group["param_names"]]
+    last = 1 + max(group["layer"] for group in groups)
+    rest = [(name, parameter) for name, parameter in model.named_parameters() if not name.startswith(inside)]
+    for decay, flat in ((weight_decay, False), (0.0, True)):
+        names, parameters = zip(*((n, p) for n, p in rest if (p.ndim <= 1) is flat), strict=True)
+        about = {"lr_scale": 1.0, "weight_decay": decay, "layer": last}
+        groups.append({"params": list(parameters), "param_names": list(names), **about})
+    return groups
+
+
 def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> CosineLRScheduler:
     """Linear warm-up from 0, then half a cosine down to 0 (MAE, table 8). Call `step_update(step)` before each step."""
+    return CosineLRScheduler(optimizer, **_warmed_up(steps, warmup))
+
+
+def poly(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> PolyLRScheduler:
+    """Linear warm-up from 0, then a line down to 0, as dense prediction has it (BEiT, appendix H)."""
+    return PolyLRScheduler(optimizer, power=1.0, **_warmed_up(steps, warmup))
+
+
+def _warmed_up(steps: int, warmup: int) -> dict[str, Any]:
     if warmup >= steps:
         raise UserError(
             f"A warm-up of {warmup} steps fills the run of {steps}: give fewer --warmup-epochs, or more --epochs."
         )
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=steps - warmup,
-        warmup_t=warmup,
-        warmup_lr_init=0.0,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+    return {"t_initial": steps - warmup, "warmup_t": warmup, "warmup_prefix": True, "t_in_epochs": False}

@@ -67,7 +67,8 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
         name: a folder that timm can read, or a name in timm.
         weights: whether to load those of the folder or of the name's tag, strictly; by default where there are any.
         state: load these, strictly; tables follow the input size as timm has it. Needs their `num_classes`.
-        options: timm's own; `img_size` and `drop_path_rate` are left out where a network knows no such thing.
+        options: timm's own; `img_size`, `dynamic_img_size` and `drop_path_rate` are left out where a network knows no
+            such thing.
     """
     folder = Path(name) if (Path(name) / "config.json").is_file() else None
     known = f"local-dir:{name}" if folder else name
@@ -81,7 +82,7 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError, SafetensorError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         reason = " ".join(" ".join(lines if lines[0].startswith("Error(s) in loading") else lines[:1]).split())
-        for unknown in ("img_size", "drop_path_rate"):
+        for unknown in ("img_size", "drop_path_rate", "dynamic_img_size"):
             if unknown in options and f"unexpected keyword argument '{unknown}'" in reason:
                 return create(name, weights, state, **{k: v for k, v in options.items() if k != unknown})
         if "Unknown model" in reason:

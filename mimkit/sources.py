@@ -1,5 +1,6 @@
 """What `--data` names -> a table of images, read through `datasets`."""
 
+import dataclasses
 import glob
 import os
 import tarfile
@@ -18,6 +19,7 @@ from mimkit.images import EXTENSIONS
 
 TRAIN, TEST = ("train", "training"), ("test", "val", "validation", "valid", "eval")
 LABELS = ("label", "labels", "cls", "class")
+MASKS = ("mask", "masks", "annotation", "annotations", "segmentation", "segmentation_mask", "label", "labels")
 READERS = {".parquet": "parquet", ".tar": "webdataset"} | dict.fromkeys(EXTENSIONS, "images")
 
 
@@ -34,6 +36,7 @@ class Source:
     image: str  # name of the image column
     label: str | None  # name of the label column
     length: int
+    mask: str | None = None  # name of the column of masks, images of classes
 
     @property
     def streaming(self) -> bool:
@@ -188,7 +191,9 @@ def _source(name: str, rows: Any, length: int) -> Source:
             isinstance(feature, dict) and {"bytes", "path"} == feature.keys()
         )
 
-    images = [column for column, feature in features.items() if holds_images(feature)]
+    pictures = [column for column, feature in features.items() if holds_images(feature)]
+    masks = [column for column in pictures if column.lower() in MASKS][:1] if len(pictures) > 1 else []
+    images = [column for column in pictures if column not in masks]
     if not images:
         raise UserError(f"--data {name} has no column of images among {', '.join(features) or 'none'}: add one.")
     if not length:
@@ -196,18 +201,28 @@ def _source(name: str, rows: Any, length: int) -> Source:
     labels = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel) or (c in LABELS and _is_label(f))][
         :1
     ]
-    rows = rows.select_columns([images[0], *labels]).cast_column(images[0], datasets.Image(decode=False))
+    rows = rows.select_columns([images[0], *labels, *masks])
+    for column in (images[0], *masks):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
     if labels and "string" in features[labels[0]].dtype:  # names of classes
         if isinstance(rows, datasets.IterableDataset):
             labels = []
         else:
             rows = rows.class_encode_column(labels[0])
-    return Source(name, rows, images[0], labels[0] if labels else None, length)
+    return Source(name, rows, images[0], labels[0] if labels else None, length, masks[0] if masks else None)
 
 
 def _is_label(feature: Any) -> bool:
     """One number or name for an image: not a list of boxes, not empty."""
     return str(getattr(feature, "dtype", "")).rstrip("0123456789") in ("int", "uint", "bool", "string", "large_string")
+
+
+def hold_out(source: Source) -> tuple[Source, Source]:
+    """Every fifth row is the test part."""
+    held_out = np.arange(source.length) % 5 == 0
+    parts = (source.rows.select(np.flatnonzero(part)) for part in (~held_out, held_out))
+    train, test = (dataclasses.replace(source, rows=rows, length=len(rows)) for rows in parts)
+    return train, test
 
 
 def open_labelled(data: str) -> tuple[Source, Source]:
@@ -218,9 +233,7 @@ def open_labelled(data: str) -> tuple[Source, Source]:
     try:
         test = open_source(data, train=False)
     except NoPartError:
-        held_out = np.arange(train.length) % 5 == 0
-        parts = [train.rows.select(np.flatnonzero(part)) for part in (~held_out, held_out)]
-        train, test = (Source(data, rows, train.image, train.label, len(rows)) for rows in parts)
+        train, test = hold_out(train)
     for which, part in (("training", train), ("test", test)):
         if part.label is None or any(label is None or label < 0 for label in part.rows[part.label]):
             raise UserError(

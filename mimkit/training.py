@@ -270,6 +270,10 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.count += 1
 
+    def total(self, *counts: Tensor) -> list[Tensor]:
+        """Each added up over all processes."""
+        return [self.accelerator.reduce(x.to(self.accelerator.device), "sum").cpu() for x in counts]
+
     def end_step(self, step: int) -> None:
         """Now and then: read the recorded values, show and log them."""
         done, plan = step + 1, self.data_plan

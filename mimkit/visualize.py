@@ -1,8 +1,12 @@
 """Pictures: what a masked autoencoder sees and makes of it, and how its training went."""
 
+import colorsys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -76,12 +80,13 @@ def reconstructions(mae: MAE | SimMIM, images: Tensor, normalise: Normalise, fil
 
 def curves(metrics: list[dict[str, float]], file: Path) -> None:
     """Write a picture of the loss, the learning rate and what accuracy was measured."""
-    names = [n for n in ("loss", "lr", "knn_10", "top1") if any(n in line for line in metrics)]
+    titles = {"knn_10": "kNN accuracy, % (k = 10)", "top1": "top-1 accuracy, %", "miou": "mIoU, %"}
+    names = [n for n in ("loss", "lr", *titles) if any(n in line for line in metrics)]
     figure, axes = plt.subplots(1, max(1, len(names)), figsize=(4 * max(1, len(names)), 3), squeeze=False)
     for name, axis in zip(names, axes[0], strict=False):
         points = [(line["step"], line[name]) for line in metrics if name in line]
         axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 10 else None)
-        axis.set_title({"knn_10": "kNN accuracy, % (k = 10)", "top1": "top-1 accuracy, %"}.get(name, name))
+        axis.set_title(titles.get(name, name))
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     _write(figure, file)
@@ -106,8 +111,32 @@ def confusions(confusion: Tensor, names: list[str], file: Path) -> None:
     _write(figure, file)
 
 
-def _write(figure: plt.Figure, file: Path) -> None:
-    figure.tight_layout()
+def palette(classes: int) -> np.ndarray[Any, Any]:
+    """Colours that are told apart (classes 3), uint8; neighbouring numbers lie far apart on the colour circle."""
+    turns = ((i * 0.618034 % 1, 0.85 - 0.3 * (i % 2), 0.95 - 0.25 * (i % 3 == 2)) for i in range(classes))
+    return np.array([[round(255 * x) for x in colorsys.hsv_to_rgb(*turn)] for turn in turns], dtype=np.uint8)
+
+
+def segmentations(shown: Sequence[tuple[Tensor, Tensor, Tensor]], names: list[str], file: Path) -> None:
+    """Write a picture: images (c H W), what their masks say and what was predicted (h w), a row for each."""
+    colours = np.concatenate([palette(len(names)), np.full((256 - len(names), 3), 255, np.uint8)])
+    rows = [[rearrange(image[:3] if len(image) >= 3 else image[:1], "c h w -> h w c") for image, _, _ in shown]]
+    rows += [[colours[triple[i]] for triple in shown] for i in (1, 2)]
+    figure, axes = plt.subplots(3, len(shown), figsize=(max(5.0, 1.8 * len(shown) + 0.6), 6.2), squeeze=False)
+    for name, pictures, line in zip(("image", "its mask", "predicted"), rows, axes, strict=True):
+        for picture, axis in zip(pictures, line, strict=True):
+            axis.imshow(picture, cmap="gray")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        line[0].set_ylabel(name)
+    known = sorted({int(i) for triple in shown for mask in triple[1:] for i in mask.unique() if i < len(names)})
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[i] / 255) for i in known[:24]]
+    figure.legend(handles, [names[i] for i in known[:24]], loc="lower center", ncols=8, fontsize=8)
+    _write(figure, file, bottom=0.06 + 0.04 * (len(handles) // 8))
+
+
+def _write(figure: plt.Figure, file: Path, bottom: float = 0.0) -> None:
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     with replacing_file(file) as temporary:
         figure.savefig(temporary, dpi=100)
     plt.close(figure)

@@ -18,7 +18,17 @@ from timm.utils import ModelEmaV3
 
 from mimkit.data import Viewer, default_workers, finetune_transform, parse_size, train_loader
 from mimkit.errors import UserError, one_sentence
-from mimkit.finetuning import Judge, check_classes, checkpoint_blocks, class_names, load, mixing, new_head, show_groups
+from mimkit.finetuning import (
+    Classification,
+    check_classes,
+    checkpoint_blocks,
+    class_names,
+    load,
+    mixing,
+    new_head,
+    show_groups,
+)
+from mimkit.judging import Judge
 from mimkit.optim import cosine, layer_groups
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
 from mimkit.pretraining import colours, input_of
@@ -148,7 +158,8 @@ def train(options: Options) -> tuple[Run, float | None]:
         options.mean, options.std = options.mean or own_colours.values[0], options.std or own_colours.values[1]
     normalise = colours(options.in_chans, options.mean, options.std)
     options.mean, options.std = normalise.values
-    judge = Judge(run, test, (options.in_chans, *size), normalise, options.crop_pct or own_crop, names)
+    shape = (options.in_chans, *size)
+    judge = Judge(run, Classification(run, test, shape, normalise, options.crop_pct or own_crop, names))
     if options.eval_only:
         check_classes(network, names, options.model, options.data)
         return run, judge.alone(network.to(run.accelerator.device))

@@ -20,7 +20,8 @@ from timm.optim import Lars
 from mimkit.data import Viewer, default_workers, parse_size, train_loader, train_transform
 from mimkit.errors import UserError, one_sentence
 from mimkit.evaluation import FrozenProbe, extract_parts, linear_probe
-from mimkit.finetuning import Judge, class_names, read
+from mimkit.finetuning import Classification, class_names, read
+from mimkit.judging import Judge
 from mimkit.optim import adamw, cosine
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
 from mimkit.pretraining import input_of
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = Lars(groups, options.lr, momentum=0.9, weight_decay=options.weight_decay)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
     model, stepper = run.prepare(probe, optimizer)
-    judge = Judge(run, test, (in_chans, *size), normalise, crop_pct, names)
+    judge = Judge(run, Classification(run, test, (in_chans, *size), normalise, crop_pct, names))
 
     for step, parts in run.steps(loader):
         schedule.step_update(step)
@@ -140,8 +141,7 @@ def main(argv: list[str] | None = None) -> None:
             judge.measure(step + 1, probe)
         if run.due(step, options.save_every):
             run.save(step)
-    judge.draw(judge.latest or judge.score(probe))
-    run.print(f"wrote {run.folder}/: confusion.png, curves.png, metrics.jsonl, config.yaml, checkpoints/")
+    run.print(f"wrote {run.folder}/: {', '.join(judge.draw(probe))}, metrics.jsonl, config.yaml, checkpoints/")
     run.accelerator.end_training()
 
 

@@ -1,0 +1,79 @@
+"""Any backbone of timm as maps at 1/4, 1/8, 1/16 and 1/32 of the input, for dense prediction."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from mimkit.errors import UserError
+
+NECKS = ("auto", "maps", "pyramid", "both")
+
+
+class Pyramid(nn.Module):
+    """Four maps, each half as wide and high as the one before, normalised over channels.
+
+    What comes from where is the `neck`:
+        maps: the ends of the backbone's own stages; one that ends at 1/16 is pooled to 1/32.
+        pyramid: the simple feature pyramid of a plain ViT (Li et al., "Exploring plain vision transformer backbones for
+            object detection", ECCV 2022): deconvolutions of the 1/16 map, the map itself, and the map pooled.
+        both: that, and finer stages added through 1 x 1 convolutions.
+    By default a plain ViT has a pyramid; an HPViT, whose stages are as wide as its last one, both; others have maps.
+
+    Images are padded at the right and bottom with zeros, the mean of what a network takes, to a multiple of `multiple`.
+
+    Args:
+        backbone: of timm, with `forward_intermediates`. What the maps do not need is removed from it.
+    """
+
+    def __init__(self, backbone: Any, neck: str = "auto"):
+        super().__init__()
+        if neck not in NECKS:
+            raise UserError(f"--neck {neck} is unknown: choose among {', '.join(NECKS)}.")
+        name = backbone.pretrained_cfg["architecture"]
+        if not all(hasattr(backbone, part) for part in ("forward_intermediates", "prune_intermediate_layers")):
+            raise UserError(f"{name} gives no maps of its stages: choose a backbone of timm that does.")
+        infos = backbone.feature_info if isinstance(backbone.feature_info, list) else backbone.feature_info.info
+        stages = {info["reduction"]: i for i, info in enumerate(infos)}  # the last one of each
+        coarsest = max(stages)
+        base = max((r for r in stages if r < 32), default=coarsest)  # what a pyramid is built on
+        wide = len({info["num_chs"] for info in infos}) == 1
+        if neck == "auto":
+            neck = "pyramid" if len(stages) == 1 else "both" if wide else "maps"
+        if neck in ("maps", "both") and sorted(stages) not in ([4, 8, 16], [4, 8, 16, 32]):
+            strides = ", ".join(map(str, sorted(stages)))
+            raise UserError(f"--neck {neck} needs maps at 4, 8 and 16 px; {name}'s are at {strides}: use a pyramid.")
+        self.neck = neck
+        self.multiple = coarsest if neck == "maps" and coarsest == 32 else 2 * base
+
+        used = stages.values() if neck == "maps" else [stages[r] for r in sorted(stages) if r <= base]
+        used = list(used) if neck != "pyramid" else [stages[base]]
+        self.indices = sorted(used)
+        self.backbone = backbone
+        self.backbone.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        widths = [infos[i]["num_chs"] for i in self.indices]
+        self.norms = nn.ModuleList(LayerNorm2d(width, eps=1e-6) for width in widths)
+        self.up, self.side = nn.ModuleList(), nn.ModuleList()
+        self.channels = widths if len(widths) == 4 else [*widths, widths[-1]]
+        if neck != "maps":
+            d = widths[-1]
+            self.channels = [d // 4, d // 2, d, d]
+            fine = nn.ConvTranspose2d(d, d // 2, 2, 2), LayerNorm2d(d // 2, eps=1e-6), nn.GELU()
+            self.up.append(nn.Sequential(*fine, nn.ConvTranspose2d(d // 2, d // 4, 2, 2)))
+            self.up.append(nn.ConvTranspose2d(d, d // 2, 2, 2))
+            self.side.extend(nn.Conv2d(d, c, 1) for d, c in zip(widths[:-1], self.channels, strict=False))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(b c H W) -> 4 x (b d h w), of the padded image"""
+        height, width = x.shape[-2:]
+        x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
+        found = self.backbone.forward_intermediates(x, indices=self.indices, intermediates_only=True)
+        maps = [norm(m) for norm, m in zip(self.norms, found, strict=True)]
+        if self.neck != "maps":
+            base = maps[-1]
+            sides = [side(m) for side, m in zip(self.side, maps[:-1], strict=True)]
+            maps = [up(base) for up in self.up]
+            maps = [m + side for m, side in zip(maps, sides, strict=True)] if sides else maps
+            maps.append(base)
+        return maps if len(maps) == 4 else [*maps, F.avg_pool2d(maps[-1], 2)]

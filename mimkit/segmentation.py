@@ -1,0 +1,363 @@
+"""Semantic segmentation: a decoder on any backbone, whole images and windows of them, mIoU."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from mimkit.checkpoint import load_strictly, replacing, replacing_file
+from mimkit.data import Batch, Normalise, Rows, Size, Viewer, collate, collate_good, guarded, spread
+from mimkit.errors import UserError
+from mimkit.evaluation import NoImagesError
+from mimkit.masks import IGNORE, Classes, judged_pairs, resize_short
+from mimkit.pretraining import create
+from mimkit.pyramid import Pyramid
+from mimkit.sources import Source, open_all
+from mimkit.training import Run
+from mimkit.visualize import palette, segmentations
+
+EDGE = 3  # px: how far from an edge between classes its boundary reaches
+
+# The network ---------------------------------------------------------------------------------------------------------
+
+
+class Segmenter(nn.Module):
+    """A pyramid, a decoder of segmentation-models-pytorch, and scores of classes.
+
+    Args:
+        backbone: of timm.
+        classes: how many.
+        decoder: upernet (Xiao et al., ECCV 2018) or fpn (Kirillov et al., CVPR 2019).
+        width: channels of the decoder.
+        neck: as in `Pyramid`.
+        drop_rate: of channels before the scores.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        classes: int,
+        decoder: str = "upernet",
+        width: int = 512,
+        neck: str = "auto",
+        drop_rate: float = 0.1,
+    ):
+        super().__init__()
+        try:
+            from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+            from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+        except ImportError as error:
+            raise UserError("Segmentation needs segmentation-models-pytorch: pip install 'mimkit[dense]'.") from error
+        self.pyramid = Pyramid(backbone, neck)
+        channels = [0, 0, *self.pyramid.channels]  # smp counts from 1/1 and 1/2, which neither decoder looks at
+        if decoder == "upernet":
+            self.decoder: Any = UPerNetDecoder(channels, decoder_channels=width)
+        elif decoder == "fpn" and width % 32 == 0:
+            self.decoder = FPNDecoder(channels, pyramid_channels=width, segmentation_channels=width, dropout=0)
+        else:
+            raise UserError(
+                f"--decoder {decoder} with --decoder-dim {width}: choose upernet, or fpn and a multiple of 32."
+            )
+        self.drop = nn.Dropout2d(drop_rate)
+        self.head = nn.Conv2d(width, classes, 1)
+        self._model_args = {"decoder": decoder, "width": width, "neck": self.pyramid.neck, "drop_rate": drop_rate}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b c H W) -> scores (b classes H W)"""
+        height, width = x.shape[-2:]
+        maps = self.pyramid(x)
+        scores = self.head(self.drop(self.decoder([x, x, *maps])))
+        scale = height + -height % self.pyramid.multiple, width + -width % self.pyramid.multiple
+        return F.interpolate(scores, scale, mode="bilinear")[..., :height, :width]
+
+
+def write_segmenter(model: Segmenter, folder: Path, classes: Classes, normalise: Normalise, **about: Any) -> None:
+    """Weights, and in segmenter.json all that is needed to build it again and to read its output."""
+    backbone = model.pyramid.backbone
+    arguments = {key: value for key, value in backbone._model_args.items() if key != "num_classes"}
+    mean, std = normalise.values
+    own = {
+        "backbone": backbone.pretrained_cfg["architecture"],
+        "backbone_args": json.loads(json.dumps(arguments)),
+        "segmenter_args": model._model_args,
+        "in_chans": len(mean),
+        "mean": mean,
+        "std": std,
+        "class_names": classes.names,
+        "class_values": classes.values,
+        **about,
+    }
+    with replacing(folder) as temporary:
+        save_file(
+            {key: tensor.contiguous() for key, tensor in model.state_dict().items()}, temporary / "model.safetensors"
+        )
+        (temporary / "segmenter.json").write_text(json.dumps(own, indent=1))
+
+
+def find_segmenter(name: str) -> Path | None:
+    """A run of recipes/segment.py, its last/ or best/ -> the folder that holds its network, if it is one."""
+    return next((p for p in (Path(name), Path(name) / "best") if (p / "segmenter.json").is_file()), None)
+
+
+def read_segmenter(folder: Path) -> tuple[Segmenter, dict[str, Any]]:
+    """What `write_segmenter` left, and what is to be known about it."""
+    try:
+        own = json.loads((folder / "segmenter.json").read_text())
+        state = load_file(folder / "model.safetensors")
+        arguments = {"in_chans": own["in_chans"], **own["backbone_args"]}
+        backbone = create(own["backbone"], weights=False, num_classes=0, **arguments)
+        model = Segmenter(backbone, len(own["class_names"]), **own["segmenter_args"])
+    except UserError:
+        raise
+    except Exception as error:  # safetensors' errors, JSON's and the system's
+        raise UserError(f"{folder} is torn ({error}): train again, or pass another run.") from error
+    load_strictly(model, state, folder)
+    return model, own
+
+
+def check_classes(own: dict[str, Any], classes: Classes, model: str, data: str) -> None:
+    """Refuse to use a network with other classes than its own."""
+    pairs = zip(own["class_names"], classes.names, strict=False)
+    if len(own["class_names"]) != len(classes.names) or any(a != b for a, b in pairs):
+        raise UserError(
+            f"--model {model} knows {len(own['class_names'])} classes ({', '.join(own['class_names'][:4])}, ...), and "
+            f"--data {data} has {len(classes.names)} ({', '.join(classes.names[:4])}, ...): pass data of the same ones."
+        )
+
+
+# Scores of images larger than the crop -------------------------------------------------------------------------------
+
+
+def windows(side: int, crop: int) -> list[int]:
+    """Where windows begin that cover a side, each two thirds of a window after the one before."""
+    return [*range(0, max(side - crop, 0), max(1, 2 * crop // 3)), max(side - crop, 0)]
+
+
+def scores_of(model: Any, x: Tensor, crop: Size | None = None, flip: bool = False) -> Tensor:
+    """(b c H W) -> scores (b classes H W)
+
+    Args:
+        crop: slide a window of this size over larger images, and average the scores where windows overlap.
+        flip: average the scores with those of the mirrored image.
+    """
+    if flip:
+        return (scores_of(model, x, crop) + scores_of(model, x.flip(-1), crop).flip(-1)) / 2
+    height, width = x.shape[-2:]
+    if crop is None or (height <= crop[0] and width <= crop[1]):
+        return model(x)
+    total, count = x.new_zeros(()), x.new_zeros(1, 1, height, width)
+    for top in windows(height, crop[0]):
+        for left in windows(width, crop[1]):
+            place = (..., slice(top, top + crop[0]), slice(left, left + crop[1]))
+            part = model(x[place]).float()
+            if not total.ndim:
+                total = part.new_zeros(*part.shape[:2], height, width)
+            total[place] += part
+            count[place] += 1
+    return total / count
+
+
+# How well it does ----------------------------------------------------------------------------------------------------
+
+
+def near_edges(masks: Tensor, reach: int = EDGE) -> Tensor:
+    """(b H W) -> whether another class lies within `reach` px, along the axes or between them (b H W)"""
+    known, wide = masks != IGNORE, 2 * reach + 1
+    values = masks.float()
+    largest = F.max_pool2d(values.masked_fill(~known, -1)[:, None], wide, 1, reach)
+    smallest = -F.max_pool2d(-values.masked_fill(~known, IGNORE)[:, None], wide, 1, reach)
+    return ((largest > smallest) & known[:, None])[:, 0]
+
+
+def iou(confusion: Tensor) -> Tensor:
+    """(classes classes), true by predicted -> intersection over union of each in %, NaN for what is nowhere"""
+    both = confusion.diagonal().double()
+    return 100 * both / (confusion.sum(0) + confusion.sum(1) - both)
+
+
+def one_by_one(source: Source, viewer: Viewer, places: Iterable[int], workers: int = 0) -> DataLoader[Any]:
+    """Batches of one image, as large as it is."""
+    sampler: Any = [(0, i) for i in places]
+    return DataLoader(Rows(source, viewer), 1, sampler=sampler, collate_fn=collate_good, num_workers=workers)
+
+
+class Segmentation:
+    """Mean intersection over union, and the same of the pixels near an edge between classes.
+
+    Images are scaled to `short` px of their short side; scores are scaled back to the mask's own size.
+
+    Args:
+        crop, flip: as in `scores_of`.
+    """
+
+    figure = "miou"
+    hints: tuple[str, ...] = ("predict --model {} --images FOLDER --out masks",)
+
+    def __init__(
+        self,
+        run: Run,
+        test: Source,
+        classes: Classes,
+        normalise: Normalise,
+        short: int,
+        crop: Size | None = None,
+        flip: bool = False,
+    ):
+        self.run, self.test, self.classes, self.normalise = run, test, classes, normalise
+        self.short, self.crop, self.flip = short, crop, flip
+        fields = (test.image, test.mask)
+        self.viewer = Viewer(judged_pairs(short), len(normalise.values[0]), 0, 0, fields, classes)
+        self.shown: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def predicted(self, network: Any, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of one -> image (b c H W), mask (b h w) and predicted classes (b h w)"""
+        device = self.run.accelerator.device
+        self.normalise.to(device)
+        for batch in batches:
+            if len(batch.images):  # else it is bad
+                images, masks = batch.images.to(device), batch.labels.to(device).long()
+                with self.run.accelerator.autocast():
+                    scores = scores_of(network, self.normalise(images), self.crop, self.flip)
+                scores = F.interpolate(scores.float(), masks.shape[-2:], mode="bilinear")
+                yield images, masks, scores.argmax(1)
+
+    @torch.no_grad()
+    def score(self, network: Any, images: int | None = None) -> dict[str, float]:
+        """miou, boundary_miou and pixel_accuracy, in %, of so many evenly spread images, or of all"""
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+        training, n = network.training, len(self.classes.names)
+        network.eval()
+        counts = torch.zeros(2, n, n, dtype=torch.int64, device=self.run.accelerator.device)
+        run, self.images = self.run, min(images or self.test.length, self.test.length)
+        share = spread(self.test.length, self.images)[run.accelerator.process_index :: run.accelerator.num_processes]
+        loader = one_by_one(self.test, self.viewer, share, run.options.workers)
+        batches = guarded(loader, run.options.max_bad * self.images, run.print)
+        self.shown = []
+        for pictures, masks, found in self.predicted(network, batches):
+            near = masks.masked_fill(~near_edges(masks), IGNORE)
+            for count, target in zip(counts, (masks, near), strict=True):
+                count += multiclass_confusion_matrix(found, target, n, ignore_index=IGNORE, validate_args=False)
+            if len(self.shown) < 6:
+                self.shown.append((pictures[0].cpu(), masks[0].cpu(), found[0].cpu()))
+        network.train(training)
+        (counts,) = self.run.total(counts)
+        self.confusion = counts[0]
+        if not self.confusion.any():
+            raise NoImagesError
+        miou, boundary = (float(iou(confusion).nanmean()) for confusion in counts)
+        accuracy = 100 * float(self.confusion.diagonal().sum() / self.confusion.sum())
+        return {"miou": miou, "boundary_miou": boundary, "pixel_accuracy": accuracy}
+
+    def rehearse(self, network: Any, viewer: Viewer, data: Source) -> None:
+        """Two images through everything that training and judging do; tell what there is.
+
+        Raises:
+            UserError: an image or a mask cannot be used.
+        """
+        from torchmetrics.functional.classification import multiclass_confusion_matrix  # noqa: F401  whether it is there
+
+        for part, look in ((data, viewer), (self.test, self.viewer)):
+            places = spread(part.length, 50)
+            views = [look(part.rows[i], 0, i) for i in places]
+            for view in views:
+                if view.bad:
+                    raise UserError(f"{view.name} cannot be used ({view.bad}): mend or remove it.")
+            counts = torch.stack(
+                [torch.bincount(torch.as_tensor(view.label).flatten(), minlength=IGNORE + 1) for view in views]
+            ).sum(0)
+            shares = (100 * counts / counts.sum()).tolist()
+            seen = [f"{name} {share:.1f} %" for name, share in zip(self.classes.names, shares, strict=False) if share]
+            seen.append(f"ignored {shares[IGNORE]:.1f} %")
+            self.run.print(f"{part.name}: {part.length:,} images; pixels of {len(views)} of them: {', '.join(seen)}")
+        batch = collate([viewer(data.rows[i % data.length], 0, i) for i in range(2)]).to(self.run.accelerator.device)
+        network.train()
+        with self.run.accelerator.autocast():
+            loss = F.cross_entropy(network(self.normalise(batch.images)), batch.labels.long(), ignore_index=IGNORE)
+        loss.backward()
+        network.zero_grad()
+        self.run.print(f"loss of 2 images {loss.item():.3f}; {self.words(self.score(network, 2))}")
+
+    def words(self, figures: dict[str, float]) -> str:
+        """In a line."""
+        miou, boundary, accuracy = figures.values()
+        return (
+            f"mIoU {miou:.2f} %, {boundary:.2f} % within {EDGE} px of an edge, {accuracy:.2f} % of the pixels of "
+            f"{self.images} test images"
+        )
+
+    def write(self, network: Any, folder: Path) -> None:
+        """The network, its classes and how images come to it."""
+        about = {"short": self.short, "crop": self.crop, "flip": self.flip}
+        write_segmenter(network, folder, self.classes, self.normalise, **about)
+
+    def draw(self, folder: Path) -> list[str]:
+        """Images with their masks and what was predicted, and a table of classes."""
+        segmentations(self.shown, self.classes.names, folder / "predictions.png")
+        with replacing_file(folder / "classes.csv") as file, open(file, "w", newline="") as opened:
+            table = csv.writer(opened)
+            table.writerow(["class", "iou", "accuracy", "pixels"])
+            pixels, found = self.confusion.sum(1), self.confusion.diagonal()
+            for name, value, hits, all_ in zip(self.classes.names, iou(self.confusion), found, pixels, strict=True):
+                table.writerow([name, f"{value:.2f}", f"{100 * hits / all_:.2f}" if all_ else "", int(all_)])
+        return ["predictions.png", "classes.csv"]
+
+
+def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
+    """Write a mask for each image, of its size, in the numbers of the classes that the network was trained with.
+
+    Args:
+        folder: of the network.
+        images: as `open_all` takes them.
+        out: folder to write, which must not be there yet.
+
+    Returns:
+        How many masks.
+    """
+    if Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
+        raise UserError(f"--out {out} is there already: choose a new folder.")
+    model, own = read_segmenter(folder)
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    device = next(model.parameters()).device
+    normalise = Normalise(own["mean"], own["std"]).to(device)
+
+    def transform(image: Any, _: Any) -> tuple[Any, Tensor]:
+        size = v2.functional.get_size(image)
+        return resize_short(image, size, own["short"]), torch.tensor(size)
+
+    sources = open_all(images)
+    written: set[Path] = set()
+    with replacing(out) as temporary, torch.inference_mode():
+        for source in sources:
+            viewer = Viewer(transform, own["in_chans"], 0, 0, (source.image, None), lambda cell: cell)
+            loader = one_by_one(source, viewer, range(source.length))
+            for batch in guarded(loader, max_bad * source.length, print):
+                if not len(batch.images):
+                    continue
+                scores = scores_of(model, normalise(batch.images.to(device)), own["crop"], own["flip"])
+                found = F.interpolate(scores, batch.labels[0].tolist(), mode="bilinear").argmax(1)[0].cpu()
+                file = temporary / f"{Path(batch.names[0]).stem.replace(' ', '-')}.png"
+                if file in written:
+                    raise UserError(f"--images {images} has two images named {file.stem}: predict them apart.")
+                written.add(file)
+                paint(torch.tensor(own["class_values"])[found], own["class_values"], file)
+    return len(written)
+
+
+def paint(mask: Tensor, values: list[int], file: Path) -> None:
+    """(H W) -> a PNG of these numbers, which viewers show in colours."""
+    picture = Image.fromarray(mask.numpy().astype(np.uint8), mode="P")
+    colours = np.zeros((256, 3), np.uint8)
+    colours[values] = palette(len(values))
+    picture.putpalette(colours.flatten().tolist())
+    picture.save(file)

@@ -1,0 +1,215 @@
+"""Semantic segmentation: a checkpoint as a pyramid under UPerNet or an FPN.
+
+accelerate launch recipes/segment.py --config segment_vit_b_ade20k --data /path/to/ADEChallengeData2016
+    as BEiT and MAE do it; not run
+
+What `--data` may be: docs/data.md. What maps a backbone gives: `mimkit/pyramid.py`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+
+from mimkit.data import Viewer, default_workers, parse_size, train_loader
+from mimkit.errors import UserError, one_sentence
+from mimkit.finetuning import checkpoint_blocks, load, show_groups
+from mimkit.judging import Judge
+from mimkit.masks import IGNORE, open_masked, train_pairs
+from mimkit.optim import cosine, groups_with_head, poly
+from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
+from mimkit.pretraining import colours, input_of
+from mimkit.segmentation import Segmentation, Segmenter, check_classes, find_segmenter, read_segmenter
+from mimkit.training import Run
+
+
+@dataclass
+class Options:
+    """The defaults are BEiT's published ADE20K recipe (Bao et al., ICLR 2022, appendix H), which MAE follows.
+
+    Args:
+        model: a run, a folder that timm can read (an encoder/, a converted checkpoint), or a name known to timm; a
+            run of this recipe is judged, or trained on.
+        data: folder of ADE20K or Cityscapes, a folder with images/ and masks/, or parquet files with both.
+        out: directory of the run; runs/segment, or the next free number, by default.
+        resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
+        init: a file of weights for the model, in its own names; mimkit convert reads others.
+        from_scratch: leave the weights, and start at random.
+        eval_only: judge the model as it is.
+        dry_run: read a few images and masks, compute one step, print what each layer learns at, and stop.
+        classes: how many; by default what classes.txt or the masks say.
+        zero_ignored: 0 in a mask stands for nothing, and classes begin at 1.
+        img_size: crop in pixels, 512 or HEIGHTxWIDTH.
+        short_side: of an image at scale 1, in training and when it is judged; that of the crop by default.
+        scales: range of the random scale.
+        model_args: other arguments of the model, such as {patch_size: 16}.
+        in_chans: channels of the images.
+        mean: mean of each channel, in 0-1, or one for all; the model's own by default.
+        std: deviation of each channel, or one for all.
+        drop_path: rate of stochastic depth at the last block.
+        neck: what the decoder gets: maps of the stages, a pyramid of the last map, both, or auto.
+        decoder: upernet or fpn.
+        decoder_dim: its channels.
+        model_ema_decay: average the weights by this decay, which begins at 0; 0 for no average.
+        layer_decay: factor of the learning rate from each layer to the one below.
+        pool_scale: factor of the learning rate of an HPViT's pools, which have no layer.
+        epochs: passes over the data, parts of one too.
+        warmup_epochs: of them with a rising learning rate.
+        schedule: poly (a line) or cosine.
+        batch_size: images of one step, over all processes and accumulated parts.
+        grad_accum_steps: parts that a step is computed in.
+        lr: learning rate.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        clip_grad: largest norm of the gradient; null for any.
+        slide: judge windows as large as the crop, and average them, instead of whole images.
+        flip_test: judge images and their mirror images, and average.
+        max_bad: share of images that may be impossible to use.
+        workers: processes that load data; one core is left for training by default.
+        seed: of everything that is random.
+        precision: auto, fp32, bf16 or fp16.
+        compile: use torch.compile.
+        grad_checkpointing: recompute activations to save memory.
+        save_every: epochs between checkpoints; one is written at the end.
+        eval_every: epochs between measurements on the test images; 0: at the end.
+        track: tensorboard, wandb or trackio.
+    """
+
+    model: str = "vit_base_patch16_224.mae"
+    data: str = "ADEChallengeData2016"
+    out: str | None = None
+    resume: str | None = None
+    init: str | None = None
+    from_scratch: bool = False
+    eval_only: bool = False
+    dry_run: bool = False
+    classes: PositiveInt | None = None
+    zero_ignored: bool = False
+    img_size: int | str = 512
+    short_side: PositiveInt | None = None
+    scales: tuple[float, float] = (0.5, 2.0)
+    model_args: dict[str, Any] = field(default_factory=dict)
+    in_chans: PositiveInt = 3
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    drop_path: NonNegativeFloat = 0.1
+    neck: str = "auto"
+    decoder: str = "upernet"
+    decoder_dim: PositiveInt = 512
+    model_ema_decay: NonNegativeFloat = 0.0
+    layer_decay: PositiveFloat = 0.65
+    pool_scale: NonNegativeFloat = 10.0
+    epochs: PositiveFloat = 126.7
+    warmup_epochs: NonNegativeFloat = 1.2
+    schedule: str = "poly"
+    batch_size: PositiveInt = 16
+    grad_accum_steps: PositiveInt = 1
+    lr: PositiveFloat = 1e-4
+    weight_decay: NonNegativeFloat = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad: PositiveFloat | None = None
+    slide: bool = False
+    flip_test: bool = False
+    max_bad: NonNegativeFloat = 0.01
+    workers: NonNegativeInt | None = None
+    seed: NonNegativeInt = 0
+    precision: str = "auto"
+    compile: bool = False
+    grad_checkpointing: bool = False
+    save_every: NonNegativeFloat = 10.0
+    eval_every: NonNegativeFloat = 10.0
+    track: str | None = None
+
+
+@one_sentence
+def main(argv: list[str] | None = None) -> None:
+    """Parse the options, train, leave the run's directory."""
+    options = parse_recipe(Options, __doc__ or "", recipe="segment", argv=argv)
+    options.workers = default_workers() if options.workers is None else options.workers
+    if options.schedule not in ("poly", "cosine"):
+        raise UserError(f"--schedule {options.schedule} is unknown: choose poly or cosine.")
+    if not 0 < options.scales[0] <= options.scales[1]:
+        raise UserError(f"--scales {list(options.scales)} is no range: give two numbers above 0, like 0.5,2.")
+    size = parse_size(options.img_size)
+    short = options.short_side or min(size)
+    data, test, classes = open_masked(options.data, options.classes, options.zero_ignored)
+    run = Run("segment", options)
+
+    given: dict[str, Any] = {"in_chans": options.in_chans, "drop_path_rate": options.drop_path, "img_size": size}
+    if twice := options.model_args.keys() & {*given, "num_classes"}:
+        raise UserError(f"--model-args has {', '.join(twice)}, which follows from an option or the data: leave it out.")
+    trained = find_segmenter(options.model)
+    if trained:
+        network, own = read_segmenter(trained)
+        check_classes(own, classes, options.model, options.data)
+        start, normalise = f"all weights of {trained}", colours(own["in_chans"], own["mean"], own["std"])
+    else:
+        given |= {"dynamic_img_size": True} | options.model_args
+        backbone, start = load(options.model, options.init, options.from_scratch, **given)
+        own_colours = input_of(backbone)[2]
+        if len(own_colours.values[0]) == options.in_chans:
+            options.mean, options.std = options.mean or own_colours.values[0], options.std or own_colours.values[1]
+        normalise = colours(options.in_chans, options.mean, options.std)
+        if options.grad_checkpointing:
+            checkpoint_blocks(backbone)
+        network = Segmenter(backbone, len(classes.names), options.decoder, options.decoder_dim, options.neck)
+    options.mean, options.std = normalise.values
+    normalise.to(run.accelerator.device)
+    window = size if options.slide else None
+    task = Segmentation(run, test, classes, normalise, short, window, options.flip_test)
+    judge = Judge(run, task)
+    if options.eval_only:
+        if not trained:
+            raise UserError(f"--model {options.model} is no run of recipes/segment.py: there is nothing to judge yet.")
+        judge.alone(network.to(run.accelerator.device))
+        return
+
+    groups = groups_with_head(
+        network, "pyramid.backbone", options.weight_decay, options.layer_decay, options.pool_scale
+    )
+    plan = run.plan(data.length, options.batch_size, options.epochs)
+    transform = train_pairs(size, short, options.scales, normalise.values[0])
+    viewer = Viewer(transform, options.in_chans, 0, options.seed, (data.image, data.mask), classes)
+    if options.dry_run:
+        show_groups(groups, options.lr, run.console)
+        task.rehearse(network.to(run.accelerator.device), viewer, data)
+        return
+    loader = train_loader(data, viewer, plan, options.workers)
+    run.write_config()
+    run.print(
+        f"{start}; {len(classes.names)} classes; {data.length:,} + {test.length:,} images; {network.pyramid.neck}"
+    )
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
+    warmup = round(options.warmup_epochs * plan.steps_per_epoch)
+    schedule = (poly if options.schedule == "poly" else cosine)(optimizer, plan.steps, warmup)
+    ema = ModelEmaV3(network, options.model_ema_decay, use_warmup=True) if options.model_ema_decay else None
+    if options.compile:
+        network.compile()
+    model, stepper = run.prepare(network, optimizer, **({"ema": ema.module} if ema else {}))
+
+    for step, parts in run.steps(loader):
+        schedule.step_update(step)
+        for batch in parts:
+            with run.accumulate(model):
+                loss = F.cross_entropy(model(normalise(batch.images)), batch.labels.long(), ignore_index=IGNORE)
+                run.accelerator.backward(loss)
+                if options.clip_grad and run.accelerator.sync_gradients:
+                    run.accelerator.clip_grad_norm_(model.parameters(), options.clip_grad)
+                stepper.step()
+                stepper.zero_grad()
+            run.record(loss=loss)
+        if ema:
+            ema.update(network, step)
+        run.end_step(step)
+        if run.due(step, options.eval_every):
+            judge(step + 1, network, ema and ema.module)
+        if run.due(step, options.save_every):
+            run.save(step)
+    judge.finish(ema.module if ema else network)
+    run.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
