@@ -48,6 +48,9 @@ def always_strict() -> Iterator[None]:
         setattr(nn.Module, "load_state_dict", loose)  # noqa: B010
 
 
+ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # timm's ways to say that images may be of any size
+
+
 def input_of(network: Any) -> tuple[int, Size, Normalise, float]:
     """What a network's weights are for: channels, size, colours and the share of the scaled image."""
     config = network.pretrained_cfg
@@ -67,7 +70,7 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
         name: a folder that timm can read, or a name in timm.
         weights: whether to load those of the folder or of the name's tag, strictly; by default where there are any.
         state: load these, strictly; tables follow the input size as timm has it. Needs their `num_classes`.
-        options: timm's own; `img_size`, `dynamic_img_size` and `drop_path_rate` are left out where a network knows no
+        options: timm's own; `drop_path_rate`, `img_size` and those of `ANY_SIZE` are left out where a network knows no
             such thing.
     """
     folder = Path(name) if (Path(name) / "config.json").is_file() else None
@@ -82,7 +85,7 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError, SafetensorError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         reason = " ".join(" ".join(lines if lines[0].startswith("Error(s) in loading") else lines[:1]).split())
-        for unknown in ("img_size", "drop_path_rate", "dynamic_img_size"):
+        for unknown in ("drop_path_rate", "img_size", *ANY_SIZE):
             if unknown in options and f"unexpected keyword argument '{unknown}'" in reason:
                 return create(name, weights, state, **{k: v for k, v in options.items() if k != unknown})
         if "Unknown model" in reason:

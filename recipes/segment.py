@@ -20,7 +20,7 @@ from mimkit.judging import Judge
 from mimkit.masks import IGNORE, open_masked, train_pairs
 from mimkit.optim import cosine, groups_with_head, poly
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
-from mimkit.pretraining import colours, input_of
+from mimkit.pretraining import ANY_SIZE, colours, input_of
 from mimkit.segmentation import Segmentation, Segmenter, check_classes, find_segmenter, read_segmenter
 from mimkit.training import Run
 
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         check_classes(own, classes, options.model, options.data)
         start, normalise = f"all weights of {trained}", colours(own["in_chans"], own["mean"], own["std"])
     else:
-        given |= {"dynamic_img_size": True} | options.model_args
+        given |= ANY_SIZE | options.model_args
         backbone, start = load(options.model, options.init, options.from_scratch, **given)
         own_colours = input_of(backbone)[2]
         if len(own_colours.values[0]) == options.in_chans:

@@ -1,0 +1,86 @@
+"""What a backbone costs at the sizes of dense prediction: a step of its pyramid, forward and backward.
+
+python benchmarks/dense_step.py --img-size 512
+python benchmarks/dense_step.py --img-size 128 --decoder-dim 128 --batch-size 8 --models PLAIN,PYRAMID      with UPerNet
+
+One process, interleaved, medians; the first row is what the others are compared with. Bytes kept for the backward pass
+are counted by saved-tensor hooks, so they are those of any machine.
+"""
+
+import sys
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from mim_race import Machine, kept, take_turns
+
+from mimkit.data import parse_size
+from mimkit.errors import one_sentence
+from mimkit.finetuning import load
+from mimkit.macs import gmacs_of
+from mimkit.options import PositiveInt, call
+from mimkit.pretraining import ANY_SIZE
+from mimkit.pyramid import Pyramid
+from mimkit.segmentation import Segmenter
+
+
+class Summed(torch.nn.Module):
+    """A loss out of maps: the mean of their squares."""
+
+    def __init__(self, pyramid: Pyramid):
+        super().__init__()
+        self.pyramid = pyramid
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(b c H W) -> ()"""
+        return torch.stack([m.float().square().mean() for m in self.pyramid(x)]).sum()
+
+
+def measure(
+    models: str = "vit_base_patch16_224,hpvit_b,hivit_b,svit_b",
+    img_size: int | str = 512,
+    neck: str = "auto",
+    decoder_dim: int = 0,
+    batch_size: PositiveInt = 1,
+    rounds: PositiveInt = 5,
+    threads: int = 0,
+    precision: str = "fp32",
+) -> None:
+    """Time and memory of a step.
+
+    Args:
+        models: names in timm, or folders, between commas; NAME@16 for a patch of another size.
+        img_size: pixels, 512 or HEIGHTxWIDTH.
+        neck: as in recipes/segment.py.
+        decoder_dim: of a UPerNet with 6 classes on top; 0 for none.
+        threads: of a CPU; all by default.
+        precision: fp32 or bf16.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    size = parse_size(img_size)
+    machine = Machine("cuda" if torch.cuda.is_available() else "cpu", precision)
+    networks: dict[str, Any] = {}
+    for name in models.split(","):
+        path, _, patch = name.partition("@")
+        options: dict[str, Any] = {"patch_size": int(patch)} if patch else {}
+        backbone, _ = load(path, img_size=size, **ANY_SIZE, **options)
+        net = Segmenter(backbone, 6, width=decoder_dim, neck=neck) if decoder_dim else Summed(Pyramid(backbone, neck))
+        networks[name] = net.to(machine.device).train()
+    x = torch.randn(batch_size, 3, *size, device=machine.device)
+    times, _ = take_turns({name: partial(machine.step, net, x) for name, net in networks.items()}, machine, rounds)
+    first = median(times[next(iter(times))])
+    decoder = f" under UPerNet {decoder_dim} wide" if decoder_dim else ""
+    print(f"\n{size[0]}x{size[1]} px, batch {batch_size}, {precision}{decoder}; {machine.words()}\n")
+    print("| backbone | neck | GMACs | seconds an image | of the first row's | kept for backward, MB an image |")
+    print("|---|---|---|---|---|---|")
+    for name, net in networks.items():
+        spent, held = median(times[name]), kept(net, x, machine) / batch_size
+        gmacs = gmacs_of(net.eval(), x[:1])
+        cells = net.pyramid.neck, f"{gmacs:.1f}", f"{spent / batch_size:.3f}", f"{spent / first:.2f}", f"{held:,.0f}"
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    one_sentence(call)(measure, "dense_step.py", sys.argv[1:])

@@ -1,0 +1,446 @@
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import command, encoded, launched, picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mimkit.recipes import segment
+from PIL import Image
+from torch import nn
+from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
+from torchvision.datasets import Cityscapes
+
+from mimkit.errors import UserError
+from mimkit.masks import IGNORE, Classes, judged_pairs, open_masked, train_pairs
+from mimkit.optim import groups_with_head
+from mimkit.options import presets
+from mimkit.pyramid import NECKS, Pyramid
+from mimkit.segmentation import Segmenter, iou, near_edges, read_segmenter, scores_of, windows
+
+TINY = {"source_args": {"embed_dim": 32, "depth": 3, "num_heads": 2}, "depths": "1-1-1-0"}
+BACKBONES = {
+    "hivit_nano": {},
+    "hpvit": TINY,
+    "svit_nano": {},
+    "vit_tiny_patch16_224": {"embed_dim": 32, "depth": 2, "num_heads": 2, "dynamic_img_size": True},
+    "vit_tiny_patch16_224 /14": {
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "dynamic_img_size": True,
+        "patch_size": 14,
+    },
+    "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 1, 1), "img_size": 96, "strict_img_size": False},
+    "resnet18": {},
+}
+
+
+def backbone(name):
+    return timm.create_model(name.split()[0], **BACKBONES[name])
+
+
+def squares(folder, count=8, classes=3, size=(40, 56), seed=0):
+    """Images of coloured rectangles on grey, and masks that say which: anything learns them."""
+    rng = np.random.default_rng(seed)
+    colours = np.array([[90, 90, 90], [250, 40, 40], [40, 60, 250], [40, 240, 40]], dtype=np.uint8)
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        mask = np.zeros(size, np.uint8)
+        for label in range(1, classes):
+            top, left = rng.integers(0, size[0] - 16), rng.integers(0, size[1] - 16)
+            mask[top : top + 16, left : left + 16] = label
+        noise = rng.integers(-20, 20, (*size, 3))
+        Image.fromarray(np.clip(colours[mask] + noise, 0, 255).astype(np.uint8)).save(folder / "images" / f"{i}.jpg")
+        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    """16 + 4 pictures of three classes."""
+    for part, count in (("train", 16), ("val", 4)):
+        squares(tmp_path / "set" / part, count, seed=count)
+    return tmp_path / "set"
+
+
+# The pyramid ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in BACKBONES if n != "resnet18"])
+def test_every_backbone_is_a_pyramid_and_all_of_it_learns(name):
+    for neck in NECKS:
+        if name.startswith("vit") and neck in ("maps", "both"):
+            with pytest.raises(UserError, match="needs maps at 4, 8 and 16 px; vit_tiny"):
+                Pyramid(backbone(name), neck)
+            continue
+        pyramid = Pyramid(backbone(name), neck)
+        x = torch.randn(2, 3, 90, 64)
+        maps = pyramid(x)
+        high, wide = (side + -side % pyramid.multiple for side in x.shape[-2:])
+        patch = 14 if "/14" in name else 16
+        strides = [patch / 4, patch / 2, patch, 2 * patch]
+        assert [tuple(m.shape[1:]) for m in maps] == [
+            (c, round(high / s), round(wide / s)) for c, s in zip(pyramid.channels, strides, strict=True)
+        ]
+        sum((m * torch.randn_like(m)).sum() for m in maps).backward()
+        assert not [n for n, p in pyramid.named_parameters() if p.grad is None or not p.grad.any()], neck
+
+
+@pytest.mark.parametrize("name", [n for n in BACKBONES if n != "resnet18"])
+def test_a_padded_batch_is_its_images_padded(name):
+    """What an image gets does not depend on what lies beside it in the batch."""
+    pyramid = Pyramid(backbone(name)).eval()
+    images = [torch.randn(3, 64, 96), torch.randn(3, 96, 80)]
+    padded = torch.stack([F.pad(image, (0, 96 - image.shape[2], 0, 96 - image.shape[1])) for image in images])
+    together = pyramid(padded)
+    for i in range(2):
+        for one, both in zip(pyramid(padded[i : i + 1]), together, strict=True):
+            assert torch.allclose(one[0], both[i], atol=1e-4)
+    # padding is seen, as it is by any network that attends or convolves beyond it: reported in docs/segmentation.md
+    alone = pyramid(images[0][None])[2][0]
+    assert not torch.allclose(alone, together[2][0][:, : alone.shape[1], : alone.shape[2]], atol=1e-4)
+
+
+def test_what_gives_no_pyramid_is_refused():
+    with pytest.raises(UserError, match="--neck nose is unknown"):
+        Pyramid(backbone("hivit_nano"), "nose")
+    with pytest.raises(UserError, match="resnet18's are at 2, 4, 8, 16, 32"):
+        Pyramid(backbone("resnet18"))
+    with pytest.raises(UserError, match="choose upernet, or fpn"):
+        Segmenter(backbone("hivit_nano"), 3, "fpn", 40)
+
+
+@pytest.mark.parametrize("decoder", ["upernet", "fpn"])
+@pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "vit_tiny_patch16_224 /14"])
+def test_scores_are_of_the_image(name, decoder):
+    model = Segmenter(backbone(name), 5, decoder, 32).eval()
+    assert model(torch.randn(1, 3, 70, 45)).shape == (1, 5, 70, 45)
+
+
+@pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "svit_nano"])
+def test_every_parameter_has_a_rate_once(name):
+    model = Segmenter(backbone(name), 3, width=32)
+    groups = groups_with_head(model, "pyramid.backbone", 0.05, 0.5, 10.0)
+    named = dict(model.named_parameters())
+    assert sorted(n for g in groups for n in g["param_names"]) == sorted(named)
+    for group in groups:
+        assert all(named[n] is p for n, p in zip(group["param_names"], group["params"], strict=True))
+    rates = {name: group["lr_scale"] for group in groups for name in group["param_names"]}
+    assert rates["head.weight"] == rates["decoder.psp.out_conv.0.weight"] == 1
+    inside = {n: r for n, r in rates.items() if n.startswith("pyramid.backbone.") and ".pools." not in n}
+    assert max(inside.values()) == 0.5
+    assert sorted(set(inside.values())) == [0.5**i for i in range(len(set(inside.values())), 0, -1)]
+    assert all(rates[n] == 10 for n in rates if ".pools." in n)
+
+
+# Pairs of images and masks -------------------------------------------------------------------------------------------
+
+
+def ade20k(root, names=True):
+    for part, count in (("training", 4), ("validation", 2)):
+        squares(root / "made", count)
+        for kind, own in (("images", "images"), ("annotations", "masks")):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            (root / "made" / own).rename(root / kind / part)
+    (root / "made").rmdir()
+    lines = [f"{i + 1}\t0.1\t1\t1\tname {i + 1}, other" for i in range(150)]
+    (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *lines]))
+    return root
+
+
+def cityscapes(root, size=(128, 256)):
+    rng = np.random.default_rng(0)
+    for part in ("train", "val", "test"):
+        for kind, end in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+            (root / kind / part / "aachen").mkdir(parents=True)
+            for i in range(2):
+                shape = (*size, 3) if kind == "leftImg8bit" else size
+                array = rng.integers(0, 34, shape, dtype=np.uint8)
+                Image.fromarray(array).save(root / kind / part / "aachen" / f"aachen_{i:06d}_000019_{end}.png")
+        for end in ("gtFine_instanceIds.png", "gtFine_color.png", "gtFine_polygons.json"):
+            for i in range(2):
+                (root / "gtFine" / part / "aachen" / f"aachen_{i:06d}_000019_{end}").write_text("{}")
+    return root
+
+
+def test_ade20k_begins_at_1_and_names_its_classes(tmp_path):
+    train, test, classes = open_masked(str(ade20k(tmp_path / "ade")))
+    assert (train.length, test.length, len(classes.names)) == (4, 2, 150)
+    assert classes.names[:2] == ["name 1", "name 2"]
+    mask = classes(train.rows[0]["mask"])
+    own = np.asarray(Image.open(train.rows[0]["mask"]["path"]))
+    assert (mask.numpy() == np.where(own == 0, IGNORE, own - 1)).all()
+
+
+def test_cityscapes_has_19_classes(tmp_path):
+    train, test, classes = open_masked(str(cityscapes(tmp_path / "city")))
+    assert (train.length, test.length, len(classes.names)) == (2, 2, 19)
+    assert (classes.names[0], classes.values[0], classes.names[-1], classes.values[-1]) == ("road", 7, "bicycle", 33)
+    mask = classes(train.rows[0]["mask"]).numpy()
+    own = np.asarray(Image.open(train.rows[0]["mask"]["path"]))
+    table = {c.id: c.train_id for c in Cityscapes.classes}
+    assert (mask == np.vectorize(lambda v: IGNORE if table[v] in (-1, 255) else table[v])(own)).all()
+
+
+def test_folders_parquet_and_names(data, tmp_path):
+    train, test, classes = open_masked(str(data))
+    assert (train.length, test.length, classes.names) == (16, 4, ["0", "1", "2"])
+    (data / "classes.txt").write_text("ground\nred\nblue\n")
+    assert open_masked(str(data))[2].names == ["ground", "red", "blue"]
+    with pytest.raises(UserError, match="names 3 classes"):
+        open_masked(str(data), classes=4)
+    train, test, _ = open_masked(str(data / "train"))  # no parts: every fifth is held out
+    assert (train.length, test.length) == (12, 4)
+    rows = {
+        "mask": [{"bytes": encoded(Image.fromarray(np.full((8, 8), i, np.uint8))), "path": None} for i in range(5)],
+        "picture": [{"bytes": encoded(picture(i, (8, 8))), "path": None} for i in range(5)],
+    }
+    features = datasets.Features({"mask": datasets.Image(), "picture": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "all.parquet")
+    train, test, classes = open_masked(str(tmp_path / "all.parquet"), zero_ignored=True)
+    assert (train.image, train.mask, train.length, test.length) == ("picture", "mask", 4, 1)
+    assert classes.names == ["1", "2", "3", "4"]
+
+
+def broken(tmp_path, change):
+    folder = squares(tmp_path / "broken", 5)
+    change(folder)
+    return str(folder)
+
+
+def test_what_is_wrong_with_masks_is_said_with_the_file(tmp_path, data, capsys):
+    def recipe(*argv):
+        with pytest.raises(SystemExit) as stop:
+            segment.main(
+                [
+                    "--config",
+                    "segment_small",
+                    "--model",
+                    "hivit_nano",
+                    "--dry-run",
+                    "--workers",
+                    "0",
+                    "--batch-size",
+                    "2",
+                    *argv,
+                ]
+            )
+        return str(stop.value.code) + capsys.readouterr().err
+
+    folder = broken(tmp_path / "a", lambda f: (f / "masks" / "3.png").unlink())
+    assert "1 images have no mask of the same name" in recipe("--data", folder)
+    folder = broken(tmp_path / "b", lambda f: picture(0, (56, 40)).save(f / "masks" / "3.png"))
+    assert "3.png: its mask holds colours (RGB)" in recipe("--data", folder)
+    assert "3.jpg cannot be used (its mask holds colours" in recipe("--data", folder, "--classes", "3")
+    folder = broken(tmp_path / "c", lambda f: None)
+    assert "cannot be used (its mask has class 2, where 0 to 1 and 255" in recipe("--data", folder, "--classes", "2")
+    folder = broken(tmp_path / "d", lambda f: Image.new("L", (56, 41)).save(f / "masks" / "3.png"))
+    assert "3.jpg cannot be used (it is 40x56, and its mask 41x56)" in recipe("--data", folder)
+    folder = broken(tmp_path / "e", lambda f: [file.unlink() for file in (f / "images").iterdir()])
+    assert "has no images" in recipe("--data", folder)
+    assert "has no masks" in recipe("--data", "sample")
+    assert "is no run of recipes/segment.py" in recipe("--data", str(data), "--eval-only")
+    assert "--schedule x is unknown" in recipe("--data", str(data), "--schedule", "x")
+    assert "is no range" in recipe("--data", str(data), "--scales", "[2,1]")
+    for twice in ("in_chans", "img_size"):
+        assert "which follows from an option" in recipe("--data", str(data), f"--model-args.{twice}", "3")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 96), (24, 80)])
+def test_an_image_and_its_mask_stay_together(size):
+    """The image is its mask's own numbers, so both agree wherever no edge is near; a mask that is flipped does not."""
+    mask = torch.zeros(50, 70, dtype=torch.uint8)
+    mask[10:40, 5:30], mask[20:45, 40:65] = 1, 2
+    image = Image.fromarray((mask * 100).numpy())
+    transform = train_pairs(size, 50, (0.5, 2.0), [0.0])
+    agreed, mirrored, shares = [], [], set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        pixels, found = transform(image, mask)
+        assert (pixels.size[::-1], tuple(found.shape)) == (size, size)
+        shares.add(int((found == IGNORE).sum()))
+        edges = near_edges(found[None])[0]
+        sure = F.pad(
+            ~edges[2:-2, 2:-2] & (found != IGNORE)[2:-2, 2:-2], (2, 2, 2, 2)
+        )  # an edge may lie outside the crop
+        values = torch.from_numpy(np.asarray(pixels).copy()).float() / 100
+        agreed.append(bool(((values - found).abs()[sure] < 0.3).all()))
+        mirrored.append(bool(((values - found.flip(-1)).abs()[sure & sure.flip(-1)] < 0.3).all()))
+    assert all(agreed)
+    assert sum(mirrored) < 10
+    assert len(shares) > 1  # scales differ
+
+
+def test_judged_images_keep_their_mask():
+    mask = torch.randint(3, (50, 70), dtype=torch.uint8)
+    image, same = judged_pairs(100)(picture(size=(70, 50)), mask)
+    assert same is mask
+    assert image.size == (140, 100)
+
+
+@pytest.mark.parametrize("names", [["one"], [str(i) for i in range(256)]])
+def test_too_few_or_many_classes(names):
+    with pytest.raises(UserError, match="tells 2 to 255 of them apart"):
+        Classes(names, list(range(len(names))))
+
+
+# Judging -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 90), st.integers(1, 40))
+def test_windows_cover_a_side(side, crop):
+    places = windows(side, crop)
+    covered = {i for place in places for i in range(place, place + crop)}
+    assert covered >= set(range(side))
+    assert places == sorted(set(places))
+    assert max(places) + crop == max(side, crop)
+
+
+def test_windows_and_mirrors_change_nothing_for_a_network_that_sees_single_pixels():
+    model = nn.Conv2d(3, 4, 1)
+    x = torch.randn(1, 3, 37, 50)
+    for crop, flip in (((16, 16), False), ((16, 60), False), (None, True), ((20, 24), True)):
+        assert torch.allclose(scores_of(model, x, crop, flip), model(x), atol=1e-5)
+    wide = nn.Conv2d(3, 4, 5, padding=2)
+    assert scores_of(wide, x, (40, 64)).equal(wide(x))
+    assert not torch.allclose(scores_of(wide, x, (16, 16)), wide(x), atol=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 3))
+def test_edges_are_their_definition(seed, reach):
+    generator = torch.Generator().manual_seed(seed)
+    mask = F.interpolate(torch.randint(3, (1, 1, 3, 4), generator=generator).float(), size=(11, 13))[0, 0].long()
+    mask[torch.rand(mask.shape, generator=generator) < 0.1] = IGNORE
+    found = near_edges(mask[None], reach)[0]
+    for i in range(11):
+        for j in range(13):
+            around = mask[max(0, i - reach) : i + reach + 1, max(0, j - reach) : j + reach + 1]
+            others = set(around.flatten().tolist()) - {IGNORE}
+            assert found[i, j] == (mask[i, j] != IGNORE and len(others) > 1)
+
+
+def test_iou_is_torchmetrics():
+    found, true = torch.randint(5, (2, 4000))
+    confusion = multiclass_confusion_matrix(found, true, 6)
+    ours = iou(confusion)
+    theirs = 100 * multiclass_jaccard_index(found, true, 6, average="none")
+    assert torch.allclose(ours[:5].float(), theirs[:5])
+    assert ours[5].isnan()  # is nowhere, so it does not count
+
+
+# The recipe ----------------------------------------------------------------------------------------------------------
+
+SMALL = [
+    "--config",
+    "segment_small",
+    "--model",
+    "hivit_nano",
+    "--img-size",
+    "32",
+    "--decoder-dim",
+    "32",
+    "--workers",
+    "0",
+]
+SMALL += ["--batch-size", "8", "--short-side", "40", "--lr", "2e-3", "--layer-decay", "1", "--scales", "[0.9,1.2]"]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkeypatch):
+    argv = [
+        *SMALL,
+        "--data",
+        str(data),
+        "--epochs",
+        "12",
+        "--warmup-epochs",
+        "1",
+        "--eval-every",
+        "6",
+        "--save-every",
+        "6",
+    ]
+    segment.main([*argv, "--out", str(tmp_path / "a"), "--model-ema-decay", "0.5"])
+    printed = capsys.readouterr().out
+    lines = metrics(tmp_path / "a")
+    scores = [line for line in lines if "miou" in line]
+    assert [line["step"] for line in scores] == [12, 24]
+    assert scores[-1]["miou"] > 60 > 40 > scores[-1]["miou"] - scores[-1]["boundary_miou"]
+    assert f"last/ ({scores[-1]['miou']:.2f} %)" in printed
+    for name in ("predictions.png", "classes.csv", "curves.png", "best/segmenter.json", "last/model.safetensors"):
+        assert (tmp_path / "a" / name).is_file()
+
+    (tmp_path / "b").mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):  # as if it had been killed after the first checkpoint
+        (tmp_path / "b" / name).write_text((tmp_path / "a" / name).read_text())
+    (tmp_path / "b" / "checkpoints").mkdir()
+    (tmp_path / "a" / "checkpoints" / "step-00000012").rename(tmp_path / "b" / "checkpoints" / "step-00000012")
+    segment.main([*argv, "--out", str(tmp_path / "b"), "--model-ema-decay", "0.5", "--resume", "auto"])
+    assert metrics(tmp_path / "b")[-1]["miou"] == pytest.approx(scores[-1]["miou"])
+    ours, theirs = (read_segmenter(tmp_path / run / "last")[0].state_dict() for run in "ab")
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in ours)
+    capsys.readouterr()
+
+    judged = ["--config", "segment_small", "--data", str(data), "--short-side", "40", "--workers", "0", "--eval-only"]
+    segment.main([*judged, "--model", str(tmp_path / "a" / "last")])
+    assert f"mIoU {scores[-1]['miou']:.2f} %" in capsys.readouterr().out
+    segment.main([*judged, "--model", str(tmp_path / "a" / "last"), "--slide", "--img-size", "32", "--flip-test"])
+    assert "mIoU" in capsys.readouterr().out
+
+    predict = ["predict", "--model", tmp_path / "a", "--images", data / "val" / "images", "--out"]
+    assert command(capsys, monkeypatch, *predict, tmp_path / "masks")[:2] == (0, f"wrote {tmp_path}/masks/: 4 masks\n")
+    right = []
+    for file in sorted((data / "val" / "masks").iterdir()):
+        found, true = (np.asarray(Image.open(f)) for f in (tmp_path / "masks" / file.name, file))
+        assert found.shape == true.shape
+        right.append((found == true).mean())
+    assert np.mean(right) > 0.85
+    code, _, error = command(capsys, monkeypatch, *predict, tmp_path / "masks")
+    assert code
+    assert "is there already: choose a new folder" in error
+
+    (data / "classes.txt").write_text("a\nb\nc\n")
+    with pytest.raises(SystemExit):
+        segment.main([*judged, "--model", str(tmp_path / "a" / "last")])
+    assert "knows 3 classes (0, 1, 2, ...), and --data" in capsys.readouterr().err
+    (tmp_path / "a" / "last" / "segmenter.json").write_text("{")
+    with pytest.raises(SystemExit):
+        segment.main([*judged, "--model", str(tmp_path / "a" / "last")])
+    assert "is torn" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_judge_as_one_does(data, tmp_path):
+    argv = [*SMALL, "--data", data, "--epochs", "1", "--warmup-epochs", "0.5", "--decoder", "fpn"]
+    found = []
+    for processes in (1, 2):
+        launched(processes, "segment", *argv, "--out", tmp_path / str(processes))
+        found.append([line["miou"] for line in metrics(tmp_path / str(processes)) if "miou" in line])
+    assert found[0] == pytest.approx(found[1], abs=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in presets("segment") if n != "segment_small"])
+def test_published_presets_go_end_to_end(name, tmp_path, capsys, monkeypatch):
+    """On generated images of the right layout, from scratch, as weights are on the hub or in a run of one's own."""
+    root = (cityscapes if "cityscapes" in name else ade20k)(tmp_path / "data")
+    net = {"hpvit_b": "hpvit_b", "hivit_b": "hivit_b", "svit_s": "svit_s", "vit_b": "vit_base_patch16_224"}
+    model = next(net[key] for key in net if name.startswith(f"segment_{key}"))
+    monkeypatch.chdir(tmp_path)
+    argv = ["--config", name, "--data", str(root), "--model", model, "--from-scratch", "--dry-run", "--workers", "0"]
+    segment.main([*argv, "--img-size", "64x128" if "cityscapes" in name else "96", "--decoder-dim", "64"])
+    printed = capsys.readouterr().out
+    assert "loss of 2 images" in printed
+    assert "of the pixels of 2 test images" in printed
+    assert not (tmp_path / "runs").exists()
