@@ -80,14 +80,23 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
     try:
         with always_strict():
             model: Any = timm.create_model(known, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options)
-    except UserError:
-        raise
-    except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError, SafetensorError) as error:
+    except (
+        UserError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AssertionError,
+        KeyError,
+        OSError,
+        SafetensorError,
+    ) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         reason = " ".join(" ".join(lines if lines[0].startswith("Error(s) in loading") else lines[:1]).split())
         for unknown in ("drop_path_rate", "img_size", *ANY_SIZE):
             if unknown in options and f"unexpected keyword argument '{unknown}'" in reason:
                 return create(name, weights, state, **{k: v for k, v in options.items() if k != unknown})
+        if isinstance(error, UserError):
+            raise
         if "Unknown model" in reason:
             near = timm.list_models(f"*{name[:5]}*")[:5] or timm.list_models("hivit_*")
             raise UserError(f"--model {name} is not known to timm or mimkit: try {', '.join(near)}.") from error

@@ -6,7 +6,7 @@ accelerate launch recipes/linear_probe.py
 accelerate launch recipes/linear_probe.py --config linear_probe_vit_b --data /path/to/imagenet --grad-accum-steps 8
     the published linear probe of MAE's ViT-B; not run
 
-`--probe attentive` pools tokens by a learnt query. `--probe cached` is the sweep of `mimkit probe`: features are taken
+`--probe attentive` pools tokens by a learnt query. `--probe cached` is `mimkit probe`: features are taken
 once, from uncropped images, and the settings of a linear classifier are chosen on a fifth of the training images.
 """
 

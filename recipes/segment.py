@@ -169,13 +169,13 @@ def main(argv: list[str] | None = None) -> None:
     groups = groups_with_head(
         network, "pyramid.backbone", options.weight_decay, options.layer_decay, options.pool_scale
     )
-    plan = run.plan(data.length, options.batch_size, options.epochs)
     transform = train_pairs(size, short, options.scales, normalise.values[0])
     viewer = Viewer(transform, options.in_chans, 0, options.seed, (data.image, data.mask), classes)
     if options.dry_run:
         show_groups(groups, options.lr, run.console)
         task.rehearse(network.to(run.accelerator.device), viewer, data)
         return
+    plan = run.plan(data.length, options.batch_size, options.epochs)
     loader = train_loader(data, viewer, plan, options.workers)
     run.write_config()
     run.print(
