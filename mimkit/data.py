@@ -415,11 +415,11 @@ def guarded(batches: Iterable[Batch], limit: float, log: Callable[[str], None]) 
         for image, reason in batch.bad:
             if image not in bad:
                 bad[image] = reason
-                log(f"skipped {image}, which cannot be decoded ({reason}); {len(bad)} so far")
+                log(f"skipped {image}, which cannot be used ({reason}); {len(bad)} so far")
         if len(bad) > limit:
             image, reason = next(iter(bad.items()))
             raise UserError(
-                f"{len(bad)} images cannot be decoded, more than the {limit:.0f} allowed, such as {image} ({reason}): "
+                f"{len(bad)} images cannot be used, more than the {limit:.0f} allowed, such as {image} ({reason}): "
                 "remove or mend them, or raise --max-bad in a recipe."
             )
         yield batch

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import Cityscapes
 from torchvision.transforms import InterpolationMode, v2
@@ -38,8 +38,11 @@ class Classes:
     ignored: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 2 <= len(self.names) <= IGNORE:
-            raise UserError(f"There are {len(self.names)} classes: segmentation tells 2 to {IGNORE} of them apart.")
+        if not 2 <= len(self.names) < IGNORE:
+            raise UserError(
+                f"There are {len(self.names)} classes, where segmentation tells 2 to {IGNORE - 1} apart: number them "
+                f"from 0 ({IGNORE} is 'ignore')."
+            )
 
     def __call__(self, cell: dict[str, Any]) -> Tensor:
         """A cell with the file of a mask -> (H W), uint8: classes by their place, and IGNORE
@@ -59,9 +62,11 @@ class Classes:
         return torch.from_numpy(mask.astype(np.uint8))
 
 
-def read_mask(cell: dict[str, Any]) -> np.ndarray[Any, Any]:
+def read_mask(cell: dict[str, Any] | None) -> np.ndarray[Any, Any]:
     """The numbers in a file of one channel (H W)."""
-    picture = Image.open(io.BytesIO(read_cell(cell)))
+    if cell is None:
+        raise ValueError("it has no mask")
+    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(read_cell(cell))))
     if picture.mode not in MODES:
         raise ValueError(f"its mask holds colours ({picture.mode}), where one number for a pixel is needed")
     numbers = np.asarray(picture).astype(np.int64)
@@ -109,15 +114,17 @@ def open_masked(data: str, classes: int | None = None, zero_ignored: bool = Fals
             )
     if not test.length:
         raise UserError(f"--data {data} has too few images to hold some back for judging: give it a val part.")
-    return train, test, _classes(root, train, classes, zero_ignored)
+    return train, test, _classes(root, parts, classes, zero_ignored)
 
 
 def _pair(images: Path, masks: Path) -> Source:
     """Images and the masks of the same name, but for the ending, at the same place below."""
     if not masks.is_dir():
         raise UserError(f"{images} has no masks beside it: {masks} is not there.")
-    files = sorted(file for file in images.rglob("*") if file.suffix.lower() in EXTENSIONS)
-    found = {file.relative_to(masks).with_suffix(""): file for file in sorted(masks.rglob("*")) if file.is_file()}
+    pictures = (file for file in images.rglob("*") if file.suffix.lower() in EXTENSIONS)
+    files = sorted(file for file in pictures if not file.name.startswith("."))
+    drawn = sorted(file for file in masks.rglob("*") if file.suffix.lower() in EXTENSIONS)
+    found = {file.relative_to(masks).with_suffix(""): file for file in drawn}
     names = [file.relative_to(images).with_suffix("") for file in files]
     missing = [file for file, name in zip(files, names, strict=True) if name not in found]
     if missing:
@@ -145,7 +152,12 @@ def _cityscapes(root: Path) -> tuple[Source, Source, Classes]:
             raise UserError(
                 f"--data {root} is not the whole of Cityscapes: it needs leftImg8bit/{split}/ and gtFine/{split}/."
             ) from error
-        parts.append(_source(root / split, found.images, [targets[0] for targets in found.targets]))
+        pairs = sorted(
+            zip(found.images, (targets[0] for targets in found.targets), strict=True)
+        )  # it lists as disks do
+        if missing := [mask for _, mask in pairs if not Path(mask).is_file()]:
+            raise UserError(f"--data {root} lacks {missing[0]} and {len(missing) - 1} more: unpack gtFine too.")
+        parts.append(_source(root / split, [image for image, _ in pairs], [mask for _, mask in pairs]))
         if not parts[-1].length:
             raise UserError(f"--data {root} has no images in leftImg8bit/{split}/: unpack that archive too.")
     learnt = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE), key=lambda c: c.train_id)
@@ -153,7 +165,7 @@ def _cityscapes(root: Path) -> tuple[Source, Source, Classes]:
     return parts[0], parts[1], Classes([c.name for c in learnt], [c.id for c in learnt], ignored)
 
 
-def _classes(root: Path, train: Source, count: int | None, zero_ignored: bool) -> Classes:
+def _classes(root: Path, parts: list[Source], count: int | None, zero_ignored: bool) -> Classes:
     first = int(zero_ignored)
     ignored = (0,) if zero_ignored else ()
     names: list[str] = []
@@ -166,10 +178,10 @@ def _classes(root: Path, train: Source, count: int | None, zero_ignored: bool) -
         raise UserError(f"--classes {count}: {root} names {len(names)} classes; leave --classes out, or mend the file.")
     if not (count or names):
         try:
-            largest = max(_largest(cell) for cell in train.rows[train.mask])
-        except (ValueError, OSError) as error:
+            largest = max(_largest(cell) for part in parts for cell in part.rows[part.mask])
+        except ValueError as error:
             raise UserError(
-                f"The masks of {train.name} cannot be counted: {error}; mend it, or pass --classes."
+                f"The masks of {parts[0].name} cannot be counted: {error}; mend it, or pass --classes."
             ) from error
         count = largest + 1 - first
     names = names or [str(first + i) for i in range(count or 0)]
@@ -181,7 +193,7 @@ def _largest(cell: dict[str, Any]) -> int:
     try:
         numbers = read_mask(cell)
     except Exception as error:  # readers raise whatever they like
-        raise ValueError(f"{cell['path'] or 'a mask'}: {error}") from error
+        raise ValueError(f"{(cell or {}).get('path') or 'a mask'}: {error}") from error
     return int(numbers[numbers != IGNORE].max(initial=-1))
 
 
@@ -207,7 +219,7 @@ def train_pairs(size: Size, short: int, scales: tuple[float, float], mean: list[
     """Random scale, crop and flip of an image and its mask.
 
     Args:
-        size: of the crop; what lies beyond an image has the colour `mean`, and is ignored in its mask.
+        size: of the crop; what lies beyond an image has the colour `mean` (0 in arrays), and is ignored in its mask.
         short: pixels of the short side at scale 1.
         scales: a factor is drawn between these.
     """

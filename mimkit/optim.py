@@ -80,7 +80,7 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> CosineL
 
 
 def poly(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> PolyLRScheduler:
-    """Linear warm-up from 0, then a line down to 0, as dense prediction has it (BEiT, appendix H)."""
+    """Linear warm-up from 0, then a line down to 0, which dense prediction calls poly."""
     return PolyLRScheduler(optimizer, power=1.0, **_warmed_up(steps, warmup))
 
 

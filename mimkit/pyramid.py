@@ -1,4 +1,7 @@
-"""Any backbone of timm as maps at 1/4, 1/8, 1/16 and 1/32 of the input, for dense prediction."""
+"""Any backbone of timm as maps at 1/4, 1/8, 1/16 and 1/32 of the input, for dense prediction.
+
+Of a plain ViT with another patch than 16 they are 4, 2, 1 and 1/2 times as fine as its patches.
+"""
 
 from typing import Any
 
@@ -68,7 +71,13 @@ class Pyramid(nn.Module):
         """(b c H W) -> 4 x (b d h w), of the padded image"""
         height, width = x.shape[-2:]
         x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
-        found = self.backbone.forward_intermediates(x, indices=self.indices, intermediates_only=True)
+        try:
+            found = self.backbone.forward_intermediates(x, indices=self.indices, intermediates_only=True)
+        except AssertionError as error:  # timm's, of networks whose tables do not follow
+            raise UserError(
+                f"This backbone does not take images of {x.shape[-2]}x{x.shape[-1]} ({error}): with --slide it sees "
+                "crops only, of --img-size; or choose another one."
+            ) from error
         maps = [norm(m) for norm, m in zip(self.norms, found, strict=True)]
         if self.neck != "maps":
             base = maps[-1]

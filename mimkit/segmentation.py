@@ -18,7 +18,6 @@ from torchvision.transforms import v2
 from mimkit.checkpoint import load_strictly, replacing, replacing_file
 from mimkit.data import Batch, Normalise, Rows, Size, Viewer, collate, collate_good, guarded, spread
 from mimkit.errors import UserError
-from mimkit.evaluation import NoImagesError
 from mimkit.masks import IGNORE, Classes, judged_pairs, resize_short
 from mimkit.pretraining import create
 from mimkit.pyramid import Pyramid
@@ -56,8 +55,11 @@ class Segmenter(nn.Module):
         try:
             from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
             from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+            from torchmetrics.functional.classification import multiclass_confusion_matrix  # noqa: F401  for judging
         except ImportError as error:
-            raise UserError("Segmentation needs segmentation-models-pytorch: pip install 'mimkit[dense]'.") from error
+            raise UserError(
+                "Segmentation needs segmentation-models-pytorch and torchmetrics: pip install 'mimkit[dense]'."
+            ) from error
         self.pyramid = Pyramid(backbone, neck)
         channels = [0, 0, *self.pyramid.channels]  # smp counts from 1/1 and 1/2, which neither decoder looks at
         if decoder == "upernet":
@@ -79,6 +81,14 @@ class Segmenter(nn.Module):
         scores = self.head(self.drop(self.decoder([x, x, *maps])))
         scale = height + -height % self.pyramid.multiple, width + -width % self.pyramid.multiple
         return F.interpolate(scores, scale, mode="bilinear")[..., :height, :width]
+
+
+def loss_of(scores: Tensor, masks: Tensor) -> Tensor:
+    """Mean cross entropy over all pixels; ignored ones count as 0, so that all parts of a step weigh the same.
+
+    scores: (b classes H W); masks: (b H W)
+    """
+    return F.cross_entropy(scores, masks.long(), ignore_index=IGNORE, reduction="sum") / masks.numel()
 
 
 def write_segmenter(model: Segmenter, folder: Path, classes: Classes, normalise: Normalise, **about: Any) -> None:
@@ -254,7 +264,9 @@ class Segmentation:
         (counts,) = self.run.total(counts)
         self.confusion = counts[0]
         if not self.confusion.any():
-            raise NoImagesError
+            raise UserError(
+                f"Nothing of {self.test.name} can be judged: no image can be used, or all pixels are ignored."
+            )
         miou, boundary = (float(iou(confusion).nanmean()) for confusion in counts)
         accuracy = 100 * float(self.confusion.diagonal().sum() / self.confusion.sum())
         return {"miou": miou, "boundary_miou": boundary, "pixel_accuracy": accuracy}
@@ -265,8 +277,6 @@ class Segmentation:
         Raises:
             UserError: an image or a mask cannot be used.
         """
-        from torchmetrics.functional.classification import multiclass_confusion_matrix  # noqa: F401  whether it is there
-
         for part, look in ((data, viewer), (self.test, self.viewer)):
             places = spread(part.length, 50)
             views = [look(part.rows[i], 0, i) for i in places]
@@ -283,7 +293,7 @@ class Segmentation:
         batch = collate([viewer(data.rows[i % data.length], 0, i) for i in range(2)]).to(self.run.accelerator.device)
         network.train()
         with self.run.accelerator.autocast():
-            loss = F.cross_entropy(network(self.normalise(batch.images)), batch.labels.long(), ignore_index=IGNORE)
+            loss = loss_of(network(self.normalise(batch.images)), batch.labels)
         loss.backward()
         network.zero_grad()
         self.run.print(f"loss of 2 images {loss.item():.3f}; {self.words(self.score(network, 2))}")
@@ -303,7 +313,8 @@ class Segmentation:
 
     def draw(self, folder: Path) -> list[str]:
         """Images with their masks and what was predicted, and a table of classes."""
-        segmentations(self.shown, self.classes.names, folder / "predictions.png")
+        if self.shown:  # else all images of this process are bad
+            segmentations(self.shown, self.classes.names, folder / "predictions.png")
         with replacing_file(folder / "classes.csv") as file, open(file, "w", newline="") as opened:
             table = csv.writer(opened)
             table.writerow(["class", "iou", "accuracy", "pixels"])
@@ -338,7 +349,7 @@ def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
     sources = open_all(images)
     written: set[Path] = set()
     with replacing(out) as temporary, torch.inference_mode():
-        for source in sources:
+        for part, source in enumerate(sources):
             viewer = Viewer(transform, own["in_chans"], 0, 0, (source.image, None), lambda cell: cell)
             loader = one_by_one(source, viewer, range(source.length))
             for batch in guarded(loader, max_bad * source.length, print):
@@ -346,10 +357,16 @@ def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
                     continue
                 scores = scores_of(model, normalise(batch.images.to(device)), own["crop"], own["flip"])
                 found = F.interpolate(scores, batch.labels[0].tolist(), mode="bilinear").argmax(1)[0].cpu()
-                file = temporary / f"{Path(batch.names[0]).stem.replace(' ', '-')}.png"
+                place = Path(batch.names[0])
+                if place.is_relative_to(images) and place != Path(images):
+                    place = place.relative_to(images)
+                else:  # a file alone, or a row, whose name is its number
+                    place = Path(place.name if place.exists() else f"{part}-{place}".replace(" ", "-"))
+                file = temporary / place.with_suffix(".png")
                 if file in written:
-                    raise UserError(f"--images {images} has two images named {file.stem}: predict them apart.")
+                    raise UserError(f"--images {images} has two images named {place.stem}: predict them apart.")
                 written.add(file)
+                file.parent.mkdir(parents=True, exist_ok=True)
                 paint(torch.tensor(own["class_values"])[found], own["class_values"], file)
     return len(written)
 

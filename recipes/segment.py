@@ -1,7 +1,7 @@
 """Semantic segmentation: a checkpoint as a pyramid under UPerNet or an FPN.
 
 accelerate launch recipes/segment.py --config segment_vit_b_ade20k --data /path/to/ADEChallengeData2016
-    as BEiT and MAE do it; not run
+    the rates and the schedule of MAE's; not run
 
 What `--data` may be: docs/data.md. What maps a backbone gives: `mimkit/pyramid.py`.
 """
@@ -10,24 +10,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 
 from mimkit.data import Viewer, default_workers, parse_size, train_loader
 from mimkit.errors import UserError, one_sentence
 from mimkit.finetuning import checkpoint_blocks, load, show_groups
 from mimkit.judging import Judge
-from mimkit.masks import IGNORE, open_masked, train_pairs
+from mimkit.masks import open_masked, train_pairs
 from mimkit.optim import cosine, groups_with_head, poly
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
 from mimkit.pretraining import ANY_SIZE, colours, input_of
-from mimkit.segmentation import Segmentation, Segmenter, check_classes, find_segmenter, read_segmenter
+from mimkit.segmentation import Segmentation, Segmenter, check_classes, find_segmenter, loss_of, read_segmenter
 from mimkit.training import Run
 
 
 @dataclass
 class Options:
-    """The defaults are BEiT's published ADE20K recipe (Bao et al., ICLR 2022, appendix H), which MAE follows.
+    """The defaults are rates and schedule of MAE's UPerNet on ADE20K; docs/segmentation.md says what else differs.
 
     Args:
         model: a run, a folder that timm can read (an encoder/, a converted checkpoint), or a name known to timm; a
@@ -142,8 +141,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--model-args has {', '.join(twice)}, which follows from an option or the data: leave it out.")
     trained = find_segmenter(options.model)
     if trained:
+        if options.init or options.from_scratch or options.model_args:
+            raise UserError(
+                f"--model {options.model} is a run of this recipe: leave --init, --from-scratch, --model-args."
+            )
         network, own = read_segmenter(trained)
         check_classes(own, classes, options.model, options.data)
+        options.in_chans, options.neck = own["in_chans"], own["segmenter_args"]["neck"]
+        options.decoder, options.decoder_dim = own["segmenter_args"]["decoder"], own["segmenter_args"]["width"]
         start, normalise = f"all weights of {trained}", colours(own["in_chans"], own["mean"], own["std"])
     else:
         given |= ANY_SIZE | options.model_args
@@ -152,9 +157,9 @@ def main(argv: list[str] | None = None) -> None:
         if len(own_colours.values[0]) == options.in_chans:
             options.mean, options.std = options.mean or own_colours.values[0], options.std or own_colours.values[1]
         normalise = colours(options.in_chans, options.mean, options.std)
-        if options.grad_checkpointing:
-            checkpoint_blocks(backbone)
         network = Segmenter(backbone, len(classes.names), options.decoder, options.decoder_dim, options.neck)
+    if options.grad_checkpointing:
+        checkpoint_blocks(network.pyramid.backbone)
     options.mean, options.std = normalise.values
     normalise.to(run.accelerator.device)
     window = size if options.slide else None
@@ -176,6 +181,11 @@ def main(argv: list[str] | None = None) -> None:
         task.rehearse(network.to(run.accelerator.device), viewer, data)
         return
     plan = run.plan(data.length, options.batch_size, options.epochs)
+    if options.decoder == "upernet" and plan.share < 2:  # it normalises one number for an image over a batch
+        raise UserError(
+            "UPerNet needs 2 images or more in each part of a step on each process: choose a larger --batch-size, "
+            "fewer --grad-accum-steps, or --decoder fpn."
+        )
     loader = train_loader(data, viewer, plan, options.workers)
     run.write_config()
     run.print(
@@ -193,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         schedule.step_update(step)
         for batch in parts:
             with run.accumulate(model):
-                loss = F.cross_entropy(model(normalise(batch.images)), batch.labels.long(), ignore_index=IGNORE)
+                loss = loss_of(model(normalise(batch.images)), batch.labels)
                 run.accelerator.backward(loss)
                 if options.clip_grad and run.accelerator.sync_gradients:
                     run.accelerator.clip_grad_norm_(model.parameters(), options.clip_grad)

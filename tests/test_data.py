@@ -273,7 +273,7 @@ def test_bad_images_are_skipped_named_and_counted(folder, workers):
     for rank in (0, 1):  # each process meets both sooner or later
         plan = Plan(14, 2, 60, rank=rank, world=2)
         assert len(list(guarded(train_loader(source, viewer(source), plan, workers), 2, said.append))) == 60
-    with pytest.raises(UserError, match=r"2 images cannot be decoded.*--max-bad"):
+    with pytest.raises(UserError, match=r"2 images cannot be used.*--max-bad"):
         list(guarded(train_loader(source, viewer(source), plan, workers), 1, said.append))
 
 
@@ -281,7 +281,7 @@ def test_only_bad_images(tmp_path):
     for i in range(4):
         (tmp_path / f"{i}.png").write_text("x")
     source = open_source(str(tmp_path))
-    with pytest.raises(UserError, match="4 images cannot be decoded"):
+    with pytest.raises(UserError, match="4 images cannot be used"):
         list(guarded(eval_loader(source, (8, 8), 3), 3, lambda _: None))
     with pytest.raises(UserError, match=r"--crop-scale \[2, 1\] is no range"):
         train_transform((8, 8), (2, 1))

@@ -21,7 +21,7 @@ from mimkit.masks import IGNORE, Classes, judged_pairs, open_masked, train_pairs
 from mimkit.optim import groups_with_head
 from mimkit.options import presets
 from mimkit.pyramid import NECKS, Pyramid
-from mimkit.segmentation import Segmenter, iou, near_edges, read_segmenter, scores_of, windows
+from mimkit.segmentation import Segmenter, iou, loss_of, near_edges, read_segmenter, scores_of, windows
 
 TINY = {"source_args": {"embed_dim": 32, "depth": 3, "num_heads": 2}, "depths": "1-1-1-0"}
 BACKBONES = {
@@ -115,6 +115,16 @@ def test_what_gives_no_pyramid_is_refused():
         Pyramid(backbone("resnet18"))
     with pytest.raises(UserError, match="choose upernet, or fpn"):
         Segmenter(backbone("hivit_nano"), 3, "fpn", 40)
+
+
+def test_ignored_pixels_teach_nothing_and_parts_weigh_the_same():
+    scores, masks = torch.randn(4, 3, 5, 6), torch.randint(3, (4, 5, 6))
+    masks[0], masks[1, :2] = IGNORE, IGNORE
+    assert loss_of(scores[:1], masks[:1]) == 0  # and no NaN
+    whole = loss_of(scores, masks)
+    assert torch.allclose(whole, (loss_of(scores[:2], masks[:2]) + loss_of(scores[2:], masks[2:])) / 2)
+    mean = F.cross_entropy(scores, masks, ignore_index=IGNORE)
+    assert torch.allclose(whole, mean * (masks != IGNORE).float().mean())
 
 
 @pytest.mark.parametrize("decoder", ["upernet", "fpn"])
@@ -287,7 +297,7 @@ def test_judged_images_keep_their_mask():
 
 @pytest.mark.parametrize("names", [["one"], [str(i) for i in range(256)]])
 def test_too_few_or_many_classes(names):
-    with pytest.raises(UserError, match="tells 2 to 255 of them apart"):
+    with pytest.raises(UserError, match="tells 2 to 254 apart"):
         Classes(names, list(range(len(names))))
 
 
@@ -409,6 +419,13 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
     code, _, error = command(capsys, monkeypatch, *predict, tmp_path / "masks")
     assert code
     assert "is there already: choose a new folder" in error
+
+    with pytest.raises(SystemExit):
+        segment.main([*judged[:-1], "--model", str(tmp_path / "a"), "--from-scratch"])
+    assert "leave --init, --from-scratch" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        segment.main([*argv, "--batch-size", "1", "--out", str(tmp_path / "c")])
+    assert "UPerNet needs 2 images or more" in capsys.readouterr().err
 
     (data / "classes.txt").write_text("a\nb\nc\n")
     with pytest.raises(SystemExit):
