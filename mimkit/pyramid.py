@@ -50,9 +50,8 @@ class Pyramid(nn.Module):
         self.neck = neck
         self.multiple = coarsest if neck == "maps" and coarsest == 32 else 2 * base
 
-        used = stages.values() if neck == "maps" else [stages[r] for r in sorted(stages) if r <= base]
-        used = list(used) if neck != "pyramid" else [stages[base]]
-        self.indices = sorted(used)
+        used = {"maps": stages, "pyramid": [base], "both": [r for r in stages if r <= base]}[neck]
+        self.indices = sorted(stages[r] for r in used)
         self.backbone = backbone
         self.backbone.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         widths = [infos[i]["num_chs"] for i in self.indices]
@@ -65,7 +64,9 @@ class Pyramid(nn.Module):
             fine = nn.ConvTranspose2d(d, d // 2, 2, 2), LayerNorm2d(d // 2, eps=1e-6), nn.GELU()
             self.up.append(nn.Sequential(*fine, nn.ConvTranspose2d(d // 2, d // 4, 2, 2)))
             self.up.append(nn.ConvTranspose2d(d, d // 2, 2, 2))
-            self.side.extend(nn.Conv2d(d, c, 1) for d, c in zip(widths[:-1], self.channels, strict=False))
+            self.side.extend(
+                nn.Conv2d(d, c, 1) for d, c in zip(widths[:-1], self.channels[: len(widths) - 1], strict=True)
+            )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(b c H W) -> 4 x (b d h w), of the padded image"""

@@ -137,8 +137,7 @@ def read_segmenter(folder: Path) -> tuple[Segmenter, dict[str, Any]]:
 
 def check_classes(own: dict[str, Any], classes: Classes, model: str, data: str) -> None:
     """Refuse to use a network with other classes than its own."""
-    pairs = zip(own["class_names"], classes.names, strict=False)
-    if len(own["class_names"]) != len(classes.names) or any(a != b for a, b in pairs):
+    if own["class_names"] != classes.names:
         raise UserError(
             f"--model {model} knows {len(own['class_names'])} classes ({', '.join(own['class_names'][:4])}, ...), and "
             f"--data {data} has {len(classes.names)} ({', '.join(classes.names[:4])}, ...): pass data of the same ones."
@@ -231,15 +230,13 @@ class Segmentation:
 
     def predicted(self, network: Any, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches of one -> image (b c H W), mask (b h w) and predicted classes (b h w)"""
-        device = self.run.accelerator.device
-        self.normalise.to(device)
         for batch in batches:
             if len(batch.images):  # else it is bad
-                images, masks = batch.images.to(device), batch.labels.to(device).long()
+                images, _, masks, *_ = batch.to(self.run.accelerator.device)
                 with self.run.accelerator.autocast():
                     scores = scores_of(network, self.normalise(images), self.crop, self.flip)
                 scores = F.interpolate(scores.float(), masks.shape[-2:], mode="bilinear")
-                yield images, masks, scores.argmax(1)
+                yield images, masks.long(), scores.argmax(1)
 
     @torch.no_grad()
     def score(self, network: Any, images: int | None = None) -> dict[str, float]:
@@ -287,7 +284,7 @@ class Segmentation:
                 [torch.bincount(torch.as_tensor(view.label).flatten(), minlength=IGNORE + 1) for view in views]
             ).sum(0)
             shares = (100 * counts / counts.sum()).tolist()
-            seen = [f"{name} {share:.1f} %" for name, share in zip(self.classes.names, shares, strict=False) if share]
+            seen = [f"{name} {shares[i]:.1f} %" for i, name in enumerate(self.classes.names) if shares[i]]
             seen.append(f"ignored {shares[IGNORE]:.1f} %")
             self.run.print(f"{part.name}: {part.length:,} images; pixels of {len(views)} of them: {', '.join(seen)}")
         batch = collate([viewer(data.rows[i % data.length], 0, i) for i in range(2)]).to(self.run.accelerator.device)
