@@ -16,6 +16,8 @@ from mimkit import conversion, evaluation
 from mimkit import export as exporting
 from mimkit.checkpoint import on_meta, replacing_file
 from mimkit.data import Normalise, cpu_count, eval_loader, guarded, look, parse_size
+from mimkit.dense import find_dense
+from mimkit.detection import predict_objects
 from mimkit.errors import UserError, one_sentence
 from mimkit.evaluation import over
 from mimkit.finetuning import classifier
@@ -204,13 +206,15 @@ def predict(
     crop_pct: float | None = None,
     max_bad: float = 0.01,
 ) -> None:
-    """Label images by a fine-tuned classifier, in a table, or their pixels by a segmenter, in masks.
+    """Label images by a fine-tuned classifier, their pixels by a segmenter, or find objects by a detector.
 
     Args:
-        model: run of recipes/finetune.py or segment.py, its last/ or best/, or any classifier that timm can load.
+        model: run of recipes/finetune.py, segment.py or detect.py, its last/ or best/, or any classifier that timm can
+            load.
         images: an image, a folder of images, parquet or .tar files.
         out: table to write: image, label and probability (predictions.csv); for a segmenter a new folder of masks, each
-            of the size of its image, in the class numbers of the data it was trained with (predictions).
+            of the size of its image, in the class numbers of the data it was trained with (predictions); for a
+            detector a file of COCO's format, whose annotations have scores (predictions.json).
         top: how many labels for an image, the most likely first.
         crop_pct: share of the scaled image that is looked at; the model's own by default.
         max_bad: share of images that may be impossible to decode; they are left out.
@@ -218,6 +222,10 @@ def predict(
     if segmenter := find_segmenter(model):
         out = out or "predictions"
         print(f"wrote {out}/: {predict_masks(segmenter, images, out, max_bad)} masks")
+        return
+    if detector := find_dense(model, "detector"):
+        out = out or "predictions.json"
+        print(f"wrote {out}: {predict_objects(detector, images, out, max_bad)} images")
         return
     out = out or "predictions.csv"
     network = classifier(model)

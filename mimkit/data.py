@@ -11,12 +11,14 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
@@ -125,7 +127,7 @@ class View(NamedTuple):
 
     image: Tensor | None  # (c H W), uint8 or float32; None when it cannot be decoded
     noise: Tensor  # (n) for the mask
-    label: int | Tensor  # its class, or what `Viewer.target` gave, as the transform left it
+    label: Any  # its class, or what `Viewer.target` gave, as the transform left it
     name: str  # its file, or its place
     bad: str = ""  # why it cannot be decoded
 
@@ -167,7 +169,7 @@ class Viewer:
             except Exception as error:  # readers raise whatever they like on a broken file
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 return View(None, noise, -1, name, reason)
-        return View(image, noise, label if isinstance(label, Tensor) else -1 if label is None else int(label), name)
+        return View(image, noise, label if self.target else -1 if label is None else int(label), name)
 
 
 def read_cell(file: dict[str, Any]) -> bytes:
@@ -181,35 +183,43 @@ def read_cell(file: dict[str, Any]) -> bytes:
 class Batch(NamedTuple):
     """Views, stacked. The place of a bad image is taken by a good one of the same batch."""
 
-    images: Tensor  # (b c H W), uint8 or float32
+    images: Any  # (b c H W), uint8 or float32; or a list of (c H W)
     noise: Tensor  # (b n)
-    labels: Tensor  # (b), -1 without; or masks (b H W)
+    labels: Any  # (b), -1 without; or masks (b H W); or a list of what each image has
     names: list[str]
     bad: list[tuple[str, str]]  # images that could not be decoded, and why
 
     def to(self, device: torch.device) -> "Batch":
         """Move what the network needs."""
-        images, noise, labels = (x.to(device, non_blocking=True) for x in (self.images, self.noise, self.labels))
+        images, noise, labels = send_to_device((self.images, self.noise, self.labels), device, non_blocking=True)
         return self._replace(images=images, noise=noise, labels=labels)
 
 
-def collate(views: list[View]) -> Batch:
-    """[(c H W), ...] -> (b c H W), with as many images as views, or none when all are bad"""
+def collate_list(views: list[View]) -> Batch:
+    """Images of any sizes, and what each has, as lists; as many as views, or none when all are bad"""
     good = [view for view in views if view.image is not None]
     filled = [v if v.image is not None else good[i % len(good)] for i, v in enumerate(views) if good]
-    images = [view.image for view in filled if view.image is not None]
-    if len({image.dtype for image in images}) > 1:  # arrays of several kinds
-        images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
     return Batch(
-        torch.stack(images) if images else torch.empty(0),
+        [view.image for view in filled],
         torch.stack([view.noise for view in views]),
-        torch.stack([torch.as_tensor(view.label) for view in filled]) if filled else torch.empty(0),
+        [view.label for view in filled],
         [view.name for view in filled],
         [(view.name, view.bad) for view in views if view.bad],
     )
 
 
-def collate_good(views: list[View]) -> Batch:
+def collate(views: list[View]) -> Batch:
+    """[(c H W), ...] -> (b c H W), with as many images as views, or none when all are bad"""
+    batch = collate_list(views)
+    images = batch.images
+    if len({image.dtype for image in images}) > 1:  # arrays of several kinds
+        images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
+    labels = [torch.as_tensor(label) for label in batch.labels]
+    stacked = (torch.stack(x) if x else torch.empty(0) for x in (images, labels))
+    return batch._replace(images=next(stacked), labels=next(stacked))
+
+
+def collate_good(views: list[View], collate: Callable[[list[View]], Batch] = collate) -> Batch:
     """The same without bad images, of which nothing is to be counted."""
     batch = collate([view for view in views if view.image is not None] or views)
     return batch._replace(bad=[(view.name, view.bad) for view in views if view.bad])
@@ -371,12 +381,23 @@ def default_workers() -> int:
     return min(16, max(0, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
-def train_loader(source: Source, viewer: Viewer, plan: Plan, workers: int) -> DataLoader[Any]:
+def train_loader(
+    source: Source, viewer: Viewer, plan: Plan, workers: int, collate: Callable[[list[View]], Batch] = collate
+) -> DataLoader[Any]:
     """All batches of a run, from its first step to its last, on one set of workers."""
     common: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
     if source.streaming:
         return DataLoader(Stream(source, viewer, plan), batch_size=None, **common)
     return DataLoader(Rows(source, viewer), batch_sampler=Order(plan), collate_fn=collate, **common)
+
+
+def one_by_one(
+    source: Source, viewer: Viewer, places: Iterable[int], workers: int = 0, collate: Any = collate
+) -> DataLoader[Any]:
+    """Batches of one image, as large as it is; none in a batch whose image is bad."""
+    sampler: Any = [(0, i) for i in places]
+    gather = partial(collate_good, collate=collate)
+    return DataLoader(Rows(source, viewer), 1, sampler=sampler, collate_fn=gather, num_workers=workers)
 
 
 def spread(length: int, count: int) -> list[int]:

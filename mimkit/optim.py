@@ -1,12 +1,13 @@
 """Parameter groups and the schedule: thin over timm and torch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.optim._param_groups import auto_group_layers
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from torch import nn
 
 from mimkit.errors import UserError
@@ -82,6 +83,19 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> CosineL
 def poly(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> PolyLRScheduler:
     """Linear warm-up from 0, then a line down to 0, which dense prediction calls poly."""
     return PolyLRScheduler(optimizer, power=1.0, **_warmed_up(steps, warmup))
+
+
+def drops(optimizer: torch.optim.Optimizer, steps: int, warmup: int, at: Sequence[int]) -> MultiStepLRScheduler:
+    """Linear warm-up from 0, then the rate as it is, a tenth of it from each of these steps on."""
+    if list(at) != sorted(set(at)) or not all(warmup < step < steps for step in at):
+        raise UserError(
+            f"The rate is to drop at steps {list(at)} of {steps}, {warmup} of them warm-up: give rising --drop-epochs "
+            "between the two."
+        )
+    about = _warmed_up(steps, warmup)
+    del about["t_initial"]
+    # timm counts from the end of the warm-up, and one ahead
+    return MultiStepLRScheduler(optimizer, decay_t=[step - warmup + 1 for step in at], decay_rate=0.1, **about)
 
 
 def _warmed_up(steps: int, warmup: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
+from torchvision.utils import draw_segmentation_masks
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -80,7 +81,12 @@ def reconstructions(mae: MAE | SimMIM, images: Tensor, normalise: Normalise, fil
 
 def curves(metrics: list[dict[str, float]], file: Path) -> None:
     """Write a picture of the loss, the learning rate and what accuracy was measured."""
-    titles = {"knn_10": "kNN accuracy, % (k = 10)", "top1": "top-1 accuracy, %", "miou": "mIoU, %"}
+    titles = {
+        "knn_10": "kNN accuracy, % (k = 10)",
+        "top1": "top-1 accuracy, %",
+        "miou": "mIoU, %",
+        "box_ap": "box AP, %",
+    }
     names = [n for n in ("loss", "lr", *titles) if any(n in line for line in metrics)]
     figure, axes = plt.subplots(1, max(1, len(names)), figsize=(4 * max(1, len(names)), 3), squeeze=False)
     for name, axis in zip(names, axes[0], strict=False):
@@ -133,6 +139,36 @@ def segmentations(shown: Sequence[tuple[Tensor, Tensor, Tensor]], names: list[st
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[i] / 255) for i in known[:24]]
     figure.legend(handles, [names[i] for i in known[:24]], loc="lower center", ncols=8, fontsize=8)
     _write(figure, file, bottom=0.06 + 0.04 * (len(handles) // 8))
+
+
+def detections(shown: Sequence[tuple[Tensor, Any, Any]], names: list[str], file: Path) -> None:
+    """Write a picture: images (c H W) with the objects in them, above the same with what was found.
+
+    Both are torchvision's: boxes (n 4), labels (n) from 1, masks (n H W) or (n 1 H W), if any, and scores (n), if any.
+    """
+    colours = [tuple(colour) for colour in palette(len(names)).tolist()]
+    figure, axes = plt.subplots(2, len(shown), figsize=(max(5.0, 2.6 * len(shown) + 0.6), 5.6), squeeze=False)
+    for (image, *both), column in zip(shown, axes.T, strict=True):
+        grey = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+        picture = grey if grey.dtype == torch.uint8 else (255 * grey).clamp(0, 255).byte()
+        for objects, axis in zip(both, column, strict=True):
+            drawn, chosen = picture, [colours[label - 1] for label in objects["labels"].tolist()]
+            if "masks" in objects and chosen:
+                masks = (objects["masks"].flatten(1, -3) if objects["masks"].ndim == 4 else objects["masks"]) > 0.5
+                drawn = draw_segmentation_masks(drawn, masks, alpha=0.5, colors=chosen)
+            axis.imshow(rearrange(drawn, "c h w -> h w c"))
+            axis.set_xticks([])
+            axis.set_yticks([])
+            scores = objects["scores"].tolist() if "scores" in objects else [None] * len(chosen)
+            known = zip(objects["boxes"].tolist(), objects["labels"].tolist(), scores, chosen, strict=True)
+            for (left, top, right, bottom), label, score, colour in known:
+                shade = [value / 255 for value in colour]
+                axis.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, color=shade))
+                text = names[label - 1] + (f" {score:.2f}" if score is not None else "")
+                axis.text(left, top, text, fontsize=6, va="bottom", color="black", backgroundcolor=(*shade, 0.7))
+    axes[0, 0].set_ylabel("its objects")
+    axes[1, 0].set_ylabel("found")
+    _write(figure, file)
 
 
 def _write(figure: plt.Figure, file: Path, bottom: float = 0.0) -> None:

@@ -9,8 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import command
-from mimkit.recipes import finetune, linear_probe, mae_hivit, mae_svit, mae_vit, segment, simmim_svit, simmim_swin
+from mimkit.recipes import (
+    detect,
+    finetune,
+    linear_probe,
+    mae_hivit,
+    mae_svit,
+    mae_vit,
+    segment,
+    simmim_svit,
+    simmim_swin,
+)
 from PIL import Image
 
 from mimkit.options import presets
@@ -79,7 +90,7 @@ def test_wrong_words_are_one_sentence(capsys, monkeypatch, trained, tmp_path):
     assert "reconstruct" in command(capsys, monkeypatch)[1]
 
 
-RECIPES = [mae_hivit, mae_vit, mae_svit, simmim_svit, simmim_swin, finetune, linear_probe, segment]
+RECIPES = [mae_hivit, mae_vit, mae_svit, simmim_svit, simmim_swin, finetune, linear_probe, segment, detect]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -94,9 +105,9 @@ def test_recipes_print_and_reload_their_configuration(recipe, capsys, tmp_path):
         with pytest.raises(SystemExit):
             recipe.main(["--config", str(tmp_path / "config.yaml"), "--print_config"])
         assert capsys.readouterr().out == printed
-        small = not argv or argv[-1].endswith("_small")
-        expected = {linear_probe: 128, segment: 16}.get(recipe, 32) if small else recipe.Options().batch_size
-        assert f"batch_size: {8 if argv[-1:] == ['segment_hpvit_b_cityscapes'] else expected}\n" in printed
+        preset = presets(name).get(argv[-1] if argv else f"{name}_small")
+        chosen = yaml.safe_load(preset.read_text()) if preset else {}
+        assert f"batch_size: {chosen.get('batch_size', recipe.Options().batch_size)}\n" in printed
     with pytest.raises(SystemExit):
         recipe.main(["--help"])
     assert "--batch-size" in capsys.readouterr().out

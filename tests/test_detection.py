@@ -1,0 +1,473 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import command, launched
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mimkit.recipes import detect
+from PIL import Image
+from pycocotools import mask as coco_masks
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torchvision import tv_tensors
+
+from mimkit.boxes import Truth, around, draw_mask, open_boxes, read_objects, train_objects
+from mimkit.data import Viewer, collate_list
+from mimkit.dense import read_dense
+from mimkit.detection import Detector, as_results, judge_as_coco
+from mimkit.errors import UserError
+from mimkit.optim import drops, groups_with_head
+from mimkit.options import presets
+
+TINY = {"source_args": {"embed_dim": 32, "depth": 3, "num_heads": 2}, "depths": "1-1-1-0"}
+BACKBONES = {
+    "hivit_nano": {},
+    "hpvit": TINY,
+    "svit_nano": {},
+    "vit_tiny_patch16_224": {"embed_dim": 32, "depth": 2, "num_heads": 2, "dynamic_img_size": True},
+}
+COLOURS = np.array([[90, 90, 90], [250, 40, 40], [40, 60, 250]], dtype=np.uint8)
+
+
+def detector(name="hivit_nano", **options):
+    options = {"width": 32, "short": 64, "long": 96, "samples": 32} | options
+    return Detector(timm.create_model(name, **BACKBONES[name]), 2, **options)
+
+
+def polygon(left, top, side):
+    return [[left, top, left + side, top, left + side, top + side, left, top + side]]
+
+
+def runs(mask):
+    """An uncompressed run-length encoding (COCO: down the columns, beginning with a run of zeros)"""
+    counts, value = [0], 0
+    for pixel in mask.flatten(order="F"):
+        if pixel == value:
+            counts[-1] += 1
+        else:
+            counts.append(1)
+            value = pixel
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def objects(folder, file, count=8, size=(64, 80), seed=0, first=0):
+    """Red and blue squares on grey, the masks of which are polygons and run lengths, and one image without any."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    coco = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "blue"}, {"id": 3, "name": "red"}]}
+    for i in range(count):
+        picture = np.zeros(size, np.uint8)
+        own = []
+        for label, category in ((1, 3), (2, 7)) if i else ():
+            side = int(rng.integers(24, 40))
+            left, top = int(rng.integers(0, size[1] - side)), int(rng.integers(0, size[0] - side))
+            picture[top : top + side, left : left + side] = label
+            own.append((category, left, top, side, picture == label))
+        for kind, (category, left, top, side, seen) in enumerate(own):
+            whole = kind == len(own) - 1  # nothing lies upon it
+            packed = coco_masks.encode(np.asfortranarray(seen.astype(np.uint8)))
+            packed["counts"] = packed["counts"].decode()
+            drawn = polygon(left, top, side) if whole else runs((picture == 1).astype(np.uint8)) if i % 2 else None
+            if drawn is None:
+                drawn = coco_masks.encode(np.asfortranarray((picture == 1).astype(np.uint8)))
+                drawn["counts"] = drawn["counts"].decode()
+            about = {"id": len(coco["annotations"]) + 1, "image_id": first + i, "category_id": category, "iscrowd": 0}
+            coco["annotations"].append(
+                {**about, "bbox": [left, top, side, side], "area": side * side, "segmentation": drawn}
+            )
+        noise = rng.integers(-20, 20, (*size, 3))
+        Image.fromarray(np.clip(COLOURS[picture] + noise, 0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+        coco["images"].append({"id": first + i, "file_name": f"{i}.png", "height": size[0], "width": size[1]})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(coco))
+    return coco
+
+
+def coco_set(root, train=16, test=6, year="2017", size=(64, 80)):
+    for part, count in (("train", train), ("val", test)):
+        file = root / "annotations" / f"instances_{part}{year}.json"
+        objects(root / f"{part}{year}", file, count, size, seed=count, first=100 * count)
+    return root
+
+
+@pytest.fixture
+def data(tmp_path):
+    """16 + 6 pictures of two classes, one of each part without objects."""
+    return coco_set(tmp_path / "set")
+
+
+# Sets ----------------------------------------------------------------------------------------------------------------
+
+
+def test_layouts_and_what_a_row_holds(data, tmp_path):
+    train, known, test, truth = open_boxes(str(data), masks=True)
+    assert (train.length, test.length) == (16, 6)
+    assert (known.names, known.numbers, truth.ids) == (["red", "blue"], [3, 7], [600 + i for i in range(6)])
+    first, second = (read_objects(True)(train.rows[i]["objects"]) for i in (0, 1))
+    assert (len(first["labels"]), first["boxes"].shape, first["masks"].shape) == (0, (0, 4), (0, 64, 80))
+    assert second["labels"].tolist() == [1, 2]
+    own = [a for a in known.coco["annotations"] if a["image_id"] == 1601]
+    assert second["boxes"][1].tolist() == [*own[1]["bbox"][:2], *np.add(own[1]["bbox"][:2], own[1]["bbox"][2:])]
+    assert around(second["masks"][1:])[0].tolist() == second["boxes"][1].tolist()
+
+    other = tmp_path / "roboflow"
+    objects(other / "train", other / "train" / "_annotations.coco.json", 10)
+    train, _, test, truth = open_boxes(str(other), masks=True)  # no parts: every fifth is held out
+    assert (train.length, test.length, truth.ids) == (8, 2, [0, 5])
+    assert {a["image_id"] for a in truth.coco["annotations"]} <= set(truth.ids)
+    inside = tmp_path / "inside"
+    objects(inside / "train" / "images", inside / "annotations" / "instances_train.json", 5)
+    assert open_boxes(str(inside), masks=True)[0].length == 4
+
+
+def test_masks_of_three_kinds_are_pycocotools():
+    rng = np.random.default_rng(0)
+    seen = (rng.random((23, 31)) < 0.4).astype(np.uint8)
+    packed = coco_masks.encode(np.asfortranarray(seen))
+    packed["counts"] = packed["counts"].decode()
+    assert (draw_mask(packed, 23, 31) == seen).all()
+    assert (draw_mask(runs(seen), 23, 31) == seen).all()
+    shape = [[2.5, 3, 20, 4, 15, 20.5], [22, 1, 30, 1, 30, 9, 25, 9]]
+    theirs = coco_masks.decode(coco_masks.merge(coco_masks.frPyObjects(shape, 23, 31)))
+    assert (draw_mask(shape, 23, 31) == theirs).all()
+    with pytest.raises(ValueError, match="its image of"):
+        draw_mask(packed, 31, 23)
+    with pytest.raises(ValueError, match="fewer than three corners"):
+        draw_mask([[1, 2, 3, 4]], 23, 31)
+
+
+def mended(root, change):
+    """A set whose file of annotations was changed."""
+    coco_set(root, 6, 5)
+    file = root / "annotations" / "instances_train2017.json"
+    coco = json.loads(file.read_text())
+    change(coco)
+    file.write_text(json.dumps(coco))
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["annotations"][2].pop("segmentation"), r"annotation 3 of 2.png has no mask .*--masks false"),
+        (lambda c: c["annotations"][0].update(category_id=4), "annotation 1 of 1.png has category 4, none of the 2"),
+        (lambda c: c["annotations"][0].update(bbox=[60, 0, 30, 9]), r"box \[60, 0, 30, 9\] .* outside the image of 64"),
+        (lambda c: c["annotations"][0].update(bbox=[0, 0, -3, 9]), "outside the image"),
+        (lambda c: c["annotations"][0].update(bbox=[0, 0, float("nan"), 9]), "outside the image"),
+        (lambda c: c["annotations"][0].update(bbox=[0, 0, 3]), r"has the box \[0, 0, 3\]"),
+        (lambda c: c["annotations"][0].update(image_id=1), "is of image 1, which is not listed"),
+        (lambda c: c["annotations"][0].pop("bbox"), "not in COCO's format .*lacks bbox"),
+        (lambda c: c["images"][3].update(file_name="9.png"), "1 images that are not there, such as 9.png"),
+        (lambda c: c["categories"][0].update(name="green"), "have other categories"),
+        (lambda c: c.update(categories=[]), "lists no categories"),
+        (lambda c: c.update(images=[], annotations=[]), "lists no images"),
+        (lambda c: c.pop("images"), "not in COCO's format"),
+    ],
+)
+def test_what_is_wrong_is_named(change, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        open_boxes(mended(tmp_path, change), masks=True)
+
+
+def test_boxes_alone_need_no_masks(tmp_path):
+    def bare(coco):
+        for annotation in coco["annotations"]:
+            del annotation["segmentation"], annotation["area"], annotation["id"], annotation["iscrowd"]
+
+    train, truth, *_ = open_boxes(mended(tmp_path, bare), masks=False)
+    assert "masks" not in read_objects(False)(train.rows[1]["objects"])
+    assert all(a["area"] == a["bbox"][2] * a["bbox"][3] for a in truth.coco["annotations"])
+
+
+def test_an_image_of_another_size_is_bad(data):
+    train, *_ = open_boxes(str(data), masks=True)
+    Image.new("RGB", (80, 65)).save(data / "train2017" / "3.png")
+    transform = train_objects(None, 64, 96, (1, 1), [0.5] * 3)
+    view = Viewer(transform, 3, 0, 0, ("image", "objects"), read_objects(True))(train.rows[3], 0, 3)
+    assert view.bad == "it is 65x80, and 64x80 in the file of annotations"
+
+
+# One image -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [None, (48, 48), (64, 96), (24, 80)])
+def test_an_image_and_its_objects_stay_together(size):
+    """The image is bright where an object is: so is every mask, which a box surrounds, cut or whole; mirrored not."""
+    agreed, mirrored, counts, shapes = [], [], set(), set()
+    for seed in range(25):
+        torch.manual_seed(seed)
+        mask = torch.zeros(2, 50, 70, dtype=torch.uint8)
+        mask[0, 10:40, 5:30], mask[1, 20:45, 40:65] = 1, 1
+        image = Image.fromarray((mask.sum(0) * 200).byte().numpy())
+        boxes = tv_tensors.BoundingBoxes([[5.0, 10, 30, 40], [40, 20, 65, 45]], format="XYXY", canvas_size=(50, 70))
+        target = {"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": tv_tensors.Mask(mask)}
+        picture, found = train_objects(size, 50, 80, (0.6, 1.8), [0.0])(image, target)
+        assert all(type(value) is torch.Tensor for value in found.values())
+        pixels = torch.from_numpy(np.asarray(picture).copy()).float() / 200
+        assert found["masks"].shape[1:] == pixels.shape
+        if size:
+            assert tuple(pixels.shape) == size
+        else:
+            assert max(pixels.shape) <= 80
+        drawn = found["masks"].sum(0)
+        agreed.append(float(((pixels > 0.5) != drawn.bool()).float().mean()))
+        mirrored.append(float(((pixels > 0.5) != drawn.flip(-1).bool()).float().mean()))
+        for box, one in zip(found["boxes"], found["masks"], strict=True):
+            assert (box - around(one[None])[0]).abs().max() <= 1
+            assert (box[2:] - box[:2] >= 1).all()
+        counts.add(len(found["labels"]))
+        shapes.add(tuple(pixels.shape))
+    assert max(agreed) < 0.05
+    assert np.mean(mirrored) > 0.1
+    assert (len(shapes) == 1) is (size is not None)
+    assert counts == {2} or size  # crops lose objects, whole images do not
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6))
+def test_a_box_is_around_its_mask(seed):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((3, 7, 9)) < 0.15
+    mask[:, rng.integers(7), rng.integers(9)] = True
+    for box, one in zip(around(torch.from_numpy(mask).byte()).tolist(), mask, strict=True):
+        rows, columns = np.nonzero(one)
+        assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+# The network ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_all_of_a_detector_learns_and_it_finds_in_pixels_of_the_image(name, masks, data):
+    train, *_ = open_boxes(str(data), masks=masks)
+    model = detector(name, masks=masks)
+    transform = train_objects(None, 64, 96, (0.8, 1.0), [0.5] * 3)
+    viewer = Viewer(transform, 3, 0, 0, ("image", "objects"), read_objects(masks))
+    batch = collate_list([viewer(train.rows[i], 0, i) for i in range(3)])  # the first is without objects
+    losses = model(batch.images, batch.labels)
+    assert ("loss_mask" in losses) is masks
+    sum(losses.values()).backward()
+    silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert not silent
+    model.eval()
+    found = model([torch.randint(256, (3, 100, 150), dtype=torch.uint8), torch.rand(3, 64, 40)])
+    for one, (height, width) in zip(found, ((100, 150), (64, 40)), strict=True):
+        assert (one["boxes"] >= 0).all()
+        assert (one["boxes"] <= torch.tensor([width, height, width, height])).all()
+        assert ("masks" in one) is masks
+        if masks:
+            assert one["masks"].shape[1:] == (1, height, width)
+        assert (one["scores"].diff() <= 0).all()
+
+
+def test_background_alone_is_learnt_from():
+    model = detector()
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 64, 64)}
+    losses = model([torch.rand(3, 64, 64)], [{**empty, "masks": empty["masks"].byte()}])
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert losses["loss_classifier"] > 0.1
+    assert losses["loss_box_reg"] == losses["loss_mask"] == losses["loss_rpn_box_reg"] == 0
+
+
+def test_patches_of_14_are_refused():
+    BACKBONES["vit /14"] = {**BACKBONES["vit_tiny_patch16_224"], "patch_size": 14}
+    with pytest.raises(UserError, match="only with patches of 16 px"):
+        Detector(timm.create_model("vit_tiny_patch16_224", **BACKBONES.pop("vit /14")), 2)
+
+
+@pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "svit_nano"])
+def test_every_parameter_has_a_rate_once(name):
+    model = detector(name)
+    groups = groups_with_head(model, "rcnn.backbone.pyramid.backbone", 0.05, 0.5, 10.0)
+    assert sorted(n for g in groups for n in g["param_names"]) == sorted(n for n, _ in model.named_parameters())
+    rates = {name: group["lr_scale"] for group in groups for name in group["param_names"]}
+    assert rates["rcnn.rpn.head.cls_logits.weight"] == rates["rcnn.backbone.fpn.inner_blocks.0.0.weight"] == 1
+    inside = [r for n, r in rates.items() if ".pyramid.backbone." in n and ".pools." not in n]
+    assert max(inside) == 0.5
+    assert all(rates[n] == 10 for n in rates if ".pools." in n)
+
+
+def test_a_rate_drops_after_the_steps_that_it_should():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = drops(optimizer, 20, 4, [10, 15])
+    rates = []
+    for step in range(20):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0, 0.5, 1, 1.5, *[2] * 6, *[0.2] * 5, *[0.02] * 5])
+    for wrong in ([3, 10], [10, 10], [15, 10], [10, 20]):
+        with pytest.raises(UserError, match="rising --drop-epochs"):
+            drops(optimizer, 20, 4, wrong)
+
+
+# Judging -------------------------------------------------------------------------------------------------------------
+
+
+def noisy(coco, seed=0):
+    """Detections near the truth, some of them wrong."""
+    rng = np.random.default_rng(seed)
+    found = {image["id"]: [] for image in coco["images"]}
+    for annotation in coco["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        for _ in range(2):
+            dx, dy = rng.normal(0, 4, 2)
+            box = np.clip([x + dx, y + dy, x + w + dx, y + h + dy], 0, [80, 64, 80, 64])
+            label = 1 + (annotation["category_id"] == 7) if rng.random() < 0.8 else rng.integers(1, 3)
+            found[annotation["image_id"]].append((box, int(label), rng.random()))
+    results = []
+    for image, ones in found.items():
+        masks = torch.zeros(len(ones), 1, 64, 80)
+        for i, (box, _, _) in enumerate(ones):
+            left, top, right, bottom = box.round().astype(int)
+            masks[i, 0, top:bottom, left:right] = 0.9
+        own = {
+            "boxes": torch.tensor(np.array([box for box, _, _ in ones])).reshape(-1, 4),
+            "labels": torch.tensor([label for _, label, _ in ones], dtype=torch.int64),
+            "scores": torch.tensor([score for _, _, score in ones]),
+            "masks": masks,
+        }
+        results += as_results(own, image, [3, 7])
+    return results
+
+
+@pytest.mark.parametrize("kind", ["box", "mask"])
+def test_average_precision_is_pycocotools(kind, data, capsys):
+    _, _, _, truth = open_boxes(str(data), masks=True)
+    results = noisy(truth.coco)
+    ids = truth.ids[1:]
+    ours, each = judge_as_coco(truth, results, ids, kind)
+    known = COCO(str(data / "annotations" / "instances_val2017.json"))
+    left = "bbox" if kind == "mask" else "segmentation"
+    judge = COCOeval(
+        known,
+        known.loadRes([{k: v for k, v in r.items() if k != left} for r in results]),
+        {"box": "bbox"}.get(kind, "segm"),
+    )
+    judge.params.imgIds = ids
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    assert [ours[f"{kind}_{name}"] for name in ("ap", "ap50", "ap75", "ap_medium")] == pytest.approx(
+        list(100 * judge.stats[[0, 1, 2, 4]])
+    )
+    assert 5 < ours[f"{kind}_ap"] < 90
+    assert np.mean(each) == pytest.approx(ours[f"{kind}_ap"])
+    assert np.isnan(ours[f"{kind}_ap_large"])  # there is none
+
+
+def test_the_truth_itself_is_right_and_nothing_is_0(data):
+    _, _, _, truth = open_boxes(str(data), masks=True)
+    assert isinstance(truth, Truth)
+    perfect = [
+        {"score": 1.0, **{k: a[k] for k in ("image_id", "category_id", "bbox")}} for a in truth.coco["annotations"]
+    ]
+    assert judge_as_coco(truth, perfect, truth.ids, "box")[0]["box_ap"] == pytest.approx(100)
+    assert judge_as_coco(truth, [], truth.ids, "box")[0]["box_ap"] == 0
+
+
+# The recipe ----------------------------------------------------------------------------------------------------------
+
+SMALL = ["--config", "detect_small", "--model", "hivit_nano", "--img-size", "64", "--fpn-dim", "32", "--workers", "0"]
+SMALL += ["--batch-size", "4", "--short-side", "64", "--long-side", "80", "--lr", "1e-3", "--layer-decay", "1"]
+SMALL += ["--roi-samples", "32", "--scales", "[0.9,1.2]"]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        detect.main(list(argv))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkeypatch):
+    argv = [*SMALL, "--data", str(data), "--epochs", "30", "--warmup-epochs", "1", "--save-every", "15"]
+    argv += ["--eval-every", "15", "--out"]
+    detect.main([*argv, str(tmp_path / "a")])
+    printed = capsys.readouterr().out
+    scores = [line for line in metrics(tmp_path / "a") if "box_ap" in line]
+    assert [line["step"] for line in scores] == [60, 120]
+    assert scores[-1]["box_ap"] > 20
+    assert scores[-1]["mask_ap"] > 20
+    assert f"last/ ({scores[-1]['box_ap']:.2f} %)" in printed
+    for name in ("predictions.png", "classes.csv", "curves.png", "best/detector.json", "last/model.safetensors"):
+        assert (tmp_path / "a" / name).is_file()
+
+    (tmp_path / "b" / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl"):  # as if it had been killed after the first checkpoint
+        (tmp_path / "b" / name).write_text((tmp_path / "a" / name).read_text())
+    (tmp_path / "a" / "checkpoints" / "step-00000060").rename(tmp_path / "b" / "checkpoints" / "step-00000060")
+    detect.main([*argv, str(tmp_path / "b"), "--resume", "auto"])
+    ours, theirs = (read_dense(tmp_path / run / "last", "detector", Detector)[0].state_dict() for run in "ab")
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in ours)
+    capsys.readouterr()
+
+    judged = [*SMALL[:2], "--data", str(data), "--workers", "0", "--model", str(tmp_path / "a" / "last")]
+    detect.main([*judged, "--eval-only"])
+    assert f"box AP {scores[-1]['box_ap']:.2f} %" in capsys.readouterr().out
+
+    predict = ["predict", "--model", tmp_path / "a", "--images", data / "val2017", "--out", tmp_path / "found.json"]
+    assert command(capsys, monkeypatch, *predict)[:2] == (0, f"wrote {tmp_path}/found.json: 6 images\n")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [Path(image["file_name"]).name for image in found["images"]] == [f"{i}.png" for i in range(6)]
+    assert {annotation["category_id"] for annotation in found["annotations"]} <= {3, 7}
+    assert COCO(str(tmp_path / "found.json")).annToMask(found["annotations"][0]).shape == (64, 80)
+
+    assert "leave --init, --from-scratch" in refused(capsys, *judged, "--from-scratch")
+    assert "was trained with --masks true" in refused(capsys, *judged, "--masks", "false")
+    for file in (data / "annotations").iterdir():
+        file.write_text(file.read_text().replace('"red"', '"green"'))
+    assert "knows 2 classes (red, blue, ...)" in refused(capsys, *judged)
+    (tmp_path / "a" / "last" / "detector.json").write_text("{")
+    assert "is torn" in refused(capsys, *judged)
+
+
+def test_wrong_words_are_one_sentence(data, tmp_path, capsys):
+    argv = [*SMALL, "--data", str(data), "--dry-run"]
+    assert "--schedule x is unknown" in refused(capsys, *argv, "--schedule", "x")
+    assert "is no range" in refused(capsys, *argv, "--scales", "[2,1]")
+    assert "is above --long-side 80" in refused(capsys, *argv, "--short-side", "90")
+    assert "which follows from an option" in refused(capsys, *argv, "--model-args.in_chans", "3")
+    assert "is no run of recipes/detect.py" in refused(capsys, *argv, "--eval-only")
+    assert "is no folder" in refused(capsys, *SMALL, "--data", str(tmp_path / "nowhere"))
+    assert "lay it out as COCO is" in refused(capsys, *SMALL, "--data", str(tmp_path))
+    (data / "train2017" / "2.png").write_bytes(b"no image")
+    assert "2.png cannot be used (not an image of a known kind)" in refused(capsys, *argv)
+
+
+@pytest.mark.slow
+def test_two_processes_judge_as_one_does(data, tmp_path):
+    argv = [*SMALL, "--data", data, "--epochs", "2", "--warmup-epochs", "0.5", "--masks", "false"]
+    found = []
+    for processes in (1, 2):
+        launched(processes, "detect", *argv, "--out", tmp_path / str(processes))
+        lines = metrics(tmp_path / str(processes))
+        found.append([line["loss"] for line in lines if "loss" in line])
+        assert [line for line in lines if "box_ap" in line]
+    assert found[0] == pytest.approx(found[1], rel=0.2)  # regions are drawn by each process's own numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in presets("detect") if n != "detect_small"])
+def test_published_presets_go_end_to_end(name, tmp_path, capsys, monkeypatch):
+    """On two generated images of COCO's layout, from scratch, as weights are on the hub or in a run of one's own."""
+    root = coco_set(tmp_path / "coco", 2, 2)
+    net = {"hpvit_b": "hpvit_b", "hivit_b": "hivit_b", "svit_s": "svit_s", "vit_b": "vit_base_patch16_224"}
+    model = next(net[key] for key in net if name.startswith(f"detect_{key}"))
+    monkeypatch.chdir(tmp_path)
+    argv = ["--config", name, "--data", str(root), "--model", model, "--from-scratch", "--dry-run", "--workers", "0"]
+    sizes = ["--img-size", "96"] if "100ep" in name else []
+    detect.main([*argv, *sizes, "--short-side", "96", "--long-side", "128", "--fpn-dim", "64"])
+    printed = capsys.readouterr().out
+    assert "losses of 2 images" in printed
+    assert "of 2 test images" in printed
+    assert not (tmp_path / "runs").exists()
