@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from mimkit.errors import UserError
 from mimkit.units import Grid
+from mimkit.windows import cut, global_blocks, into_windows, out_of_windows, window_sides
 
 PATCH, STRIDE = 16, 4
 SIDE = PATCH // STRIDE  # sub-grids along a side of the stride-4 map
@@ -206,8 +207,6 @@ class HPViT(nn.Module):
         ):
             if value not in allowed:
                 raise UserError(f"{name} {value!r} is unknown: choose among {', '.join(map(str, allowed))}.")
-        if window < 0:
-            raise UserError(f"window {window} is negative: give the largest side of a window, or 0 for none.")
         arguments = {**(source_args or {}), **options}
         if arguments.get("patch_drop_rate"):
             raise UserError("patch_drop_rate drops tokens that a pyramid needs for its maps: leave it at 0.")
@@ -223,14 +222,7 @@ class HPViT(nn.Module):
         self.embed_dim, self.num_features = net.embed_dim, net.num_features
         self.num_prefix_tokens = 0 if prefix == "drop" else getattr(net, "num_prefix_tokens", 0)
         self.depths = resolve_depths(depths, len(net.blocks))
-        self.attention, self.window, self.padding = attention, window, tuple(padding)
-        quarters = [len(net.blocks) * (i + 1) // 4 - 1 for i in range(4)]
-        self.global_blocks = range(len(net.blocks)) if not window else quarters
-        if self.sam and (self.depths[3] or window or attention == "local"):
-            raise UserError(
-                f"{source} has windows with decomposed relative positions of its own, which are not defined for blocks "
-                "after the third pool, for other windows or for local attention: leave stage 4, window and attention."
-            )
+        self.attention, self.padding = attention, tuple(padding)
         rope = getattr(net, "rope", None)
         if self.depths[3] and rope is not None and hasattr(rope, "mrope_section"):
             raise UserError(f"{source} has MRoPE, which is not defined after the third pool: leave stage 4 empty.")
@@ -264,10 +256,21 @@ class HPViT(nn.Module):
             "pool": pool,
             "pool_init": pool_init,
             "attention": attention,
-            "window": window,
             "padding": list(self.padding),
             "prefix": prefix,
         }
+        self.set_window(window)
+
+    def set_window(self, window: int) -> None:
+        """Windows inside sub-grids of at most so many tokens a side; 0 for none."""
+        if self.sam and (self.depths[3] or window or self.attention == "local"):
+            source = self._model_args["source"]
+            raise UserError(
+                f"{source} has windows with decomposed relative positions of its own, which are not defined for blocks "
+                "after the third pool, for other windows or for local attention: leave stage 4, window and attention."
+            )
+        self.window, self.global_blocks = window, global_blocks(len(self.blocks), window)
+        update_model_args(self, window=window)
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
@@ -320,17 +323,11 @@ class HPViT(nn.Module):
 
     def block(self, i: int, x: Tensor, fine: Grid, rope: Tensor | None, coarse: Grid | None = None) -> Tensor:
         """Tokens (b k+n d) on the 1/16 grid, or on a coarse one after the third pool -> the same, after block i"""
-        grid, k, batch, sides = coarse or fine, self.num_prefix_tokens, x.shape[0], None
-        if i not in self.global_blocks and max(grid) > self.window and not coarse:
-            counts = [-(-side // self.window) for side in grid]
-            sides = (-(-grid[0] // counts[0]), -(-grid[1] // counts[1]))
-            windows = cut(rearrange(x[:, k:], "b (h w) d -> b h w d", h=grid[0]), sides)
-            prefix = repeat(x[:, :k], "b k d -> b m k d", m=windows.shape[1])
-            x = torch.cat([prefix, windows], dim=2).flatten(0, 1)
-        arguments = self.arguments(i, x, fine, rope, sides, coarse is not None)
-        if sides and (grid[0] % sides[0] or grid[1] % sides[1]):  # no token looks at padding
-            padding = F.pad(1 - cut(x.new_ones(1, *grid, 1), sides)[0, :, :, 0], (k, 0))
-            mask = repeat(padding, "m n -> (b m) 1 1 n", b=batch) * torch.finfo(x.dtype).min
+        grid, k = coarse or fine, self.num_prefix_tokens
+        sides = grid if coarse or i in self.global_blocks else window_sides(grid, self.window)
+        x, mask = into_windows(x, grid, sides, k)
+        arguments = self.arguments(i, x, fine, rope, None if sides == grid else sides, coarse is not None)
+        if mask is not None:
             bias = arguments.pop("shared_rel_pos_bias", None)
             arguments["shared_rel_pos_bias" if self.beit else "attn_mask"] = mask if bias is None else mask + bias
         x = rearrange(x, "b (h w) d -> b h w d", h=grid[0]) if self.sam else x
@@ -338,12 +335,7 @@ class HPViT(nn.Module):
             x = checkpoint(self.blocks[i], x, **arguments)
         else:
             x = self.blocks[i](x, **arguments)
-        x = x.flatten(1, 2) if self.sam else x
-        if not sides:
-            return x
-        x = rearrange(x, "(b m) n d -> b m n d", b=batch)
-        maps = rearrange(x[:, :, k:], "b (n m) (h w) d -> b (n h) (m w) d", n=-(-grid[0] // sides[0]), h=sides[0])
-        return torch.cat([x[:, :, :k].mean(1), maps[:, : grid[0], : grid[1]].flatten(1, 2)], dim=1)
+        return out_of_windows(x.flatten(1, 2) if self.sam else x, grid, sides, k)
 
     def merge(self, x: Tensor, stage: int, grid: Grid) -> tuple[Tensor, Grid]:
         """Tokens (b*sides^2 k+n d) at the end of a stage -> pooled 2x2 into a quarter of the sub-grids, or the last of
@@ -506,13 +498,6 @@ class HPViT(nn.Module):
 def unfold(x: Tensor, side: int, grid: Grid, attention: str) -> Tensor:
     """Tokens of sub-grids (b*side*side n d) -> their map (b h w d)"""
     return rearrange(x, f"(b n k) (h w) d -> {MAPS[attention]}", n=side, k=side, h=grid[0])
-
-
-def cut(x: Tensor, sides: Grid) -> Tensor:
-    """Maps (b gh gw d) -> windows of these sides (b windows h*w d), padded with zeros at the right and bottom"""
-    h, w = sides
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % w, 0, -x.shape[1] % h))
-    return rearrange(x, "b (n h) (m w) d -> b (n m) (h w) d", h=h, w=w)
 
 
 def midpoints(angles: Tensor) -> Tensor:
