@@ -2,6 +2,8 @@ import pytest
 import timm
 import torch
 from conftest import fill
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from timm.layers import DropPath
 from timm.models import group_parameters
 from torch import nn
@@ -9,8 +11,9 @@ from torch import nn
 from mimkit.checkpoint import write_model
 from mimkit.errors import UserError
 from mimkit.macs import count_gmacs
-from mimkit.models.hivit import Merge, PatchEmbed, StemBlock, checkpoint_filter_fn
+from mimkit.models.hivit import Merge, PatchEmbed, StemBlock, checkpoint_filter_fn, resample_bias_table
 from mimkit.units import gather, sample_mask, serialize
+from mimkit.windows import window_sides
 
 NAMES = timm.list_models("hivit_*")
 # issue 3 says 19.181664 for t; its own s, less 2 + 2 stem blocks and 10 main blocks (18,344,796), is 19.181668
@@ -141,6 +144,60 @@ def test_relative_bias_is_swins():
         for j in range(6):
             dy, dx = i // 3 - j // 3, i % 3 - j % 3
             assert torch.equal(bias[:, i, j], table[(dy + 1) * 5 + (dx + 2)])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 4), st.booleans())
+@torch.no_grad()
+def test_windows_are_attention_under_a_mask(height, width, window, unit_form):
+    """An explicit bias (h n n), by hand: the table of the window's sides inside a window, nothing between them."""
+    options = {"img_size": 48, "depths": (1, 1, 8), "window": window, "unit_form": unit_form}
+    model = fill(timm.create_model("hivit_nano", **options)).double()
+    grid, n, main = (height, width), height * width, model.merges[1] + 1
+    h, w = sides = window_sides(grid, window)
+    places = [(i // width, i % width) for i in range(n)]
+    ours = theirs = torch.randn(2, n, 128, dtype=torch.float64)
+    for i in range(main, main + 8):
+        block, bias = model.blocks[i], torch.full((4, n, n), -torch.inf, dtype=torch.float64)
+        if i - main in (1, 3, 5, 7):
+            bias = model.relative_bias(block, grid)
+        else:
+            for a, (y, x) in enumerate(places):
+                for b, (v, u) in enumerate(places):
+                    if (y // h, x // w) == (v // h, u // w):
+                        bias[:, a, b] = 0
+                        if not unit_form:
+                            table = resample_bias_table(block.attn.relative_position_bias_table, (3, 3), sides)
+                            bias[:, a, b] = table[(y - v + h - 1) * (2 * w - 1) + x - u + w - 1]
+        ours, theirs = model.main_block(i, ours, grid), block(theirs, bias)
+    torch.testing.assert_close(ours, theirs)
+
+
+@torch.no_grad()
+def test_a_window_as_large_as_the_usual_grid_has_its_table():
+    model = fill(timm.create_model("hivit_nano", img_size=48, depths=(1, 1, 8), window=3)).double()
+    tokens, first = torch.randn(1, 6, 9, 128, dtype=torch.float64), model.merges[1] + 1
+    ours = model.main_block(first, tokens.flatten(1, 2), (6, 9)).view(1, 6, 9, 128)[:, 3:, :3].flatten(1, 2)
+    one = tokens[:, 3:, :3].flatten(1, 2)
+    torch.testing.assert_close(ours, model.main_block(first, one, (3, 3)))
+
+
+def test_windows_of_the_published_sizes(tmp_path):
+    with torch.device("meta"):
+        model = timm.create_model("hivit_b", window=14)
+    assert [i - model.merges[1] - 1 for i in model.global_blocks] == [4, 9, 14, 19]
+    model = timm.create_model("hivit_nano", **SMALL, num_classes=0, unit_form=True, window=3, depths=(1, 1, 8)).eval()
+    write_model(model, tmp_path / "m")
+    again = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert again.window == 3
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(UserError, match="no whole windows of 3 to attend in: pass window=0"):
+        model.encode_units(torch.zeros(1, 1, 3, 4, 4), torch.zeros(1, 1, dtype=torch.long), (8, 8))
+    model.set_window(0)
+    assert not torch.equal(again(x), model(x))
+    with pytest.raises(UserError, match="window -1 is negative"):
+        model.set_window(-1)
 
 
 @pytest.mark.parametrize("name", NAMES)

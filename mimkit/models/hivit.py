@@ -12,21 +12,16 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    DropPath,
-    Mlp,
-    gen_relative_position_index,
-    resample_abs_pos_embed,
-    resample_patch_embed,
-    to_2tuple,
-)
+from timm.layers import DropPath, Mlp, resample_abs_pos_embed, resample_patch_embed, to_2tuple
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from mimkit.decoder import sincos_positions
 from mimkit.errors import UserError
 from mimkit.units import Grid, gather, serialize, unit_grid
+from mimkit.windows import global_blocks, into_windows, out_of_windows, window_sides
 
 SIDE = 4  # patches along a side of a mask unit: two merges of 2 x 2 leave one token
 
@@ -89,7 +84,7 @@ class Attention(nn.Module):
             self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(b n d), bias (h n n) or None -> (b n d)"""
+        """(b n d), bias (h n n), (b 1 1 n) or (b h n n), or None -> (b n d)"""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         x = F.scaled_dot_product_attention(q, k, v) if bias is None else F.scaled_dot_product_attention(q, k, v, bias)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
@@ -107,7 +102,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(b n d), bias (h n n) or None -> (b n d)"""
+        """(b n d), bias (h n n), (b 1 1 n) or (b h n n), or None -> (b n d)"""
         x = x + self.drop_path(self.attn(self.norm1(x), bias))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -125,9 +120,11 @@ class HiViT(nn.Module):
             sizes run too: position and relative-bias tables are then resampled from this size.
         embed_dim: width of the main stage; the stems have a quarter and a half of it.
         depths: MLP blocks in the first stem stage, in the second, attention blocks in the main stage.
+        window: largest side, in units, of windows that main blocks attend in, for large images; the last block of each
+            quarter is global. Bias tables are then resampled to the window. Masked units leave no windows to cut, so
+            `encode_units` refuses.
     """
 
-    relative_position_index: Tensor
     pretrained_cfg: dict[str, Any]
     global_pool: str
 
@@ -147,6 +144,7 @@ class HiViT(nn.Module):
         global_pool: str = "avg",
         unit_form: bool = False,
         multi_scale: bool = False,
+        window: int = 0,
     ):
         super().__init__()
         if multi_scale and not unit_form:
@@ -183,14 +181,19 @@ class HiViT(nn.Module):
                 self.blocks.append(block)
             module = f"blocks.{len(self.blocks) - 1}"
             self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**stage, "module": module})
-        if not unit_form:
-            self.register_buffer("relative_position_index", gen_relative_position_index(self.grid), persistent=False)
+        self.set_window(window)
 
         self.norm = nn.LayerNorm(self.out_dim, eps=1e-6) if unit_form else nn.Identity()
         self.fc_norm = nn.Identity() if unit_form else nn.LayerNorm(embed_dim, eps=1e-6)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
+
+    def set_window(self, window: int) -> None:
+        """Windows of the main stage, at most so many units a side; 0 for none."""
+        main = [i for i, block in enumerate(self.blocks) if isinstance(block, Block)]
+        self.window, self.global_blocks = window, [main[i] for i in global_blocks(len(main), window)]
+        update_model_args(self, window=window)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -215,11 +218,17 @@ class HiViT(nn.Module):
         """The relative position bias (h n n) of a main block, resampled likewise; None in the unit form."""
         if self.unit_form:
             return None
-        index = self.relative_position_index
-        if grid != self.grid:
-            index = gen_relative_position_index(grid, device=index.device)
-        table = resample_bias_table(block.attn.relative_position_bias_table, self.grid, grid)
-        return rearrange(table[index], "n k h -> h n k")
+        return spread(resample_bias_table(block.attn.relative_position_bias_table, self.grid, grid), grid)
+
+    def main_block(self, i: int, x: Tensor, grid: Grid) -> Tensor:
+        """Tokens (b v d) -> the same after block i, which attends to all of them or in windows of their grid (gh gw)"""
+        block: Any = self.blocks[i]
+        sides = grid if i in self.global_blocks else window_sides(grid, self.window)
+        bias = self.relative_bias(block, sides)
+        x, mask = into_windows(x, grid, sides)
+        if mask is not None:
+            bias = mask if bias is None else mask + bias
+        return out_of_windows(self._run(block, x, bias), grid, sides)
 
     def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
         return checkpoint(block, *args) if self.grad_checkpointing and self.training else block(*args)
@@ -229,9 +238,9 @@ class HiViT(nn.Module):
         the last state of each stage up to `last`: [(b v 4 4 d/4), (b v 2 2 d/2), (b v 1 1 d)]"""
         x = self.patch_embed(units)
         outputs: list[Tensor] = []
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             if isinstance(block, Block):
-                x = self._run(block, x, self.relative_bias(block, grid))
+                x = self.main_block(i, x, grid)
                 continue
             if isinstance(block, Merge):
                 outputs.append(x)
@@ -249,6 +258,8 @@ class HiViT(nn.Module):
             raise UserError(
                 "A supervised HiViT has a relative position bias, so it cannot skip units: pass unit_form=True."
             )
+        if self.window:
+            raise UserError(f"Masked units leave no whole windows of {self.window} to attend in: pass window=0.")
         outputs = self.stages(units, index, grid)[0 if self.multi_scale else -1 :]
         return self.norm(torch.cat([x.flatten(2) for x in outputs], dim=-1))
 
@@ -348,6 +359,16 @@ def resample_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
     maps = rearrange(table, "(y x) h -> 1 h y x", y=2 * old[0] - 1)
     maps = F.interpolate(maps, size=(2 * new[0] - 1, 2 * new[1] - 1), mode="bicubic")
     return rearrange(maps, "1 h y x -> (y x) h")
+
+
+def spread(table: Tensor, grid: Grid) -> Tensor:
+    """((2gh-1 2gw-1) h) -> bias (h n n): between two places of the grid, what the table has for their offset
+
+    Windows that slide over the table show it to each place, without an index (n n) that autograd would keep.
+    """
+    gh, gw = grid
+    seen = rearrange(table, "(y x) h -> h y x", y=2 * gh - 1).unfold(1, gh, 1).unfold(2, gw, 1)
+    return rearrange(seen.flip(3, 4), "h y x v u -> h (y x) (v u)")  # the offset falls as the other place grows
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: HiViT) -> dict[str, Tensor]:
