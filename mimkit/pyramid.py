@@ -7,9 +7,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mimkit.errors import UserError
+from mimkit.windows import windowed_map
 
 NECKS = ("auto", "maps", "pyramid", "both")
 
@@ -28,9 +30,11 @@ class Pyramid(nn.Module):
 
     Args:
         backbone: of timm, with `forward_intermediates`. What the maps do not need is removed from it.
+        window: largest side, in tokens, of windows that blocks of a HiViT, HPViT or VisionTransformer attend in, for
+            large images; the last block of each quarter is global. 0: the backbone as it is.
     """
 
-    def __init__(self, backbone: Any, neck: str = "auto"):
+    def __init__(self, backbone: Any, neck: str = "auto", window: int = 0):
         super().__init__()
         if neck not in NECKS:
             raise UserError(f"--neck {neck} is unknown: choose among {', '.join(NECKS)}.")
@@ -47,7 +51,15 @@ class Pyramid(nn.Module):
         if neck in ("maps", "both") and sorted(stages) not in ([4, 8, 16], [4, 8, 16, 32]):
             strides = ", ".join(map(str, sorted(stages)))
             raise UserError(f"--neck {neck} needs maps at 4, 8 and 16 px; {name}'s are at {strides}: use a pyramid.")
-        self.neck = neck
+        self.plain = isinstance(backbone, VisionTransformer)
+        if window and not self.plain:
+            if not hasattr(backbone, "set_window"):
+                raise UserError(
+                    f"--window is for HiViT, HPViT and VisionTransformer, and {name} is a {type(backbone).__name__}: "
+                    "leave it out, or convert a plain ViT to HPViT, whose windows follow its positions."
+                )
+            backbone.set_window(window)  # before blocks are removed: quarters are of all of them
+        self.neck, self.window = neck, window
         self.multiple = coarsest if neck == "maps" and coarsest == 32 else 2 * base
 
         used = {"maps": stages, "pyramid": [base], "both": [r for r in stages if r <= base]}[neck]
@@ -73,7 +85,10 @@ class Pyramid(nn.Module):
         height, width = x.shape[-2:]
         x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
         try:
-            found = self.backbone.forward_intermediates(x, indices=self.indices, intermediates_only=True)
+            if self.plain and self.window:
+                found = [windowed_map(self.backbone, x, self.window)]
+            else:
+                found = self.backbone.forward_intermediates(x, indices=self.indices, intermediates_only=True)
         except AssertionError as error:  # timm's, of networks whose tables do not follow
             raise UserError(
                 f"This backbone does not take images of {x.shape[-2]}x{x.shape[-1]} ({error}): with --slide it sees "

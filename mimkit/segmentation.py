@@ -38,7 +38,7 @@ class Segmenter(nn.Module):
         classes: how many.
         decoder: upernet (Xiao et al., ECCV 2018) or fpn (Kirillov et al., CVPR 2019).
         width: channels of the decoder.
-        neck: as in `Pyramid`.
+        neck, window: as in `Pyramid`.
         drop_rate: of channels before the scores.
     """
 
@@ -50,6 +50,7 @@ class Segmenter(nn.Module):
         width: int = 512,
         neck: str = "auto",
         drop_rate: float = 0.1,
+        window: int = 0,
     ):
         super().__init__()
         try:
@@ -60,7 +61,7 @@ class Segmenter(nn.Module):
             raise UserError(
                 "Segmentation needs segmentation-models-pytorch and torchmetrics: pip install 'mimkit[dense]'."
             ) from error
-        self.pyramid = Pyramid(backbone, neck)
+        self.pyramid = Pyramid(backbone, neck, window)
         channels = [0, 0, *self.pyramid.channels]  # smp counts from 1/1 and 1/2, which neither decoder looks at
         if decoder == "upernet":
             self.decoder: Any = UPerNetDecoder(channels, decoder_channels=width)
@@ -72,7 +73,13 @@ class Segmenter(nn.Module):
             )
         self.drop = nn.Dropout2d(drop_rate)
         self.head = nn.Conv2d(width, classes, 1)
-        self._model_args = {"decoder": decoder, "width": width, "neck": self.pyramid.neck, "drop_rate": drop_rate}
+        self._model_args = {
+            "decoder": decoder,
+            "width": width,
+            "neck": self.pyramid.neck,
+            "drop_rate": drop_rate,
+            "window": window,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """(b c H W) -> scores (b classes H W)"""

@@ -49,6 +49,8 @@ class Options:
         std: deviation of each channel, or one for all.
         drop_path: rate of stochastic depth at the last block.
         neck: what the decoder gets: maps of the stages, a pyramid of the last map, both, or auto.
+        window: largest side, in tokens, of windows that a HiViT, an HPViT or a plain ViT attends in, for large images;
+            the last block of each quarter is global. 0: the model as it is.
         decoder: upernet or fpn.
         decoder_dim: its channels.
         model_ema_decay: average the weights by this decay, which begins at 0; 0 for no average.
@@ -95,6 +97,7 @@ class Options:
     std: list[float] | None = None
     drop_path: NonNegativeFloat = 0.1
     neck: str = "auto"
+    window: NonNegativeInt = 0
     decoder: str = "upernet"
     decoder_dim: PositiveInt = 512
     model_ema_decay: NonNegativeFloat = 0.0
@@ -149,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         check_classes(own, classes, options.model, options.data)
         options.in_chans, options.neck = own["in_chans"], own["segmenter_args"]["neck"]
         options.decoder, options.decoder_dim = own["segmenter_args"]["decoder"], own["segmenter_args"]["width"]
+        options.window = network.pyramid.window
         start, normalise = f"all weights of {trained}", colours(own["in_chans"], own["mean"], own["std"])
     else:
         given |= ANY_SIZE | options.model_args
@@ -157,13 +161,14 @@ def main(argv: list[str] | None = None) -> None:
         if len(own_colours.values[0]) == options.in_chans:
             options.mean, options.std = options.mean or own_colours.values[0], options.std or own_colours.values[1]
         normalise = colours(options.in_chans, options.mean, options.std)
-        network = Segmenter(backbone, len(classes.names), options.decoder, options.decoder_dim, options.neck)
+        shape = options.decoder, options.decoder_dim, options.neck
+        network = Segmenter(backbone, len(classes.names), *shape, window=options.window)
     if options.grad_checkpointing:
         checkpoint_blocks(network.pyramid.backbone)
     options.mean, options.std = normalise.values
     normalise.to(run.accelerator.device)
-    window = size if options.slide else None
-    task = Segmentation(run, test, classes, normalise, short, window, options.flip_test)
+    crop = size if options.slide else None
+    task = Segmentation(run, test, classes, normalise, short, crop, options.flip_test)
     judge = Judge(run, task)
     if options.eval_only:
         if not trained:

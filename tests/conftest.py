@@ -10,6 +10,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
@@ -19,6 +20,16 @@ from mimkit import cli
 from mimkit.data import Plan, Viewer, train_loader, train_transform
 
 ROOT = Path(__file__).parent.parent
+PLAIN = {"embed_dim": 32, "depth": 2, "num_heads": 2, "dynamic_img_size": True}
+BACKBONES = {
+    "hivit_nano": {},
+    "hpvit": {"source_args": {"embed_dim": 32, "depth": 3, "num_heads": 2}, "depths": "1-1-1-0"},
+    "svit_nano": {},
+    "vit_tiny_patch16_224": PLAIN,
+    "vit_tiny_patch16_224 /14": {**PLAIN, "patch_size": 14},
+    "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 1, 1), "img_size": 96, "strict_img_size": False},
+    "resnet18": {},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +38,11 @@ def _anew():
     torch.manual_seed(0)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def backbone(name, **options):
+    """A tiny network of this kind."""
+    return timm.create_model(name.split()[0], **(BACKBONES[name] | options))
 
 
 @torch.no_grad()

@@ -4,10 +4,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from conftest import command, encoded, launched, picture
+from conftest import backbone, command, encoded, launched, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mimkit.recipes import segment
@@ -16,33 +15,21 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 from torchvision.datasets import Cityscapes
 
+from mimkit.data import Normalise
 from mimkit.errors import UserError
 from mimkit.masks import IGNORE, Classes, judged_pairs, open_masked, train_pairs
 from mimkit.optim import groups_with_head
 from mimkit.options import presets
-from mimkit.pyramid import NECKS, Pyramid
-from mimkit.segmentation import Segmenter, iou, loss_of, near_edges, read_segmenter, scores_of, windows
-
-TINY = {"source_args": {"embed_dim": 32, "depth": 3, "num_heads": 2}, "depths": "1-1-1-0"}
-BACKBONES = {
-    "hivit_nano": {},
-    "hpvit": TINY,
-    "svit_nano": {},
-    "vit_tiny_patch16_224": {"embed_dim": 32, "depth": 2, "num_heads": 2, "dynamic_img_size": True},
-    "vit_tiny_patch16_224 /14": {
-        "embed_dim": 32,
-        "depth": 2,
-        "num_heads": 2,
-        "dynamic_img_size": True,
-        "patch_size": 14,
-    },
-    "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 1, 1), "img_size": 96, "strict_img_size": False},
-    "resnet18": {},
-}
-
-
-def backbone(name):
-    return timm.create_model(name.split()[0], **BACKBONES[name])
+from mimkit.segmentation import (
+    Segmenter,
+    iou,
+    loss_of,
+    near_edges,
+    read_segmenter,
+    scores_of,
+    windows,
+    write_segmenter,
+)
 
 
 def squares(folder, count=8, classes=3, size=(40, 56), seed=0):
@@ -70,51 +57,7 @@ def data(tmp_path):
     return tmp_path / "set"
 
 
-# The pyramid ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [n for n in BACKBONES if n != "resnet18"])
-def test_every_backbone_is_a_pyramid_and_all_of_it_learns(name):
-    for neck in NECKS:
-        if name.startswith("vit") and neck in ("maps", "both"):
-            with pytest.raises(UserError, match="needs maps at 4, 8 and 16 px; vit_tiny"):
-                Pyramid(backbone(name), neck)
-            continue
-        pyramid = Pyramid(backbone(name), neck)
-        x = torch.randn(2, 3, 90, 64)
-        maps = pyramid(x)
-        high, wide = (side + -side % pyramid.multiple for side in x.shape[-2:])
-        patch = 14 if "/14" in name else 16
-        strides = [patch / 4, patch / 2, patch, 2 * patch]
-        assert [tuple(m.shape[1:]) for m in maps] == [
-            (c, round(high / s), round(wide / s)) for c, s in zip(pyramid.channels, strides, strict=True)
-        ]
-        sum((m * torch.randn_like(m)).sum() for m in maps).backward()
-        assert not [n for n, p in pyramid.named_parameters() if p.grad is None or not p.grad.any()], neck
-
-
-@pytest.mark.parametrize("name", [n for n in BACKBONES if n != "resnet18"])
-def test_a_padded_batch_is_its_images_padded(name):
-    """What an image gets does not depend on what lies beside it in the batch."""
-    pyramid = Pyramid(backbone(name)).eval()
-    images = [torch.randn(3, 64, 96), torch.randn(3, 96, 80)]
-    padded = torch.stack([F.pad(image, (0, 96 - image.shape[2], 0, 96 - image.shape[1])) for image in images])
-    together = pyramid(padded)
-    for i in range(2):
-        for one, both in zip(pyramid(padded[i : i + 1]), together, strict=True):
-            assert torch.allclose(one[0], both[i], atol=1e-4)
-    # padding is seen, as it is by any network that attends or convolves beyond it: reported in docs/segmentation.md
-    alone = pyramid(images[0][None])[2][0]
-    assert not torch.allclose(alone, together[2][0][:, : alone.shape[1], : alone.shape[2]], atol=1e-4)
-
-
-def test_what_gives_no_pyramid_is_refused():
-    with pytest.raises(UserError, match="--neck nose is unknown"):
-        Pyramid(backbone("hivit_nano"), "nose")
-    with pytest.raises(UserError, match="resnet18's are at 2, 4, 8, 16, 32"):
-        Pyramid(backbone("resnet18"))
-    with pytest.raises(UserError, match="choose upernet, or fpn"):
-        Segmenter(backbone("hivit_nano"), 3, "fpn", 40)
+# The network ---------------------------------------------------------------------------------------------------------
 
 
 def test_ignored_pixels_teach_nothing_and_parts_weigh_the_same():
@@ -132,6 +75,17 @@ def test_ignored_pixels_teach_nothing_and_parts_weigh_the_same():
 def test_scores_are_of_the_image(name, decoder):
     model = Segmenter(backbone(name), 5, decoder, 32).eval()
     assert model(torch.randn(1, 3, 70, 45)).shape == (1, 5, 70, 45)
+
+
+@pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "vit_tiny_patch16_224"])
+def test_windows_are_remembered(name, tmp_path):
+    options = {"hivit_nano": {"depths": (1, 1, 8)}, "vit_tiny_patch16_224": {"depth": 8}}
+    model = Segmenter(backbone(name, **options.get(name, {})), 3, width=32, window=2).eval()
+    write_segmenter(model, tmp_path / "m", Classes(["a", "b", "c"], [0, 1, 2]), Normalise([0.5] * 3, [0.5] * 3))
+    again = read_segmenter(tmp_path / "m")[0].eval()
+    x = torch.randn(1, 3, 64, 96)
+    assert again.pyramid.window == 2
+    assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "svit_nano"])

@@ -1,0 +1,213 @@
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import BACKBONES, PLAIN, backbone, fill
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimkit import windows
+from mimkit.checks import difference
+from mimkit.errors import UserError
+from mimkit.models import hivit, hpvit
+from mimkit.pyramid import NECKS, Pyramid
+from mimkit.segmentation import Segmenter
+from mimkit.windows import into_windows, out_of_windows, window_sides, windowed_map
+
+DEEP = {  # of 8 blocks, so that there are some between the last ones of the quarters
+    "hivit_nano": {"depths": (1, 1, 8)},
+    "hivit_nano without biases": {"depths": (1, 1, 8), "unit_form": True},
+    "hpvit": {"source_args": {"embed_dim": 32, "depth": 8, "num_heads": 2}, "depths": "0-1-7-0"},
+    "vit_tiny_patch16_224": PLAIN | {"depth": 8},
+    "vit_tiny_patch16_224 with registers": PLAIN | {"depth": 8, "reg_tokens": 2, "init_values": 1e-5},
+}
+
+
+def deep(name, window=0):
+    """A pyramid of a filled network in double precision; the same for any window."""
+    torch.manual_seed(0)
+    return Pyramid(fill(timm.create_model(name.split()[0], **DEEP[name])), window=window).double().eval()
+
+
+# The pyramid ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in BACKBONES if n != "resnet18"])
+def test_every_backbone_is_a_pyramid_and_all_of_it_learns(name):
+    for neck in NECKS:
+        if name.startswith("vit") and neck in ("maps", "both"):
+            with pytest.raises(UserError, match="needs maps at 4, 8 and 16 px; vit_tiny"):
+                Pyramid(backbone(name), neck)
+            continue
+        pyramid = Pyramid(backbone(name), neck)
+        x = torch.randn(2, 3, 90, 64)
+        maps = pyramid(x)
+        high, wide = (side + -side % pyramid.multiple for side in x.shape[-2:])
+        patch = 14 if "/14" in name else 16
+        strides = [patch / 4, patch / 2, patch, 2 * patch]
+        assert [tuple(m.shape[1:]) for m in maps] == [
+            (c, round(high / s), round(wide / s)) for c, s in zip(pyramid.channels, strides, strict=True)
+        ]
+        sum((m * torch.randn_like(m)).sum() for m in maps).backward()
+        assert not [n for n, p in pyramid.named_parameters() if p.grad is None or not p.grad.any()], neck
+
+
+@pytest.mark.parametrize("name", [n for n in (*BACKBONES, *DEEP) if n != "resnet18"])
+def test_a_padded_batch_is_its_images_padded(name):
+    """What an image gets does not depend on what lies beside it in the batch; the deep ones have windows."""
+    pyramid = deep(name, window=4).float() if name in DEEP else Pyramid(backbone(name)).eval()
+    images = [torch.randn(3, 64, 96), torch.randn(3, 96, 80)]
+    padded = torch.stack([F.pad(image, (0, 96 - image.shape[2], 0, 96 - image.shape[1])) for image in images])
+    together = pyramid(padded)
+    for i in range(2):
+        for one, both in zip(pyramid(padded[i : i + 1]), together, strict=True):
+            assert torch.allclose(one[0], both[i], atol=1e-4)
+    # padding is seen, as it is by any network that attends or convolves beyond it: reported in docs/segmentation.md
+    alone = pyramid(images[0][None])[2][0]
+    assert not torch.allclose(alone, together[2][0][:, : alone.shape[1], : alone.shape[2]], atol=1e-4)
+
+
+def test_what_gives_no_pyramid_is_refused():
+    with pytest.raises(UserError, match="--neck nose is unknown"):
+        Pyramid(backbone("hivit_nano"), "nose")
+    with pytest.raises(UserError, match="resnet18's are at 2, 4, 8, 16, 32"):
+        Pyramid(backbone("resnet18"))
+    with pytest.raises(UserError, match="choose upernet, or fpn"):
+        Segmenter(backbone("hivit_nano"), 3, "fpn", 40)
+
+
+# Windows -------------------------------------------------------------------------------------------------------------
+
+SIDES = st.integers(1, 9)
+
+
+@given(SIDES, SIDES, st.integers(1, 6), st.integers(0, 2), st.integers(1, 2))
+def test_windows_cover_a_grid_and_go_back(height, width, window, k, batch):
+    grid = height, width
+    h, w = sides = window_sides(grid, window)
+    assert max(sides) <= window
+    counts = [-(-height // window), -(-width // window)]  # no window more than it takes
+    assert [-(-height // h), -(-width // w)] <= counts
+    x = torch.randn(batch, k + height * width, 3)
+    cut, mask = into_windows(x, grid, sides, k)
+    assert torch.equal(out_of_windows(cut, grid, sides, k)[:, k:], x[:, k:])
+    torch.testing.assert_close(out_of_windows(cut, grid, sides, k)[:, :k], x[:, :k])
+    if mask is None:
+        assert cut.numel() == x.numel() + (len(cut) - batch) * k * 3
+        return
+    seen = mask[:, 0, 0] == 0
+    assert seen[:, :k].all()
+    assert seen[:, k:].any(1).all()  # no window is all padding, whose attention would be undefined
+    assert seen[:, k:].sum() == batch * height * width
+    assert not cut[~seen].any()
+    assert (mask[:, 0, 0][~seen] < -1e38).all()
+
+
+@pytest.mark.parametrize("name", DEEP)
+@torch.no_grad()
+def test_a_window_of_the_whole_map_is_none(name):
+    x = torch.randn(2, 3, 96, 160, dtype=torch.float64)  # 6 x 10 tokens
+    whole = deep(name)(x)
+    for window in (10, 16):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(deep(name, window)(x), whole, strict=True))
+    assert difference(deep(name, 9)(x)[2], whole[2]) > 1e-3
+
+
+@pytest.mark.parametrize("name", DEEP)
+@torch.no_grad()
+def test_only_the_last_block_of_each_quarter_reaches_across(name):
+    """Where no other block attends, a change in one corner is seen in the opposite one through these only."""
+    x = torch.randn(1, 3, 96, 160, dtype=torch.float64)
+    changed = x.clone()
+    changed[..., :16, :16] += 1
+    reached = []
+    for i in range(8):
+        pyramid = deep(name, 4)
+        blocks = [block for block in pyramid.backbone.blocks if hasattr(block, "attn")]
+        for block in blocks[:i] + blocks[i + 1 :]:
+            for parameter in block.attn.proj.parameters():
+                parameter.zero_()
+        ours, theirs = (pyramid(image)[2][0] for image in (x, changed))
+        assert (ours - theirs)[:, 0, 0].abs().max() > 1e-3
+        reached.append(bool((ours - theirs)[:, -1, -1].abs().max() > 1e-9))
+    assert reached == [False, True] * 4
+
+
+@pytest.mark.parametrize("name", DEEP)
+@torch.no_grad()
+def test_padding_of_windows_is_not_looked_at(name, monkeypatch):
+    """Windows of 3 x 4 on 6 x 10 tokens; without the mask, zeros are attended to."""
+    x = torch.randn(1, 3, 96, 160, dtype=torch.float64)
+    pyramid = deep(name, 4)
+    masked = pyramid(x)[2]
+    for module in (windows, hivit, hpvit):
+        monkeypatch.setattr(module, "into_windows", lambda *args: (into_windows(*args)[0], None))
+    assert difference(pyramid(x)[2], masked) > 1e-3
+
+
+@settings(max_examples=20, deadline=None)
+@given(SIDES, SIDES, st.integers(1, 5))
+@torch.no_grad()
+def test_windows_of_a_plain_vit_are_attention_under_a_mask(height, width, window):
+    """An explicit one (n n). A prefix token attends to itself and to one window, and becomes the mean over windows."""
+    vit = deep("vit_tiny_patch16_224 with registers").backbone
+    x = torch.randn(1, 3, 16 * height, 16 * width, dtype=torch.float64)
+    h, w = window_sides((height, width), window)
+    owners = torch.tensor([(i // w) + width * (j // h) for j in range(height) for i in range(width)])
+    k, tokens = 3, vit._pos_embed(vit.patch_embed(x))
+    for i, block in enumerate(vit.blocks):
+        if i % 2:
+            tokens = block(tokens)
+            continue
+        prefix = []
+        for owner in owners.unique():
+            allowed = torch.ones(k + len(owners), k + len(owners), dtype=torch.bool)
+            allowed[k:, k:] = owners[:, None] == owners
+            allowed[:k, k:] = owners == owner
+            after = block(tokens, attn_mask=allowed)
+            prefix.append(after[:, :k])
+        tokens = torch.cat([torch.stack(prefix).mean(0), after[:, k:]], dim=1)
+    expected = tokens[:, k:].transpose(1, 2).reshape(1, -1, height, width)
+    torch.testing.assert_close(windowed_map(vit, x, window), expected)
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_all_of_it_learns_in_windows_and_recomputes_them(name):
+    """Also when another size has passed before the backward pass: nothing about windows is kept in the network."""
+    x, other = (torch.randn(1, 3, *size, dtype=torch.float64) for size in ((96, 160), (160, 64)))
+    pyramid, gradients = deep(name, 4).train(), []
+    for recomputed in (False, True):
+        pyramid.backbone.set_grad_checkpointing(recomputed)
+        pyramid.zero_grad()
+        sum((m * m.detach().roll(1)).sum() for image in (x, other) for m in pyramid(image)).backward()
+        gradients.append({n: p.grad for n, p in pyramid.named_parameters() if p.requires_grad})
+    assert not [n for n, gradient in gradients[0].items() if gradient is None or not gradient.any()]
+    for n, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][n], gradient, msg=n)
+    again = copy.deepcopy(pyramid)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again(x), pyramid(x), strict=True))
+    assert set(deep(name).state_dict()) == set(pyramid.state_dict())
+
+
+def test_windows_of_the_network_stay_where_none_are_asked_for():
+    net = timm.create_model("hpvit", **DEEP["hpvit"], window=3)
+    assert Pyramid(net).backbone.window == 3
+    assert Pyramid(net, window=5).backbone.window == 5
+    assert net._model_args["window"] == 5
+    assert list(net.global_blocks) == [1, 3, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("svit_nano", {}),
+        ("swin_tiny_patch4_window7_224", BACKBONES["swin_tiny_patch4_window7_224"]),
+        ("eva02_tiny_patch14_224", {"depth": 1}),
+        ("samvit_base_patch16", {"depth": 1, "embed_dim": 32, "num_heads": 2}),
+    ],
+)
+def test_windows_that_others_have_not(name, options):
+    with pytest.raises(UserError, match=f"--window is for HiViT, HPViT and VisionTransformer, and {name} is a"):
+        Pyramid(timm.create_model(name, **options), window=4)
