@@ -1,10 +1,12 @@
 """What a backbone costs at the sizes of dense prediction: a step of its pyramid, forward and backward.
 
 python benchmarks/dense_step.py --img-size 512
+python benchmarks/dense_step.py --img-size 1024 --window 16 --rounds 3
 python benchmarks/dense_step.py --img-size 128 --decoder-dim 128 --batch-size 8 --models PLAIN,PYRAMID      with UPerNet
 
 One process, interleaved, medians; the first row is what the others are compared with. Bytes kept for the backward pass
-are counted by saved-tensor hooks, so they are those of any machine.
+are counted by saved-tensor hooks, so they are those of any machine; the highest point of a step, above weights and
+images, is this one's.
 """
 
 import sys
@@ -19,9 +21,9 @@ from mimkit.data import parse_size
 from mimkit.errors import one_sentence
 from mimkit.finetuning import load
 from mimkit.macs import gmacs_of
-from mimkit.options import PositiveInt, call
+from mimkit.options import NonNegativeInt, PositiveInt, call
 from mimkit.pretraining import ANY_SIZE
-from mimkit.pyramid import Pyramid
+from mimkit.pyramid import Pyramid, takes_windows
 from mimkit.segmentation import Segmenter
 
 
@@ -41,6 +43,7 @@ def measure(
     models: str = "vit_base_patch16_224,hpvit_b,hivit_b,svit_b",
     img_size: int | str = 512,
     neck: str = "auto",
+    window: NonNegativeInt = 0,
     decoder_dim: int = 0,
     batch_size: PositiveInt = 1,
     rounds: PositiveInt = 5,
@@ -52,7 +55,7 @@ def measure(
     Args:
         models: names in timm, or folders, between commas; NAME@16 for a patch of another size.
         img_size: pixels, 512 or HEIGHTxWIDTH.
-        neck: as in recipes/segment.py.
+        neck, window: as in recipes/segment.py; networks with windows of their own are left with these.
         decoder_dim: of a UPerNet with 6 classes on top; 0 for none.
         threads: of a CPU; all by default.
         precision: fp32 or bf16.
@@ -66,19 +69,24 @@ def measure(
         path, _, patch = name.partition("@")
         options: dict[str, Any] = {"patch_size": int(patch)} if patch else {}
         backbone, _ = load(path, img_size=size, **ANY_SIZE, **options)
-        net = Segmenter(backbone, 6, width=decoder_dim, neck=neck) if decoder_dim else Summed(Pyramid(backbone, neck))
+        form: dict[str, Any] = {"neck": neck, "window": window if takes_windows(backbone) else 0}
+        net = Segmenter(backbone, 6, width=decoder_dim, **form) if decoder_dim else Summed(Pyramid(backbone, **form))
         networks[name] = net.to(machine.device).train()
     x = torch.randn(batch_size, 3, *size, device=machine.device)
-    times, _ = take_turns({name: partial(machine.step, net, x) for name, net in networks.items()}, machine, rounds)
+    steps = {name: partial(machine.step, net, x) for name, net in networks.items()}
+    times, _ = take_turns(steps, machine, rounds)
     first = median(times[next(iter(times))])
     decoder = f" under UPerNet {decoder_dim} wide" if decoder_dim else ""
     print(f"\n{size[0]}x{size[1]} px, batch {batch_size}, {precision}{decoder}; {machine.words()}\n")
-    print("| backbone | neck | GMACs | seconds an image | of the first row's | kept for backward, MB an image |")
-    print("|---|---|---|---|---|---|")
+    heads = ["backbone", "neck", "window", "GMACs", "seconds an image", "of the first row's"]
+    heads += ["kept for backward, MB an image", "at the peak, MB an image"]
+    print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|")
     for name, net in networks.items():
         spent, held = median(times[name]), kept(net, x, machine) / batch_size
-        gmacs = gmacs_of(net.eval(), x[:1])
-        cells = net.pyramid.neck, f"{gmacs:.1f}", f"{spent / batch_size:.3f}", f"{spent / first:.2f}", f"{held:,.0f}"
+        peak = machine.peak(steps[name]) / batch_size
+        pyramid, gmacs = net.pyramid, gmacs_of(net.eval(), x[:1])
+        cells = [pyramid.neck, f"{pyramid.window or ''}", f"{gmacs:.1f}", f"{spent / batch_size:.3f}"]
+        cells += [f"{spent / first:.2f}", f"{held:,.0f}", f"{peak:,.0f}"]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

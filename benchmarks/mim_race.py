@@ -212,19 +212,19 @@ def _status(field: str) -> float:
 def kept(network: nn.Module, images: Tensor, machine: Machine) -> float:
     """MB that the forward pass keeps for the backward pass, without parameters and images; each storage once."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers(), images)}
-    held: dict[int, Tensor] = {}  # alive, so that no address is used twice
+    held: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
 
-    def pack(tensor: Tensor) -> Tensor:
-        held.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
+    def pack(tensor: Tensor) -> None:  # a tensor returned would hold the graph that holds it, for ever
+        storage = tensor.untyped_storage()
+        held.setdefault(storage.data_ptr(), storage)
 
     with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None),
         torch.autocast(machine.device, torch.bfloat16, enabled=machine.precision == "bf16"),
     ):
         loss = loss_of(network(images))
     del loss
-    return sum(tensor.untyped_storage().nbytes() for where, tensor in held.items() if where not in known) / 1e6
+    return sum(storage.nbytes() for where, storage in held.items() if where not in known) / 1e6
 
 
 def take_turns(

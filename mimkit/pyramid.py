@@ -16,6 +16,12 @@ from mimkit.windows import windowed_map
 NECKS = ("auto", "maps", "pyramid", "both")
 
 
+def takes_windows(backbone: Any) -> bool:
+    """Whether `window` is for this network: others attend in windows or among super tokens already, or have positions
+    inside their attention."""
+    return isinstance(backbone, VisionTransformer) or hasattr(backbone, "set_window")
+
+
 class Pyramid(nn.Module):
     """Four maps, each half as wide and high as the one before, normalised over channels.
 
@@ -51,13 +57,13 @@ class Pyramid(nn.Module):
         if neck in ("maps", "both") and sorted(stages) not in ([4, 8, 16], [4, 8, 16, 32]):
             strides = ", ".join(map(str, sorted(stages)))
             raise UserError(f"--neck {neck} needs maps at 4, 8 and 16 px; {name}'s are at {strides}: use a pyramid.")
+        if window and not takes_windows(backbone):
+            raise UserError(
+                f"--window is for HiViT, HPViT and VisionTransformer, and {name} is a {type(backbone).__name__}: leave "
+                "it out, or convert a plain ViT to HPViT, whose windows follow its positions."
+            )
         self.plain = isinstance(backbone, VisionTransformer)
         if window and not self.plain:
-            if not hasattr(backbone, "set_window"):
-                raise UserError(
-                    f"--window is for HiViT, HPViT and VisionTransformer, and {name} is a {type(backbone).__name__}: "
-                    "leave it out, or convert a plain ViT to HPViT, whose windows follow its positions."
-                )
             backbone.set_window(window)  # before blocks are removed: quarters are of all of them
         self.neck, self.window = neck, window
         self.multiple = coarsest if neck == "maps" and coarsest == 32 else 2 * base
