@@ -1,0 +1,63 @@
+"""What padding does to an image: its map at 1/16 alone, and in a larger batch.
+
+python benchmarks/padding.py
+python benchmarks/padding.py --window 14
+python benchmarks/padding.py --models OUT_OF_MIMKIT_CONVERT
+
+The photograph comes with matplotlib. Names of timm without a tag get weights at random.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from matplotlib.cbook import get_sample_data
+from PIL import Image
+from torchvision.transforms import v2
+
+from mimkit.data import parse_size
+from mimkit.errors import one_sentence
+from mimkit.finetuning import load
+from mimkit.options import NonNegativeInt, call
+from mimkit.pretraining import ANY_SIZE, input_of
+from mimkit.pyramid import Pyramid, takes_windows
+
+
+@torch.no_grad()
+def measure(
+    models: str = "vit_base_patch16_224,hpvit_b,hivit_b,svit_b",
+    img_size: str = "448x672",
+    padded_size: str = "512x768",
+    window: NonNegativeInt = 0,
+    seed: int = 0,
+) -> None:
+    """Norm of the difference over the image's own area, relative to the norm of its map alone.
+
+    Args:
+        models: names in timm, or folders, between commas.
+        img_size: of the image, in pixels.
+        padded_size: of the batch.
+        window: as in recipes/segment.py; networks with windows of their own are left with these.
+        seed: of weights at random.
+    """
+    size, padded = parse_size(img_size), parse_size(padded_size)
+    photograph = Image.open(get_sample_data("grace_hopper.jpg")).convert("RGB")
+    cover = max(side / own for side, own in zip(size, (photograph.height, photograph.width), strict=True))
+    image = photograph.resize((round(cover * photograph.width), round(cover * photograph.height)))
+    pixels = v2.functional.pil_to_tensor(v2.functional.center_crop(image, list(size)))[None]
+    print(f"{img_size} px padded to {padded_size}\n\n| backbone | window | difference |\n|---|---|---|")
+    for name in models.split(","):
+        torch.manual_seed(seed)
+        backbone, words = load(name, **ANY_SIZE)
+        normalise = input_of(backbone)[2]
+        pyramid = Pyramid(backbone, window=window if takes_windows(backbone) else 0).eval()
+        x = normalise(pixels)
+        alone = pyramid(x)[2]
+        height, width = alone.shape[-2:]
+        within = pyramid(F.pad(x, (0, padded[1] - size[1], 0, padded[0] - size[0])))[2][..., :height, :width]
+        gap = (within - alone).norm() / alone.norm()
+        print(f"| {words} | {pyramid.window or ''} | {100 * gap:.2f} % |", flush=True)
+
+
+if __name__ == "__main__":
+    one_sentence(call)(measure, "padding.py", sys.argv[1:])
