@@ -11,6 +11,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -53,7 +55,7 @@ class Detector(nn.Module):
         classes: how many, without the background.
         masks: find masks too.
         neck, window: as in `Pyramid`.
-        width: channels of the feature pyramid.
+        width: channels of the feature pyramid and the heads; torchvision's are the default.
         samples: regions of an image that the heads learn from.
         short, long: an image that is judged is scaled to this short side, unless its long side were longer than that.
         mean, std: of the colours.
@@ -74,16 +76,24 @@ class Detector(nn.Module):
         std: list[float] | None = None,
     ):
         super().__init__()
-        pyramid = Pyramid(backbone, neck, *([window] if window else []))
+        pyramid = Pyramid(backbone, neck, window)
         if pyramid.multiple != 32:
             raise UserError(
                 f"{backbone.pretrained_cfg['architecture']} has maps at 1/4 to 1/32 of the input only with patches of "
                 "16 px, which regions are cut from: pass --model-args.patch_size 16."
             )
-        kind = MaskRCNN if masks else FasterRCNN
-        self.rcnn = kind(
+        kinds = classes + 1  # torchvision's 0 is the background
+        heads: dict[str, Any] = {
+            "box_head": TwoMLPHead(width * 7**2, 4 * width),
+            "box_predictor": FastRCNNPredictor(4 * width, kinds),
+        }
+        if masks:
+            heads["mask_head"] = MaskRCNNHeads(width, (width,) * 4, dilation=1)
+            heads["mask_predictor"] = MaskRCNNPredictor(width, width, kinds)
+        network: Any = MaskRCNN if masks else FasterRCNN
+        self.rcnn = network(
             Levels(pyramid, width),
-            classes + 1,  # torchvision's 0 is the background
+            **heads,
             min_size=short,
             max_size=long,
             image_mean=mean,

@@ -51,7 +51,7 @@ class Options:
         drop_path: rate of stochastic depth at the last block.
         neck: what the heads get: maps of the stages, a pyramid of the last map, both, or auto.
         window: largest side, in tokens, of windows that blocks attend in, the last of each quarter aside; 0 for none.
-        fpn_dim: channels of the feature pyramid.
+        fpn_dim: channels of the feature pyramid and of the heads.
         roi_samples: regions of an image that the heads learn from.
         model_ema_decay: average the weights by this decay, which begins at 0; 0 for no average.
         layer_decay: factor of the learning rate from each layer to the one below.
@@ -77,7 +77,7 @@ class Options:
         track: tensorboard, wandb or trackio.
     """
 
-    model: str = "hivit_b"
+    model: str = "runs/mae_hivit"
     data: str = "coco"
     out: str | None = None
     resume: str | None = None
