@@ -2,7 +2,9 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -176,12 +178,13 @@ def _source(name: str, coco: dict[str, Any], places: list[Path]) -> tuple[Source
 # One image -----------------------------------------------------------------------------------------------------------
 
 
-def read_objects(masks: bool) -> Any:
+def read_objects(masks: bool) -> Callable[[str], dict[str, Any]]:
     """-> a function from a cell of objects to `Objects`, as tensors that torchvision's transforms take along."""
-    return lambda cell: _objects(*json.loads(cell), masks)
+    return partial(_objects, masks=masks)
 
 
-def _objects(height: int, width: int, objects: list[Any], masks: bool) -> dict[str, Any]:
+def _objects(cell: str, masks: bool) -> dict[str, Any]:
+    height, width, objects = json.loads(cell)
     objects = [one for one in objects if min(one[1][2:]) > 0]  # COCO has a few of no width
     boxes = torch.tensor([one[1] for one in objects], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]

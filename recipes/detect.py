@@ -155,17 +155,26 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--model {options.model} was trained with --masks {had}: pass that.")
         start, normalise = f"all weights of {trained}", colours(own["in_chans"], own["mean"], own["std"])
     else:
-        backbone, start = load(
-            options.model, options.init, options.from_scratch, **given, **ANY_SIZE, **options.model_args
-        )
+        given |= ANY_SIZE | options.model_args
+        backbone, start = load(options.model, options.init, options.from_scratch, **given)
         own_colours = input_of(backbone)[2]
         if len(own_colours.values[0]) == options.in_chans:
             options.mean, options.std = options.mean or own_colours.values[0], options.std or own_colours.values[1]
         normalise = colours(options.in_chans, options.mean, options.std)
         mean, std = normalise.values
-        sizes = {"short": short, "long": long, "width": options.fpn_dim, "samples": options.roi_samples}
-        about = {"neck": options.neck, "window": options.window, "mean": mean, "std": std}
-        network = Detector(backbone, len(truth.names), options.masks, **sizes, **about)
+        network = Detector(
+            backbone,
+            len(truth.names),
+            options.masks,
+            options.neck,
+            options.window,
+            options.fpn_dim,
+            options.roi_samples,
+            short,
+            long,
+            mean,
+            std,
+        )
     if options.grad_checkpointing:
         checkpoint_blocks(network.pyramid.backbone)
     options.mean, options.std = normalise.values
