@@ -154,7 +154,7 @@ def detections(shown: Sequence[tuple[Tensor, Any, Any]], names: list[str], file:
         for objects, axis in zip(both, column, strict=True):
             drawn, chosen = picture, [colours[label - 1] for label in objects["labels"].tolist()]
             if "masks" in objects and chosen:
-                masks = (objects["masks"].flatten(1, -3) if objects["masks"].ndim == 4 else objects["masks"]) > 0.5
+                masks = objects["masks"].flatten(0, -3) > 0.5
                 drawn = draw_segmentation_masks(drawn, masks, alpha=0.5, colors=chosen)
             axis.imshow(rearrange(drawn, "c h w -> h w c"))
             axis.set_xticks([])
