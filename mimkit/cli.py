@@ -24,7 +24,7 @@ from mimkit.finetuning import classifier
 from mimkit.macs import count_gmacs
 from mimkit.options import PositiveInt, run_command
 from mimkit.pretraining import comes_with_weights, create, input_of, load_run
-from mimkit.segmentation import find_segmenter, predict_masks
+from mimkit.segmentation import predict_masks
 from mimkit.sources import open_all, open_labelled, open_source
 from mimkit.visualize import reconstructions
 
@@ -219,7 +219,7 @@ def predict(
         crop_pct: share of the scaled image that is looked at; the model's own by default.
         max_bad: share of images that may be impossible to decode; they are left out.
     """
-    if segmenter := find_segmenter(model):
+    if segmenter := find_dense(model, "segmenter"):
         out = out or "predictions"
         print(f"wrote {out}/: {predict_masks(segmenter, images, out, max_bad)} masks")
         return

@@ -1,7 +1,6 @@
 """Semantic segmentation: a decoder on any backbone, whole images and windows of them, mIoU."""
 
 import csv
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from mimkit.checkpoint import load_strictly, replacing, replacing_file
-from mimkit.data import Batch, Normalise, Rows, Size, Viewer, collate, collate_good, guarded, spread
+from mimkit.checkpoint import replacing, replacing_file
+from mimkit.data import Batch, Normalise, Size, Viewer, collate, guarded, one_by_one, spread
+from mimkit.dense import read_dense, write_dense
 from mimkit.errors import UserError
 from mimkit.masks import IGNORE, Classes, judged_pairs, resize_short
-from mimkit.pretraining import create
 from mimkit.pyramid import Pyramid
 from mimkit.sources import Source, open_all
 from mimkit.training import Run
@@ -98,59 +95,6 @@ def loss_of(scores: Tensor, masks: Tensor) -> Tensor:
     return F.cross_entropy(scores, masks.long(), ignore_index=IGNORE, reduction="sum") / masks.numel()
 
 
-def write_segmenter(model: Segmenter, folder: Path, classes: Classes, normalise: Normalise, **about: Any) -> None:
-    """Weights, and in segmenter.json all that is needed to build it again and to read its output."""
-    backbone = model.pyramid.backbone
-    arguments = {key: value for key, value in backbone._model_args.items() if key != "num_classes"}
-    mean, std = normalise.values
-    own = {
-        "backbone": backbone.pretrained_cfg["architecture"],
-        "backbone_args": json.loads(json.dumps(arguments)),
-        "segmenter_args": model._model_args,
-        "in_chans": len(mean),
-        "mean": mean,
-        "std": std,
-        "class_names": classes.names,
-        "class_values": classes.values,
-        **about,
-    }
-    with replacing(folder) as temporary:
-        save_file(
-            {key: tensor.contiguous() for key, tensor in model.state_dict().items()}, temporary / "model.safetensors"
-        )
-        (temporary / "segmenter.json").write_text(json.dumps(own, indent=1))
-
-
-def find_segmenter(name: str) -> Path | None:
-    """A run of recipes/segment.py, its last/ or best/ -> the folder that holds its network, if it is one."""
-    return next((p for p in (Path(name), Path(name) / "best") if (p / "segmenter.json").is_file()), None)
-
-
-def read_segmenter(folder: Path) -> tuple[Segmenter, dict[str, Any]]:
-    """What `write_segmenter` left, and what is to be known about it."""
-    try:
-        own = json.loads((folder / "segmenter.json").read_text())
-        state = load_file(folder / "model.safetensors")
-        arguments = {"in_chans": own["in_chans"], **own["backbone_args"]}
-        backbone = create(own["backbone"], weights=False, num_classes=0, **arguments)
-        model = Segmenter(backbone, len(own["class_names"]), **own["segmenter_args"])
-    except UserError:
-        raise
-    except Exception as error:  # safetensors' errors, JSON's and the system's
-        raise UserError(f"{folder} is torn ({error}): train again, or pass another run.") from error
-    load_strictly(model, state, folder)
-    return model, own
-
-
-def check_classes(own: dict[str, Any], classes: Classes, model: str, data: str) -> None:
-    """Refuse to use a network with other classes than its own."""
-    if own["class_names"] != classes.names:
-        raise UserError(
-            f"--model {model} knows {len(own['class_names'])} classes ({', '.join(own['class_names'][:4])}, ...), and "
-            f"--data {data} has {len(classes.names)} ({', '.join(classes.names[:4])}, ...): pass data of the same ones."
-        )
-
-
 # Scores of images larger than the crop -------------------------------------------------------------------------------
 
 
@@ -199,12 +143,6 @@ def iou(confusion: Tensor) -> Tensor:
     """(classes classes), true by predicted -> intersection over union of each in %, NaN for what is nowhere"""
     both = confusion.diagonal().double()
     return 100 * both / (confusion.sum(0) + confusion.sum(1) - both)
-
-
-def one_by_one(source: Source, viewer: Viewer, places: Iterable[int], workers: int = 0) -> DataLoader[Any]:
-    """Batches of one image, as large as it is."""
-    sampler: Any = [(0, i) for i in places]
-    return DataLoader(Rows(source, viewer), 1, sampler=sampler, collate_fn=collate_good, num_workers=workers)
 
 
 class Segmentation:
@@ -313,7 +251,7 @@ class Segmentation:
     def write(self, network: Any, folder: Path) -> None:
         """The network, its classes and how images come to it."""
         about = {"short": self.short, "crop": self.crop, "flip": self.flip}
-        write_segmenter(network, folder, self.classes, self.normalise, **about)
+        write_dense(network, folder, "segmenter", self.classes.names, self.classes.values, self.normalise, **about)
 
     def draw(self, folder: Path) -> list[str]:
         """Images with their masks and what was predicted, and a table of classes."""
@@ -341,7 +279,7 @@ def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
     """
     if Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
         raise UserError(f"--out {out} is there already: choose a new folder.")
-    model, own = read_segmenter(folder)
+    model, own = read_dense(folder, "segmenter", Segmenter)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     device = next(model.parameters()).device
     normalise = Normalise(own["mean"], own["std"]).to(device)

@@ -13,6 +13,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 from mimkit.data import Viewer, default_workers, parse_size, train_loader
+from mimkit.dense import check_names, find_dense, read_dense
 from mimkit.errors import UserError, one_sentence
 from mimkit.finetuning import checkpoint_blocks, load, show_groups
 from mimkit.judging import Judge
@@ -20,7 +21,7 @@ from mimkit.masks import open_masked, train_pairs
 from mimkit.optim import cosine, groups_with_head, poly
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
 from mimkit.pretraining import ANY_SIZE, colours, input_of
-from mimkit.segmentation import Segmentation, Segmenter, check_classes, find_segmenter, loss_of, read_segmenter
+from mimkit.segmentation import Segmentation, Segmenter, loss_of
 from mimkit.training import Run
 
 
@@ -142,14 +143,14 @@ def main(argv: list[str] | None = None) -> None:
     given: dict[str, Any] = {"in_chans": options.in_chans, "drop_path_rate": options.drop_path, "img_size": size}
     if twice := options.model_args.keys() & {*given, "num_classes"}:
         raise UserError(f"--model-args has {', '.join(twice)}, which follows from an option or the data: leave it out.")
-    trained = find_segmenter(options.model)
+    trained = find_dense(options.model, "segmenter")
     if trained:
         if options.init or options.from_scratch or options.model_args:
             raise UserError(
                 f"--model {options.model} is a run of this recipe: leave --init, --from-scratch, --model-args."
             )
-        network, own = read_segmenter(trained)
-        check_classes(own, classes, options.model, options.data)
+        network, own = read_dense(trained, "segmenter", Segmenter)
+        check_names(own, classes.names, options.model, options.data)
         options.in_chans, options.neck = own["in_chans"], own["segmenter_args"]["neck"]
         options.decoder, options.decoder_dim = own["segmenter_args"]["decoder"], own["segmenter_args"]["width"]
         options.window = network.pyramid.window

@@ -16,6 +16,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix, 
 from torchvision.datasets import Cityscapes
 
 from mimkit.data import Normalise
+from mimkit.dense import read_dense, write_dense
 from mimkit.errors import UserError
 from mimkit.masks import IGNORE, Classes, judged_pairs, open_masked, train_pairs
 from mimkit.optim import groups_with_head
@@ -25,10 +26,8 @@ from mimkit.segmentation import (
     iou,
     loss_of,
     near_edges,
-    read_segmenter,
     scores_of,
     windows,
-    write_segmenter,
 )
 
 
@@ -81,8 +80,8 @@ def test_scores_are_of_the_image(name, decoder):
 def test_windows_are_remembered(name, tmp_path):
     options = {"hivit_nano": {"depths": (1, 1, 8)}, "vit_tiny_patch16_224": {"depth": 8}}
     model = Segmenter(backbone(name, **options.get(name, {})), 3, width=32, window=2).eval()
-    write_segmenter(model, tmp_path / "m", Classes(["a", "b", "c"], [0, 1, 2]), Normalise([0.5] * 3, [0.5] * 3))
-    again = read_segmenter(tmp_path / "m")[0].eval()
+    write_dense(model, tmp_path / "m", "segmenter", ["a", "b", "c"], [0, 1, 2], Normalise([0.5] * 3, [0.5] * 3))
+    again = read_dense(tmp_path / "m", "segmenter", Segmenter)[0].eval()
     x = torch.randn(1, 3, 64, 96)
     assert again.pyramid.window == 2
     assert torch.equal(again(x), model(x))
@@ -352,7 +351,7 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
     (tmp_path / "a" / "checkpoints" / "step-00000012").rename(tmp_path / "b" / "checkpoints" / "step-00000012")
     segment.main([*argv, "--out", str(tmp_path / "b"), "--model-ema-decay", "0.5", "--resume", "auto"])
     assert metrics(tmp_path / "b")[-1]["miou"] == pytest.approx(scores[-1]["miou"])
-    ours, theirs = (read_segmenter(tmp_path / run / "last")[0].state_dict() for run in "ab")
+    ours, theirs = (read_dense(tmp_path / run / "last", "segmenter", Segmenter)[0].state_dict() for run in "ab")
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in ours)
     capsys.readouterr()
 
