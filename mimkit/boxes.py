@@ -79,6 +79,8 @@ def open_boxes(data: str, masks: bool) -> tuple[Source, Truth, Source, Truth]:
     categories = [part[0]["categories"] for part in parts]
     if [(c["id"], c["name"]) for c in categories[0]] != [(c["id"], c["name"]) for c in categories[1]]:
         raise UserError(f"--data {data}: its training and its test part have other categories: give both the same.")
+    if all(annotation["iscrowd"] for annotation in parts[1][0]["annotations"]):
+        raise UserError(f"--data {data} has no objects in its test part, so nothing to judge by: give it some.")
     train, test = (_source(str(root), *part) for part in parts)
     return *train, *test
 
@@ -103,18 +105,24 @@ def _read(file: Path, folders: list[Path], masks: bool) -> tuple[dict[str, Any],
         classes = {category["id"]: category["name"] for category in categories}
         for annotation in annotations:
             if lacking := {"image_id", "category_id", "bbox"} - annotation.keys():
-                raise KeyError(f"an annotation lacks {', '.join(sorted(lacking))}")
-    except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"an annotation lacks {', '.join(sorted(lacking))}")
+            hash((annotation["image_id"], annotation["category_id"]))
+        if len(names) < len(images) or len(classes) < len(categories):
+            raise ValueError("an id of images or categories occurs twice")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is not in COCO's format ({type(error).__name__}: {error}): mend it.") from error
     if not images:
         raise UserError(f"{file} lists no images: pass another set.")
     if not categories:
         raise UserError(f"{file} lists no categories: add them.")
     sizes = {image["id"]: (image.get("height"), image.get("width")) for image in images}
+    for image, size in sizes.items():
+        if not all(isinstance(side, int) and side > 0 for side in size):
+            raise UserError(f"{file}: {names[image]} has no height and width of a whole number of px: add them.")
     for i, annotation in enumerate(annotations):
-        annotation.setdefault("id", i + 1)
+        where = f"{file}: annotation {annotation.get('id', i + 1)}"
+        annotation["id"] = i + 1  # the judge takes 0 for none, and needs each once
         annotation.setdefault("iscrowd", 0)
-        where = f"{file}: annotation {annotation['id']}"
         if annotation["image_id"] not in names:
             raise UserError(f"{where} is of image {annotation['image_id']}, which is not listed: remove or mend it.")
         where += f" of {names[annotation['image_id']]}"
@@ -122,7 +130,7 @@ def _read(file: Path, folders: list[Path], masks: bool) -> tuple[dict[str, Any],
             raise UserError(
                 f"{where} has category {annotation['category_id']}, none of the {len(classes)} listed: mend it."
             )
-        _check_box(annotation["bbox"], sizes[annotation["image_id"]], where)
+        annotation["bbox"] = _checked(annotation["bbox"], sizes[annotation["image_id"]], where)
         if masks and not annotation.get("segmentation"):
             raise UserError(f"{where} has no mask (segmentation): add it, or pass --masks false for boxes alone.")
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
@@ -134,17 +142,18 @@ def _read(file: Path, folders: list[Path], masks: bool) -> tuple[dict[str, Any],
     return coco, [place for place in places if place]
 
 
-def _check_box(box: Any, size: tuple[Any, Any], where: str) -> None:
+def _checked(box: Any, size: tuple[int, int], where: str) -> list[float]:
+    """A box x y width height, inside its image (height width)."""
     try:
         x, y, w, h = map(float, box)
-        height, width = map(float, size)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where} has the box {box} in an image of {size[0]}x{size[1]}: mend it ({error}).") from error
-    inside = min(x, y) >= -MARGIN and x + w <= width + MARGIN and y + h <= height + MARGIN
+        raise UserError(f"{where} has the box {box}, where x, y, width, height are needed: mend it.") from error
+    inside = min(x, y) >= -MARGIN and x + w <= size[1] + MARGIN and y + h <= size[0] + MARGIN
     if not inside or min(w, h) < 0:  # not a number compares as false
         raise UserError(
             f"{where} has the box {box} (x, y, width, height), outside the image of {size[0]}x{size[1]}: mend it."
         )
+    return [x, y, w, h]
 
 
 def _subset(coco: dict[str, Any], places: list[Path], chosen: list[bool]) -> tuple[dict[str, Any], list[Path]]:
@@ -218,6 +227,19 @@ def draw_mask(segmentation: Any, height: int, width: int) -> np.ndarray[Any, Any
     return mask.decode(packed)
 
 
+def fitting(image: Any, objects: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Both as they are.
+
+    Raises:
+        ValueError: the file of annotations has another size for the image.
+    """
+    height, width = v2.functional.get_size(image)
+    if (height, width) != objects["boxes"].canvas_size:
+        declared = "x".join(map(str, objects["boxes"].canvas_size))
+        raise ValueError(f"it is {height}x{width}, and {declared} in the file of annotations")
+    return image, objects
+
+
 def train_objects(
     size: Size | None, short: int, long: int, scales: tuple[float, float], mean: list[float]
 ) -> Transform:
@@ -234,10 +256,7 @@ def train_objects(
     flip = v2.RandomHorizontalFlip()
 
     def transform(image: Any, objects: dict[str, Any]) -> tuple[Any, Objects]:
-        height, width = v2.functional.get_size(image)
-        if (height, width) != objects["boxes"].canvas_size:
-            declared = "x".join(map(str, objects["boxes"].canvas_size))
-            raise ValueError(f"it is {height}x{width}, and {declared} in the file of annotations")
+        height, width = v2.functional.get_size(fitting(image, objects)[0])
         factor = float(torch.empty(()).uniform_(*scales))
         if size:
             factor *= min(size[0] / height, size[1] / width)

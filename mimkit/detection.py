@@ -10,13 +10,14 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from mimkit.boxes import Objects, Truth, read_objects
+from mimkit.boxes import Objects, Truth, fitting, read_objects
 from mimkit.checkpoint import replacing_file
 from mimkit.data import Normalise, Viewer, collate_list, guarded, one_by_one, spread
 from mimkit.dense import read_dense, write_dense
@@ -45,6 +46,11 @@ class Levels(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(b c H W) -> {"0": (b width H/4 W/4), "1": ..., "pool": ...}"""
         return self.fpn({str(i): m for i, m in enumerate(self.pyramid(x))})
+
+
+def exactly(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """A head's output in float32: bf16 would round boxes of 1,000 px to 4, and let NMS merge those of many classes."""
+    return tree_map(Tensor.float, output)
 
 
 class Detector(nn.Module):
@@ -102,6 +108,9 @@ class Detector(nn.Module):
             box_batch_size_per_image=samples,
             _skip_resize=True,  # in training: `train_objects` has done it
         )
+        for head in (self.rcnn.rpn.head, self.rcnn.roi_heads.box_predictor, self.rcnn.roi_heads.mask_predictor):
+            if head is not None:
+                head.register_forward_hook(exactly)
         self._model_args = {
             "masks": masks,
             "neck": pyramid.neck,
@@ -192,7 +201,7 @@ class Detection:
         self.kinds = ("box", "mask") if masks else ("box",)
         fields = (test.image, test.label)
         in_chans = len(normalise.values[0])
-        self.viewer = Viewer(lambda *pair: pair, in_chans, 0, 0, fields, read_objects(masks))
+        self.viewer = Viewer(fitting, in_chans, 0, 0, fields, read_objects(masks))
         self.shown: list[tuple[Tensor, Any, Any]] = []
 
     @torch.no_grad()

@@ -153,6 +153,10 @@ def main(argv: list[str] | None = None) -> None:
         if own["detector_args"]["masks"] != options.masks:
             had = str(not options.masks).lower()
             raise UserError(f"--model {options.model} was trained with --masks {had}: pass that.")
+        args = own["detector_args"]
+        options.in_chans, options.neck, options.window = own["in_chans"], args["neck"], args["window"]
+        options.fpn_dim, options.roi_samples = args["width"], args["samples"]
+        short, long = options.short_side, options.long_side = args["short"], args["long"]
         start, normalise = f"all weights of {trained}", colours(own["in_chans"], own["mean"], own["std"])
     else:
         given |= ANY_SIZE | options.model_args
