@@ -173,10 +173,8 @@ def judge_as_coco(
     from faster_coco_eval import COCO, COCOeval_faster
 
     known = COCO(truth.coco)
-    if kind == "mask":  # a detection is as large as its mask, not as its box
-        results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
-    else:
-        results = [{key: value for key, value in result.items() if key != "segmentation"} for result in results]
+    other = {"box": "segmentation", "mask": "bbox"}[kind]  # it would say how large a detection is
+    results = [{key: value for key, value in result.items() if key != other} for result in results]
     judge = COCOeval_faster(known, known.loadRes(results), KINDS[kind], print_function=lambda *_: None)
     judge.params.imgIds = ids
     judge.run()
