@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from timm.layers import DropPath, LayerScale
 from timm.models import group_parameters
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mimkit.checkpoint import write_model
 from mimkit.decoder import Decoder
@@ -18,6 +19,7 @@ from mimkit.errors import UserError
 from mimkit.macs import count_gmacs, gmacs_of
 from mimkit.mae import MAE
 from mimkit.models.svit import Attention, Places, neighbours, to_neighbours
+from mimkit.simmim import PixelHead, SimMIM
 from mimkit.units import UnitMask, gather, hide, sample_mask, scatter, serialize, unserialize
 
 NAMES = timm.list_models("svit_*")
@@ -576,6 +578,32 @@ def test_work_of_the_last_stages_is_that_of_visible_units():
         )
     for v in (24, 12):
         assert v / 49 * 0.95 < work[v] / work[49] < v / 49 + 0.08
+
+
+@torch.no_grad()
+def test_products_of_the_whole_encoder_are_those_of_visible_units():
+    """All but those of convolutions, through stems and stages; a dense network times a mask would fail."""
+    with torch.device("meta"):
+        net = timm.create_model("svit_s", num_classes=0)
+        work = {}
+        for v in (49, 24, 12):
+            with FlopCounterMode(display=False) as counter:
+                net.encode_units(torch.empty(1, v, 3, 32, 32), torch.zeros(1, v, dtype=torch.long), (7, 7))
+            counts = counter.get_flop_counts()["Global"]
+            work[v] = sum(n for op, n in counts.items() if op is not torch.ops.aten.convolution)
+    for v in (24, 12):
+        assert work[v] / work[49] == pytest.approx(v / 49, rel=0.1)
+
+
+def test_one_token_cannot_be_normalised():
+    encoder = timm.create_model("svit_nano", num_classes=0)
+    mae = MAE(encoder, Decoder(encoder.out_dim, 32, dim=32, depth=1, num_heads=4), mask_ratio=0.6)
+    sim = SimMIM(encoder, PixelHead(1024, 32, 32), 0.6)
+    for method in (mae, sim):
+        with pytest.raises(UserError, match="there is one: take a larger batch"):
+            method.train()(torch.randn(1, 3, 64, 64))
+        assert method(torch.randn(2, 3, 64, 64)).loss.isfinite()
+        assert method.eval()(torch.randn(1, 3, 64, 64)).loss.isfinite()
 
 
 def test_mae_trains_an_svit():
