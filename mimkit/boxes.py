@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.data import Size, Transform
 from mimkit.errors import UserError
-from mimkit.sources import TEST, TRAIN, Source
+from mimkit.sources import TRAIN, VAL, Source
 
 MARGIN = 1.0  # px that a box may stick out of its image: annotators round
 Objects = dict[str, Tensor]  # of an image: boxes (n 4) as x y x y, labels (n) from 1, masks (n H W) where there are any
@@ -65,7 +65,7 @@ def open_boxes(data: str, masks: bool) -> tuple[Source, Truth, Source, Truth]:
     root = Path(data).expanduser()
     if not root.is_dir():
         raise UserError(f"--data {data} is no folder: pass one in COCO's layout (docs/data.md).")
-    found = [next(filter(None, (_find(root, name) for name in names)), None) for names in (TRAIN, TEST)]
+    found = [next(filter(None, (_find(root, name) for name in names)), None) for names in (TRAIN, VAL)]
     if not found[0]:
         raise UserError(
             f"--data {data} has neither annotations/instances_train*.json nor train/_annotations.coco.json: lay it out "
@@ -107,6 +107,10 @@ def _read(file: Path, folders: list[Path], masks: bool) -> tuple[dict[str, Any],
             if lacking := {"image_id", "category_id", "bbox"} - annotation.keys():
                 raise ValueError(f"an annotation lacks {', '.join(sorted(lacking))}")
             hash((annotation["image_id"], annotation["category_id"]))
+        if odd := [i for i in (*names, *classes) if not isinstance(i, int)]:
+            raise ValueError(f"an id of images or categories is {odd[0]!r}, which is no whole number")
+        if odd := [name for name in names.values() if not isinstance(name, str)]:
+            raise ValueError(f"a file_name is {odd[0]!r}")
         if len(names) < len(images) or len(classes) < len(categories):
             raise ValueError("an id of images or categories occurs twice")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -122,7 +126,7 @@ def _read(file: Path, folders: list[Path], masks: bool) -> tuple[dict[str, Any],
     for i, annotation in enumerate(annotations):
         where = f"{file}: annotation {annotation.get('id', i + 1)}"
         annotation["id"] = i + 1  # the judge takes 0 for none, and needs each once
-        annotation.setdefault("iscrowd", 0)
+        annotation["iscrowd"] = int(bool(annotation.get("iscrowd")))
         if annotation["image_id"] not in names:
             raise UserError(f"{where} is of image {annotation['image_id']}, which is not listed: remove or mend it.")
         where += f" of {names[annotation['image_id']]}"
@@ -218,13 +222,21 @@ def draw_mask(segmentation: Any, height: int, width: int) -> np.ndarray[Any, Any
     from faster_coco_eval import mask
 
     if isinstance(segmentation, list):
+        numbers = (x for p in segmentation for x in (p if isinstance(p, list) else [None]))
+        if not all(isinstance(x, int | float) for x in numbers):
+            raise ValueError("a polygon is no list of numbers x, y, x, y, ...")
         if not all(len(polygon) >= 6 for polygon in segmentation):
             raise ValueError("a polygon has fewer than three corners")
         return mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width)))
-    if list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"a mask is of {segmentation['size']}, and its image of {[height, width]}")
-    packed = mask.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
-    return mask.decode(packed)
+    size, counts = (segmentation.get(key) for key in ("size", "counts"))
+    if size != [height, width]:
+        raise ValueError(f"a mask is of {size}, and its image of {[height, width]}")
+    if isinstance(counts, str):
+        return mask.decode(segmentation)
+    whole = isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts)
+    if not (whole and sum(counts) == height * width):
+        raise ValueError(f"the run lengths of a mask are not whole numbers that add up to {height * width}")
+    return mask.decode(mask.frPyObjects(segmentation, height, width))
 
 
 def fitting(image: Any, objects: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -16,6 +16,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 
 from mimkit.boxes import Objects, Truth, fitting, read_objects
 from mimkit.checkpoint import replacing_file
@@ -108,6 +109,10 @@ class Detector(nn.Module):
             box_batch_size_per_image=samples,
             _skip_resize=True,  # in training: `train_objects` has done it
         )
+        for pool in (self.rcnn.roi_heads.box_roi_pool, self.rcnn.roi_heads.mask_roi_pool):
+            if pool is not None:  # it would guess them from the first image's size without its padding, once
+                pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+                pool.map_levels = initLevelMapper(2, 5, pool.canonical_scale, pool.canonical_level)
         for head in (self.rcnn.rpn.head, self.rcnn.roi_heads.box_predictor, self.rcnn.roi_heads.mask_predictor):
             if head is not None:
                 head.register_forward_hook(exactly)
@@ -250,10 +255,10 @@ class Detection:
                     raise UserError(f"{view.name} cannot be used ({view.bad}): mend or remove it.")
             labels = torch.cat([view.label["labels"] for view in views]).bincount(minlength=1 + len(self.truth.names))
             seen = [f"{name} {n}" for name, n in zip(self.truth.names, labels[1:].tolist(), strict=True) if n]
-            empty = sum(not len(view.label["labels"]) for view in views)
+            empty = [view.name for view in views if not len(view.label["labels"])]
             self.run.print(
                 f"{part.name}: {part.length:,} images; objects in {len(views)} of them: {', '.join(seen) or 'none'}; "
-                f"{empty} without any"
+                f"{len(empty)} without any{f', such as {empty[0]}' if empty else ''}"
             )
         batch = collate_list([viewer(data.rows[i % data.length], 0, i) for i in range(2)])
         batch = batch.to(self.run.accelerator.device)
@@ -279,14 +284,16 @@ class Detection:
 
     def draw(self, folder: Path) -> list[str]:
         """Images with their objects and what was found, and a table of classes."""
+        names = ["classes.csv"]
         if self.shown:  # else all images of this process are bad
             detections(self.shown, self.truth.names, folder / "predictions.png")
+            names.insert(0, "predictions.png")
         with replacing_file(folder / "classes.csv") as file, open(file, "w", newline="") as opened:
             table = csv.writer(opened)
             table.writerow(["class", *(f"{kind}_ap" for kind in self.kinds)])
             for name, *values in zip(self.truth.names, *self.each, strict=True):
                 table.writerow([name, *(f"{value:.2f}" for value in values)])
-        return ["predictions.png", "classes.csv"]
+        return names
 
 
 def predict_objects(folder: Path, images: str, out: str, max_bad: float) -> int:

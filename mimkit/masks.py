@@ -16,11 +16,12 @@ from torchvision.transforms import InterpolationMode, v2
 from mimkit.data import Size, Transform, read_cell
 from mimkit.errors import UserError
 from mimkit.images import EXTENSIONS
-from mimkit.sources import TEST, TRAIN, Source, hold_out, open_all
+from mimkit.sources import TRAIN, VAL, Source, hold_out, open_all
 
 IGNORE = 255  # in a mask: nothing is known about the pixel, so nothing is learnt from it and nothing judged by it
 UNKNOWN = -1
-MODES = ("1", "L", "P", "I", "I;16")  # of PIL: one number for a pixel
+MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of PIL: one number for a pixel
+PICTURES = [ending for ending in EXTENSIONS if ending != ".npy"]  # that masks come in
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Classes:
             ValueError: it is no mask, or holds a number that stands for nothing.
         """
         numbers = read_mask(cell)
-        table = np.full(1 + max(int(numbers.max()), IGNORE, *self.values, *self.ignored), UNKNOWN)
+        table = np.full(2 + max(IGNORE, *self.values, *self.ignored), UNKNOWN)
         table[[IGNORE, *self.ignored]] = IGNORE
         table[self.values] = range(len(self.values))
-        mask = table[numbers]
+        mask = table[numbers.clip(max=len(table) - 1)]  # the last one stands for whatever lies beyond
         if (mask == UNKNOWN).any():
             odd = int(numbers[mask == UNKNOWN].max())
             known = f"{min(self.values)} to {max(self.values)}"
@@ -96,7 +97,7 @@ def open_masked(data: str, classes: int | None = None, zero_ignored: bool = Fals
         zero_ignored = True
         parts = [_pair(root / "images" / part, root / "annotations" / part) for part in ("training", "validation")]
     elif root.is_dir():
-        for names in (TRAIN, TEST):
+        for names in (TRAIN, VAL):
             found = [root / name for name in names if (root / name / "images").is_dir()]
             parts += [_pair(folder / "images", folder / "masks") for folder in found[:1]]
         if not parts and (root / "images").is_dir():
@@ -112,7 +113,7 @@ def open_masked(data: str, classes: int | None = None, zero_ignored: bool = Fals
                 f"--data {data} has no masks: pass a folder with images/ and masks/, that of ADE20K or Cityscapes, or "
                 "parquet files with a column named mask."
             )
-    if not test.length:
+    if not (train.length and test.length):
         raise UserError(f"--data {data} has too few images to hold some back for judging: give it a val part.")
     return train, test, _classes(root, parts, classes, zero_ignored)
 
@@ -123,7 +124,7 @@ def _pair(images: Path, masks: Path) -> Source:
         raise UserError(f"{images} has no masks beside it: {masks} is not there.")
     pictures = (file for file in images.rglob("*") if file.suffix.lower() in EXTENSIONS)
     files = sorted(file for file in pictures if not file.name.startswith("."))
-    drawn = sorted(file for file in masks.rglob("*") if file.suffix.lower() in EXTENSIONS)
+    drawn = sorted(file for file in masks.rglob("*") if file.suffix.lower() in PICTURES)
     found = {file.relative_to(masks).with_suffix(""): file for file in drawn}
     names = [file.relative_to(images).with_suffix("") for file in files]
     missing = [file for file, name in zip(files, names, strict=True) if name not in found]

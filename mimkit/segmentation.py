@@ -1,7 +1,7 @@
 """Semantic segmentation: a decoder on any backbone, whole images and windows of them, mIoU."""
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,17 @@ def iou(confusion: Tensor) -> Tensor:
     return 100 * both / (confusion.sum(0) + confusion.sum(1) - both)
 
 
+def best_of(scores: Tensor, size: Sequence[int]) -> Tensor:
+    """Scores (b classes h w) scaled to H W -> the best class (b H W), for a few at a time: photographs are large"""
+    best = scores.new_full((len(scores), *size), -torch.inf)
+    found = torch.zeros_like(best, dtype=torch.long)
+    for first in range(0, scores.shape[1], 8):
+        value, place = F.interpolate(scores[:, first : first + 8], list(size), mode="bilinear").max(1)
+        found = torch.where(value > best, first + place, found)
+        best = torch.maximum(value, best)
+    return found
+
+
 class Segmentation:
     """Mean intersection over union, and the same of the pixels near an edge between classes.
 
@@ -180,8 +191,7 @@ class Segmentation:
                 images, _, masks, *_ = batch.to(self.run.accelerator.device)
                 with self.run.accelerator.autocast():
                     scores = scores_of(network, self.normalise(images), self.crop, self.flip)
-                scores = F.interpolate(scores.float(), masks.shape[-2:], mode="bilinear")
-                yield images, masks.long(), scores.argmax(1)
+                yield images, masks.long(), best_of(scores.float(), masks.shape[-2:])
 
     @torch.no_grad()
     def score(self, network: Any, images: int | None = None) -> dict[str, float]:
@@ -255,15 +265,17 @@ class Segmentation:
 
     def draw(self, folder: Path) -> list[str]:
         """Images with their masks and what was predicted, and a table of classes."""
+        names = ["classes.csv"]
         if self.shown:  # else all images of this process are bad
             segmentations(self.shown, self.classes.names, folder / "predictions.png")
+            names.insert(0, "predictions.png")
         with replacing_file(folder / "classes.csv") as file, open(file, "w", newline="") as opened:
             table = csv.writer(opened)
             table.writerow(["class", "iou", "accuracy", "pixels"])
             pixels, found = self.confusion.sum(1), self.confusion.diagonal()
             for name, value, hits, all_ in zip(self.classes.names, iou(self.confusion), found, pixels, strict=True):
                 table.writerow([name, f"{value:.2f}", f"{100 * hits / all_:.2f}" if all_ else "", int(all_)])
-        return ["predictions.png", "classes.csv"]
+        return names
 
 
 def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
@@ -298,7 +310,7 @@ def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
                 if not len(batch.images):
                     continue
                 scores = scores_of(model, normalise(batch.images.to(device)), own["crop"], own["flip"])
-                found = F.interpolate(scores, batch.labels[0].tolist(), mode="bilinear").argmax(1)[0].cpu()
+                found = best_of(scores, batch.labels[0].tolist())[0].cpu()
                 place = Path(batch.names[0])
                 if place.is_relative_to(images) and place != Path(images):
                     place = place.relative_to(images)

@@ -1,4 +1,6 @@
+import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +140,14 @@ def test_masks_of_three_kinds_are_pycocotools():
         draw_mask(packed, 31, 23)
     with pytest.raises(ValueError, match="fewer than three corners"):
         draw_mask([[1, 2, 3, 4]], 23, 31)
+    for flat in ([5, 5, 25, 5, 25, 25], [["a", 1, 2, 3, 4, 5]]):
+        with pytest.raises(ValueError, match="is no list of numbers"):
+            draw_mask(flat, 23, 31)
+    with pytest.raises(ValueError, match="a mask is of None"):
+        draw_mask({"counts": packed["counts"]}, 23, 31)
+    for counts in ([-5, 5 + 23 * 31], [0, 7], ["x"], None):
+        with pytest.raises(ValueError, match="whole numbers that add up to 713"):
+            draw_mask({"size": [23, 31], "counts": counts}, 23, 31)
 
 
 def mended(root, change):
@@ -171,6 +181,9 @@ def mended(root, change):
         (lambda c: c.update(categories=[]), "lists no categories"),
         (lambda c: c.update(images=[], annotations=[]), "lists no images"),
         (lambda c: c.pop("images"), "not in COCO's format"),
+        (lambda c: c["images"][0].update(id="one"), "an id of images or categories is 'one'"),
+        (lambda c: c["categories"][0].update(id="3"), "an id of images or categories is '3'"),
+        (lambda c: c["images"][2].update(file_name=None), "a file_name is None"),
     ],
 )
 def test_what_is_wrong_is_named(change, message, tmp_path):
@@ -181,7 +194,8 @@ def test_what_is_wrong_is_named(change, message, tmp_path):
 def test_boxes_alone_need_no_masks(tmp_path):
     def bare(coco):
         for annotation in coco["annotations"]:
-            del annotation["segmentation"], annotation["area"], annotation["id"], annotation["iscrowd"]
+            del annotation["segmentation"], annotation["area"], annotation["id"]
+            annotation["iscrowd"] = None
 
     train, truth, *_ = open_boxes(mended(tmp_path, bare), masks=False)
     assert "masks" not in read_objects(False)(train.rows[1]["objects"])
@@ -194,6 +208,11 @@ def test_an_image_of_another_size_is_bad(data):
     for transform in (train_objects(None, 64, 96, (1, 1), [0.5] * 3), fitting):
         view = Viewer(transform, 3, 0, 0, ("image", "objects"), read_objects(True))(train.rows[3], 0, 3)
         assert view.bad == "it is 65x80, and 64x80 in the file of annotations"
+
+
+def test_val_is_judged_where_there_is_a_test_part_too(data):
+    objects(data / "test2017", data / "annotations" / "instances_test2017.json", 3)
+    assert open_boxes(str(data), masks=True)[2].length == 6
 
 
 def test_a_part_without_objects_cannot_be_judged(data):
@@ -239,6 +258,17 @@ def test_an_image_and_its_objects_stay_together(size):
     assert counts == {2} or size  # crops lose objects, whole images do not
 
 
+@pytest.mark.parametrize("size", [None, (20, 20)])
+def test_masks_are_scaled_by_the_pixel_in_the_middle(size):
+    mask = (torch.arange(60) % 3 == 1).byte().expand(1, 60, 60)
+    boxes = tv_tensors.BoundingBoxes([[0, 0, 60, 60]], format="XYXY", canvas_size=(60, 60))
+    found = {"boxes": boxes, "labels": torch.ones(1, dtype=torch.long), "masks": tv_tensors.Mask(mask)}
+    scale = 1.0 if size else 1 / 3
+    _, scaled = train_objects(size, 60, 60, (scale, scale), [0.5] * 3)(Image.new("RGB", (60, 60)), found)
+    assert scaled["masks"].shape == (1, 20, 20)
+    assert scaled["masks"].all()
+
+
 @settings(deadline=None)
 @given(st.integers(0, 10**6))
 def test_a_box_is_around_its_mask(seed):
@@ -275,6 +305,18 @@ def test_all_of_a_detector_learns_and_it_finds_in_pixels_of_the_image(name, mask
         if masks:
             assert one["masks"].shape[1:] == (1, height, width)
         assert (one["scores"].diff() <= 0).all()
+
+
+def test_the_first_image_has_no_say_in_the_others():
+    """torchvision would take the scales of its maps from it, by its size without padding."""
+    model = detector().eval()
+    fresh, image = copy.deepcopy(model), torch.rand(3, 64, 64)
+    with torch.no_grad():
+        model([torch.rand(3, 45, 96)])
+        (found,), (alone,) = model([image]), fresh([image])
+    assert len(alone["boxes"])
+    assert torch.equal(found["boxes"], alone["boxes"])
+    assert torch.equal(found["masks"], alone["masks"])
 
 
 def test_background_alone_is_learnt_from():
@@ -478,6 +520,9 @@ def test_two_processes_judge_as_one_does(data, tmp_path):
         found.append([line["loss"] for line in lines if "loss" in line])
         assert [line for line in lines if "box_ap" in line]
     assert found[0] == pytest.approx(found[1], rel=0.2)  # regions are drawn by each process's own numbers
+    words = [*argv, "--model", tmp_path / "1", "--eval-only"]
+    one, two = (re.search("box AP .*", launched(processes, "detect", *words)).group() for processes in (1, 2))
+    assert one == two
 
 
 @pytest.mark.slow

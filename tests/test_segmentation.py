@@ -23,6 +23,7 @@ from mimkit.optim import groups_with_head
 from mimkit.options import presets
 from mimkit.segmentation import (
     Segmenter,
+    best_of,
     iou,
     loss_of,
     near_edges,
@@ -241,6 +242,37 @@ def test_an_image_and_its_mask_stay_together(size):
     assert len(shares) > 1  # scales differ
 
 
+def test_masks_are_scaled_by_the_pixel_in_the_middle():
+    mask = (torch.arange(60) % 3).byte().expand(60, 60)
+    scaled = train_pairs((20, 20), 60, (1 / 3, 1 / 3), [0.5] * 3)(picture(size=(60, 60)), mask)[1]
+    assert (scaled == 1).all()
+
+
+def test_val_is_judged_where_there_is_a_test_part_too(data):
+    (squares(data / "test", 2) / "masks").rename(data / "unused")
+    assert open_masked(str(data))[1].length == 4
+
+
+def test_files_that_masks_come_in(tmp_path):
+    folder = squares(tmp_path / "a", 5)
+    with pytest.raises(UserError, match="too few images to hold some back"):
+        open_masked(str(squares(tmp_path / "b", 1)))
+    numbers = np.asarray(Image.open(folder / "masks" / "3.png")).astype(np.int32)
+    kinds = {"1.tif": "I;16B", "2.tif": "I;16", "3.tif": "I", "4.png": "L"}
+    for name, mode in kinds.items():
+        kind = {"I;16B": ">u2", "I;16": "<u2", "I": "<i4", "L": "u1"}[mode]
+        Image.frombytes(mode, (56, 40), numbers.astype(kind).tobytes()).save(folder / name)
+        cell = {"bytes": None, "path": str(folder / name)}
+        assert (Classes(["0", "1", "2"], [0, 1, 2])(cell).numpy() == numbers).all()
+    Image.fromarray(np.full((40, 56), 2**31 - 1, np.int32)).save(folder / "3.tif")  # no table is as long as this
+    with pytest.raises(ValueError, match="has class 2147483647, where 0 to 2 and 255"):
+        Classes(["0", "1", "2"], [0, 1, 2])({"bytes": None, "path": str(folder / "3.tif")})
+    np.save(folder / "masks" / "3.npy", numbers)
+    (folder / "masks" / "3.png").unlink()
+    with pytest.raises(UserError, match="1 images have no mask of the same name"):
+        open_masked(str(folder))
+
+
 def test_judged_images_keep_their_mask():
     mask = torch.randint(3, (50, 70), dtype=torch.uint8)
     image, same = judged_pairs(100)(picture(size=(70, 50)), mask)
@@ -252,6 +284,12 @@ def test_judged_images_keep_their_mask():
 def test_too_few_or_many_classes(names):
     with pytest.raises(UserError, match="tells 2 to 254 apart"):
         Classes(names, list(range(len(names))))
+
+
+def test_the_best_class_of_each_pixel_is_found_for_a_few_at_a_time():
+    scores = torch.randn(2, 19, 5, 7).round()  # many are equal
+    whole = F.interpolate(scores, (11, 13), mode="bilinear").argmax(1)
+    assert torch.equal(best_of(scores, (11, 13)), whole)
 
 
 # Judging -------------------------------------------------------------------------------------------------------------
@@ -355,7 +393,7 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in ours)
     capsys.readouterr()
 
-    judged = ["--config", "segment_small", "--data", str(data), "--short-side", "40", "--workers", "0", "--eval-only"]
+    judged = ["--config", "segment_small", "--data", str(data), "--workers", "0", "--eval-only"]  # at the run's size
     segment.main([*judged, "--model", str(tmp_path / "a" / "last")])
     assert f"mIoU {scores[-1]['miou']:.2f} %" in capsys.readouterr().out
     segment.main([*judged, "--model", str(tmp_path / "a" / "last"), "--slide", "--img-size", "32", "--flip-test"])
