@@ -8,12 +8,14 @@ so a run can be resumed at any step, and any number of workers gives the same ba
 import heapq
 import os
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +35,7 @@ from mimkit.sources import Source
 Size = tuple[int, int]
 Index = int | tuple[int, int]  # of an image: its row, or (shard, row) in a stream
 Transform = Callable[..., Any]
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # sent before a kill
 WINDOW = 2048  # rows among which a stream is shuffled, beside the shuffle of its shards
 
 
@@ -381,11 +384,25 @@ def default_workers() -> int:
     return min(16, max(0, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
+def heed_parent_only(_: int) -> None:
+    """In a data worker: schedulers signal every process of a job, but the one that trains still needs the others."""
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo(STOPS).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 def train_loader(
     source: Source, viewer: Viewer, plan: Plan, workers: int, collate: Callable[[list[View]], Batch] = collate
 ) -> DataLoader[Any]:
     """All batches of a run, from its first step to its last, on one set of workers."""
     common: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    common["worker_init_fn"] = heed_parent_only
     if source.streaming:
         return DataLoader(Stream(source, viewer, plan), batch_size=None, **common)
     return DataLoader(Rows(source, viewer), batch_sampler=Order(plan), collate_fn=collate, **common)
@@ -397,7 +414,8 @@ def one_by_one(
     """Batches of one image, as large as it is; none in a batch whose image is bad."""
     sampler: Any = [(0, i) for i in places]
     gather = partial(collate_good, collate=collate)
-    return DataLoader(Rows(source, viewer), 1, sampler=sampler, collate_fn=gather, num_workers=workers)
+    common: dict[str, Any] = {"num_workers": workers, "worker_init_fn": heed_parent_only}
+    return DataLoader(Rows(source, viewer), 1, sampler=sampler, collate_fn=gather, **common)
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -419,7 +437,8 @@ def eval_loader(
     viewer = Viewer(eval_transform(size, crop_pct), in_chans, 0, 0, (source.image, source.label))
     rank, world = share
     places: Any = [(0, i) for i in spread(source.length, images or source.length)[rank::world]]
-    return DataLoader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate_good, num_workers=workers)
+    common: dict[str, Any] = {"num_workers": workers, "worker_init_fn": heed_parent_only}
+    return DataLoader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate_good, **common)
 
 
 def look(source: Source, size: Size, in_chans: int, count: int) -> Batch:

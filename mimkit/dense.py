@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from mimkit.checkpoint import load_strictly, replacing
 from mimkit.data import Normalise
 from mimkit.errors import UserError
-from mimkit.pretraining import create
+from mimkit.pretraining import colours, create
 
 
 def write_dense(
@@ -69,10 +69,29 @@ def read_dense(folder: Path, kind: str, build: Callable[..., Any]) -> tuple[Any,
     return model, own
 
 
-def check_names(own: dict[str, Any], names: list[str], model: str, data: str) -> None:
-    """Refuse to use a network with other classes than its own."""
-    if own["class_names"] != names:
+def go_on_from(
+    folder: Path, kind: str, build: Callable[..., Any], options: Any, names: list[str]
+) -> tuple[Any, dict[str, Any], str, Normalise]:
+    """`read_dense`, as the options of a recipe say; its `in_chans`, `mean` and `std` become those of the network.
+
+    Args:
+        names: of the classes in the data.
+
+    Returns:
+        The network, what is to be known about it, in words what it starts with, and the colours that it takes.
+
+    Raises:
+        UserError: an option that is for another start, or other classes.
+    """
+    if options.init or options.from_scratch or options.model_args:
+        raise UserError(f"--model {options.model} is a run of this recipe: leave --init, --from-scratch, --model-args.")
+    network, own = read_dense(folder, kind, build)
+    known = own["class_names"]
+    if known != names:
         raise UserError(
-            f"--model {model} knows {len(own['class_names'])} classes ({', '.join(own['class_names'][:4])}, ...), and "
-            f"--data {data} has {len(names)} ({', '.join(names[:4])}, ...): pass data of the same ones."
+            f"--model {options.model} knows {len(known)} classes ({', '.join(known[:4])}, ...), and "
+            f"--data {options.data} has {len(names)} ({', '.join(names[:4])}, ...): pass data of the same ones."
         )
+    normalise = colours(own["in_chans"], own["mean"], own["std"])
+    options.in_chans, (options.mean, options.std) = own["in_chans"], normalise.values
+    return network, own, f"all weights of {folder}", normalise

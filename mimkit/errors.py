@@ -8,12 +8,17 @@ from typing import ParamSpec, TypeVar
 
 from safetensors import SafetensorError
 
+REQUEUE = 75  # sysexits.h: a temporary failure, try again
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class UserError(ValueError):
     """Something the user gave does not fit. The message names the value, what was expected, and what to do."""
+
+
+class StoppedError(Exception):
+    """A scheduler told a run to end, and it did so in good order; it can be resumed. Exit code `REQUEUE`."""
 
 
 def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
@@ -25,6 +30,8 @@ def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
             return main(*args, **kwargs)
         except UserError as error:
             message, code = str(error), 2
+        except StoppedError as stopped:
+            message, code = str(stopped), REQUEUE
         except KeyboardInterrupt as interrupt:
             message, code = str(interrupt) or "Interrupted.", 130
         except BrokenPipeError:

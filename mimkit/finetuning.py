@@ -18,7 +18,7 @@ from mimkit.converters.mae import split
 from mimkit.data import Normalise, eval_loader, guarded
 from mimkit.errors import UserError
 from mimkit.evaluation import NoImagesError, Scores, over, score
-from mimkit.pretraining import comes_with_weights, create
+from mimkit.pretraining import ANY_SIZE, colours, comes_with_weights, create, input_of
 from mimkit.sources import Source
 from mimkit.training import Run
 from mimkit.visualize import confusions
@@ -147,6 +147,12 @@ def new_head(network: Any, classes: int, std: float | None) -> str:
     return f"fresh head of {classes} classes ({', '.join(_heads(network))})"
 
 
+def head_fits(network: Any, names: list[str]) -> bool:
+    """Whether a checkpoint's classifier is for these classes: by their names, or by their number where it has none."""
+    known = network.pretrained_cfg.get("label_names")
+    return network.num_classes == len(names) and list(known or names) == names
+
+
 def checkpoint_blocks(network: Any) -> None:
     """Recompute activations in the backward pass, where timm has that for the network."""
     try:
@@ -192,6 +198,31 @@ def mixing(
             "--grad-accum-steps, or --mixup 0 --cutmix 0."
         )
     return Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes)
+
+
+def start_from(options: Any, **given: Any) -> tuple[Any, str, Normalise]:
+    """`load`, as the options of a recipe say.
+
+    Args:
+        options: with `model`, `init`, `from_scratch`, `model_args`, `in_chans` and `drop_path`; `mean` and `std`, where
+            they are not given, become those of the checkpoint.
+        given: arguments of `load` that follow from other options, which `model_args` must leave alone; None for
+            the checkpoint's own.
+
+    Returns:
+        The network, in words what it starts with, and the colours that it takes.
+    """
+    given |= {"in_chans": options.in_chans, "drop_path_rate": options.drop_path}
+    if twice := options.model_args.keys() & {*given, "num_classes"} - {*ANY_SIZE}:
+        raise UserError(f"--model-args has {', '.join(twice)}, which follows from an option or the data: leave it out.")
+    given = {key: value for key, value in given.items() if value is not None}
+    network, words = load(options.model, options.init, options.from_scratch, **given | options.model_args)
+    own = input_of(network)[2].values
+    if len(own[0]) == options.in_chans:
+        options.mean, options.std = options.mean or own[0], options.std or own[1]
+    normalise = colours(options.in_chans, options.mean, options.std)
+    options.mean, options.std = normalise.values
+    return network, words, normalise
 
 
 # What it learns at ---------------------------------------------------------------------------------------------------

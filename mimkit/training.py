@@ -10,13 +10,16 @@ Accelerator, seeds, run directory, progress, metrics and checkpoints. The loop s
         run.end_step(step)
 """
 
+import copy
 import ctypes
 import dataclasses
+import errno
 import json
 import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +31,18 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, parse_flag_from_env, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mimkit.checkpoint import load_strictly, replacing, replacing_file
-from mimkit.data import Batch, Plan, cpu_count, guarded
-from mimkit.errors import UserError
+from mimkit.checkpoint import load_strictly, replacing_file
+from mimkit.data import STOPS, Batch, Plan, cpu_count, guarded
+from mimkit.errors import StoppedError, UserError
+from mimkit.saving import checkpoints, read, step_of, trim, why_torn, write
 
-KEEP = 2  # checkpoints
 LOG_EVERY = 20  # steps between readings of what is accumulated on the device
 # When a run is resumed
-MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "knn_every", "eval_every", "max_bad"}
+MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "keep", "keep_every"}
+MAY_CHANGE |= {"knn_every", "eval_every", "max_bad"}
 
 
 def on_cpu() -> bool:
@@ -94,7 +98,7 @@ class Run:
         name: of the recipe; the directory is runs/NAME unless `options.out` says otherwise.
         options: a flat dataclass with at least out, resume, seed, precision, grad_accum_steps and track.
 
-    The directory holds config.yaml, metrics.jsonl and checkpoints/step-N (the last two).
+    The directory holds config.yaml, metrics.jsonl and checkpoints/step-N.
     """
 
     def __init__(self, name: str, options: Any):
@@ -128,6 +132,10 @@ class Run:
         self.console = Console(quiet=not self.accelerator.is_main_process, highlight=False, soft_wrap=True)
         self.sums: dict[str, Tensor] = {}
         self.count = 0
+        self.told = ""  # the signal to stop, where there was one
+        self.saved: Path | None = None  # the last checkpoint
+        self.saver = ThreadPoolExecutor(1)
+        self.saving: Future[Path] | None = None
         self.folder = self._choose_folder(name)
         self.accelerator.project_configuration.set_directories(str(self.folder))
         set_seed(options.seed % 2**32)
@@ -192,8 +200,8 @@ class Run:
         """Which images make which step, from where this run begins or goes on."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         plan = Plan(length, batch_size, 0, self.options.seed, 0, rank, world, self.options.grad_accum_steps)
-        saved = checkpoints(self.folder) if self.options.resume else []
-        start = int(saved[-1].name.removeprefix("step-")) if saved else 0
+        self.saved = self._last_whole() if self.options.resume else None
+        start = step_of(self.saved) if self.saved else 0
         steps = round(epochs * plan.steps_per_epoch)
         if steps < 1:
             raise UserError(f"--epochs {epochs:g} of {plan.steps_per_epoch} steps is not one step: train for longer.")
@@ -210,8 +218,8 @@ class Run:
         prepared, wrapped = self.accelerator.prepare(model, optimizer)
         for module in beside.values():
             module.to(self.accelerator.device)
-        if self.data_plan.start:
-            self.load(checkpoints(self.folder)[-1])
+        if self.saved:
+            self.load(self.saved)
         self._trim_metrics()
         return prepared, wrapped
 
@@ -232,7 +240,8 @@ class Run:
         columns = TextColumn("training"), BarColumn(), TextColumn(text)
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self.bar:
             self.task = self.bar.add_task("", total=plan.steps, completed=plan.start, text="")
-            previous = signal.signal(signal.SIGINT, self._interrupt)
+            own: dict[int, Any] = {signal.SIGINT: self._interrupt} | dict.fromkeys(STOPS, self._tell)
+            before = {number: signal.signal(number, handler) for number, handler in own.items()}
             try:
                 for self.step in range(plan.start, plan.steps):
                     seed = int(np.random.SeedSequence([self.options.seed, self.step, rank]).generate_state(1)[0])
@@ -243,13 +252,38 @@ class Run:
                     if not self.count:  # what was done since the last reading, such as a checkpoint, is not training
                         self.since, self.waited = time.perf_counter(), 0.0
                     yield self.step, self._parts(batches)
+                    if self._asked() and self.step + 1 < plan.steps:
+                        self._stop()
+                self._finish_saving()
             finally:
-                signal.signal(signal.SIGINT, previous)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def _interrupt(self, *_: Any) -> None:
-        saved = checkpoints(self.folder)
-        how = f"{saved[-1]}: go on with --out {self.folder} --resume auto." if saved else "not written yet."
+        self._finish_saving()
+        how = f"{self.saved}: go on with --out {self.folder} --resume auto." if self.saved else "not written yet."
         raise KeyboardInterrupt(f"Interrupted after step {self.step}; the last checkpoint is {how}")
+
+    def _tell(self, number: int, *_: Any) -> None:
+        self.told = signal.Signals(number).name
+
+    def _asked(self) -> bool:
+        """Whether a process was told to stop. Several of them agree where they meet anyway, when values are read."""
+        if self.accelerator.num_processes == 1:
+            return bool(self.told)
+        return not self.count and bool(self.total(torch.tensor(int(bool(self.told))))[0])
+
+    def _stop(self) -> None:
+        """Leave a checkpoint of the step that is done, and end."""
+        self._finish_saving()
+        if self.saved != self._checkpoint(self.step):
+            self.save(self.step)
+            self._finish_saving()
+        self.accelerator.wait_for_everyone()
+        raise StoppedError(
+            f"Stopped by {self.told or 'another process'} after step {self.step + 1}, which is saved: go on with --out "
+            f"{self.folder} --resume auto."
+        )
 
     def _parts(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for _ in range(self.data_plan.parts):
@@ -281,6 +315,8 @@ class Run:
         pauses = [getattr(self.options, name, 0) for name in ("save_every", "eval_every", "knn_every")]
         if done % LOG_EVERY and not any(self.due(step, epochs) for epochs in pauses):
             return
+        if self.saving and self.saving.done():
+            self._finish_saving()
         means = {k: self.accelerator.reduce(v / self.count, "mean").item() for k, v in self.sums.items()}
         now = time.perf_counter()
         elapsed, steps = now - self.since, done - self.since_step
@@ -341,44 +377,71 @@ class Run:
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
-    def save(self, step: int) -> None:
-        """Write checkpoints/step-N, N steps being done, beside and renamed; keep the last ones."""
+    def _last_whole(self) -> Path | None:
+        """The checkpoint to go on from, chosen by the main process: the last one that is as it was written."""
+        found: list[Any] = [None, None]
         if self.accelerator.is_main_process:
-            with replacing(self.folder / "checkpoints" / f"step-{step + 1:08d}") as folder:
-                for name, module in {"model": self.model, **self.beside}.items():
-                    save_file(module.state_dict(), folder / f"{name}.safetensors")
-                state = self.optimizer.state_dict()
-                tensors = {f"{i}.{k}": v for i, values in state["state"].items() for k, v in values.items()}
-                save_file(tensors, folder / "optimizer.safetensors")
-                scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
-                own = {"step": step + 1, "param_groups": state["param_groups"], "scaler": scaler}
-                (folder / "state.json").write_text(json.dumps(own, indent=1))
-            for old in checkpoints(self.folder)[:-KEEP]:
-                for file in old.iterdir():
-                    file.unlink()
-                old.rmdir()
-        self.accelerator.wait_for_everyone()
+            for folder in reversed(checkpoints(self.folder)):
+                if not (reason := why_torn(folder)):
+                    found = [str(folder), None]
+                    break
+                self.print(f"WARNING: {folder} is torn ({reason}): looking for the one before.")
+                found[1] = f"No checkpoint of {self.folder} is whole, {folder} is torn too: start anew with --out."
+        broadcast_object_list(found)
+        if found[1]:
+            raise UserError(found[1])
+        return Path(found[0]) if found[0] else None
+
+    def save(self, step: int) -> None:
+        """Write checkpoints/step-N, N steps being done, while training goes on; keep what the options say."""
+        if not self.accelerator.is_main_process:
+            return
+        self._finish_saving()
+        adam, scaler = self.optimizer.state_dict(), self.accelerator.scaler
+        moments = {f"{i}.{k}": v for i, values in adam["state"].items() for k, v in values.items()}
+        states = {"optimizer": moments, "model": self.model.state_dict()}
+        states |= {name: module.state_dict() for name, module in self.beside.items()}
+        copies = {name: {k: v.to("cpu", copy=True) for k, v in state.items()} for name, state in states.items()}
+        own = {"step": step + 1, "param_groups": adam["param_groups"], "scaler": scaler.state_dict() if scaler else {}}
+        own |= {"sums": {name: value.item() for name, value in self.sums.items()}, "count": self.count}
+        self.saving = self.saver.submit(self._write, self._checkpoint(step), copies, copy.deepcopy(own))
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step + 1:08d}"
+
+    def _write(self, folder: Path, states: dict[str, dict[str, Tensor]], own: dict[str, Any]) -> Path:
+        write(folder, states, own)
+        interval = max(1, round(self.options.save_every * self.data_plan.steps_per_epoch))
+        trim(self.folder, step_of(folder), self.options.keep, self.options.keep_every, interval)
+        return folder
+
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, if one is."""
+        saving, self.saving = self.saving, None
+        try:
+            self.saved = saving.result() if saving else self.saved
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space" not in str(error):
+                raise
+            left = (
+                f"{self.saved} is whole: go on with --out {self.folder} --resume auto" if self.saved else "none is left"
+            )
+            raise UserError(
+                f"The disk is full, and a checkpoint could not be written; {left} when there is space."
+            ) from error
 
     def load(self, folder: Path) -> None:
         """Weights, optimiser and scaler from a checkpoint; the rest of a run's state is a function of its step."""
-        try:
-            names = ("optimizer", "model", *self.beside)
-            moments, *weights = (load_file(folder / f"{name}.safetensors") for name in names)
-            own = json.loads((folder / "state.json").read_text())
-        except Exception as error:  # safetensors' errors, JSON's and the system's
-            raise UserError(f"{folder} is torn ({error}): remove it, to go on from the checkpoint before.") from error
-        for module, tensors in zip((self.model, *self.beside.values()), weights, strict=True):
-            load_strictly(module, tensors, folder)
+        states, own = read(folder)
+        for name, module in {"model": self.model, **self.beside}.items():
+            load_strictly(module, states.get(name, {}), folder)
         state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in moments.items():
+        for name, tensor in states["optimizer"].items():
             i, key = name.split(".", 1)
             state.setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
         if self.accelerator.scaler and own["scaler"]:
             self.accelerator.scaler.load_state_dict(own["scaler"])
+        self.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in own["sums"].items()}
+        self.count = own["count"]
         self.print(f"going on from {folder}")
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run, the last one last."""
-    return sorted((run / "checkpoints").glob("step-*"))

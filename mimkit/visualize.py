@@ -70,10 +70,7 @@ def reconstructions(mae: MAE | SimMIM, images: Tensor, normalise: Normalise, fil
     figure, axes = plt.subplots(3, len(images), figsize=(max(5.0, 1.5 * len(images) + 0.6), 5.4), squeeze=False)
     for name, pictures, line in zip(names, rows, axes, strict=True):
         for picture, axis in zip(pictures, line, strict=True):
-            shown = picture[:3] if len(picture) >= 3 else picture[:1]
-            axis.imshow(rearrange(shown, "c h w -> h w c"), cmap="gray", vmin=0, vmax=1)
-            axis.set_xticks([])
-            axis.set_yticks([])
+            _show(picture, axis)
         line[0].set_ylabel(name)
     figure.suptitle(f"Reconstruction, {how}", fontsize=9)
     _write(figure, file)
@@ -126,14 +123,12 @@ def palette(classes: int) -> np.ndarray[Any, Any]:
 def segmentations(shown: Sequence[tuple[Tensor, Tensor, Tensor]], names: list[str], file: Path) -> None:
     """Write a picture: images (c H W), what their masks say and what was predicted (h w), a row for each."""
     colours = np.concatenate([palette(len(names)), np.full((256 - len(names), 3), 255, np.uint8)])
-    rows = [[rearrange(image[:3] if len(image) >= 3 else image[:1], "c h w -> h w c") for image, _, _ in shown]]
-    rows += [[colours[triple[i]] for triple in shown] for i in (1, 2)]
+    rows = [[image for image, _, _ in shown]]
+    rows += [[torch.from_numpy(rearrange(colours[triple[i]], "h w c -> c h w")) for triple in shown] for i in (1, 2)]
     figure, axes = plt.subplots(3, len(shown), figsize=(max(5.0, 1.8 * len(shown) + 0.6), 6.2), squeeze=False)
     for name, pictures, line in zip(("image", "its mask", "predicted"), rows, axes, strict=True):
         for picture, axis in zip(pictures, line, strict=True):
-            axis.imshow(picture, cmap="gray")
-            axis.set_xticks([])
-            axis.set_yticks([])
+            _show(picture, axis)
         line[0].set_ylabel(name)
     known = sorted({int(i) for triple in shown for mask in triple[1:] for i in mask.unique() if i < len(names)})
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[i] / 255) for i in known[:24]]
@@ -156,9 +151,7 @@ def detections(shown: Sequence[tuple[Tensor, Any, Any]], names: list[str], file:
             if "masks" in objects and chosen:
                 masks = objects["masks"].flatten(0, -3) > 0.5
                 drawn = draw_segmentation_masks(drawn, masks, alpha=0.5, colors=chosen)
-            axis.imshow(rearrange(drawn, "c h w -> h w c"))
-            axis.set_xticks([])
-            axis.set_yticks([])
+            _show(drawn, axis)
             scores = objects["scores"].tolist() if "scores" in objects else [None] * len(chosen)
             known = zip(objects["boxes"].tolist(), objects["labels"].tolist(), scores, chosen, strict=True)
             for (left, top, right, bottom), label, score, colour in known:
@@ -169,6 +162,14 @@ def detections(shown: Sequence[tuple[Tensor, Any, Any]], names: list[str], file:
     axes[0, 0].set_ylabel("its objects")
     axes[1, 0].set_ylabel("found")
     _write(figure, file)
+
+
+def _show(picture: Tensor, axis: plt.Axes) -> None:
+    """(c H W), of which three channels are shown, or one"""
+    shown = picture[:3] if len(picture) >= 3 else picture[:1]
+    axis.imshow(rearrange(shown, "c h w -> h w c"), cmap="gray", vmin=0, vmax=255 if shown.dtype == torch.uint8 else 1)
+    axis.set_xticks([])
+    axis.set_yticks([])
 
 
 def _write(figure: plt.Figure, file: Path, bottom: float = 0.0) -> None:

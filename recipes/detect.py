@@ -14,14 +14,14 @@ from timm.utils import ModelEmaV3
 
 from mimkit.boxes import open_boxes, read_objects, train_objects
 from mimkit.data import Viewer, collate_list, default_workers, parse_size, train_loader
-from mimkit.dense import check_names, find_dense, read_dense
+from mimkit.dense import find_dense, go_on_from
 from mimkit.detection import Detection, Detector
 from mimkit.errors import UserError, one_sentence
-from mimkit.finetuning import checkpoint_blocks, load, show_groups
+from mimkit.finetuning import checkpoint_blocks, show_groups, start_from
 from mimkit.judging import Judge
 from mimkit.optim import cosine, drops, groups_with_head, poly
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
-from mimkit.pretraining import ANY_SIZE, colours, input_of
+from mimkit.pretraining import ANY_SIZE
 from mimkit.training import Run
 
 
@@ -73,6 +73,8 @@ class Options:
         compile: use torch.compile on the backbone and its feature pyramid.
         grad_checkpointing: recompute activations to save memory.
         save_every: epochs between checkpoints; one is written at the end.
+        keep: how many of the last checkpoints stay.
+        keep_every: each so-manieth checkpoint stays for good; 0 for none.
         eval_every: epochs between measurements on the test images; 0: at the end.
         track: tensorboard, wandb or trackio.
     """
@@ -119,6 +121,8 @@ class Options:
     compile: bool = False
     grad_checkpointing: bool = False
     save_every: NonNegativeFloat = 1.0
+    keep: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
     eval_every: NonNegativeFloat = 1.0
     track: str | None = None
 
@@ -139,49 +143,21 @@ def main(argv: list[str] | None = None) -> None:
     data, _, test, truth = open_boxes(options.data, options.masks)
     run = Run("detect", options)
 
-    given: dict[str, Any] = {"in_chans": options.in_chans, "drop_path_rate": options.drop_path}
-    if twice := options.model_args.keys() & {*given, "num_classes"}:
-        raise UserError(f"--model-args has {', '.join(twice)}, which follows from an option or the data: leave it out.")
-    trained = find_dense(options.model, "detector")
-    if trained:
-        if options.init or options.from_scratch or options.model_args:
-            raise UserError(
-                f"--model {options.model} is a run of this recipe: leave --init, --from-scratch, --model-args."
-            )
-        network, own = read_dense(trained, "detector", Detector)
-        check_names(own, truth.names, options.model, options.data)
-        if own["detector_args"]["masks"] != options.masks:
-            had = str(not options.masks).lower()
+    if trained := find_dense(options.model, "detector"):
+        network, about, start, normalise = go_on_from(trained, "detector", Detector, options, truth.names)
+        own = about["detector_args"]
+        if own["masks"] != options.masks:
+            had = str(own["masks"]).lower()
             raise UserError(f"--model {options.model} was trained with --masks {had}: pass that.")
-        args = own["detector_args"]
-        options.in_chans, options.neck, options.window = own["in_chans"], args["neck"], args["window"]
-        options.fpn_dim, options.roi_samples = args["width"], args["samples"]
-        short, long = options.short_side, options.long_side = args["short"], args["long"]
-        start, normalise = f"all weights of {trained}", colours(own["in_chans"], own["mean"], own["std"])
+        options.neck, options.window = own["neck"], own["window"]
+        options.fpn_dim, options.roi_samples = own["width"], own["samples"]
+        short, long = options.short_side, options.long_side = own["short"], own["long"]
     else:
-        given |= ANY_SIZE | options.model_args
-        backbone, start = load(options.model, options.init, options.from_scratch, **given)
-        own_colours = input_of(backbone)[2]
-        if len(own_colours.values[0]) == options.in_chans:
-            options.mean, options.std = options.mean or own_colours.values[0], options.std or own_colours.values[1]
-        normalise = colours(options.in_chans, options.mean, options.std)
-        mean, std = normalise.values
-        network = Detector(
-            backbone,
-            len(truth.names),
-            options.masks,
-            options.neck,
-            options.window,
-            options.fpn_dim,
-            options.roi_samples,
-            short,
-            long,
-            mean,
-            std,
-        )
+        backbone, start, normalise = start_from(options, **ANY_SIZE)
+        heads = options.masks, options.neck, options.window, options.fpn_dim, options.roi_samples
+        network = Detector(backbone, len(truth.names), *heads, short, long, *normalise.values)
     if options.grad_checkpointing:
         checkpoint_blocks(network.pyramid.backbone)
-    options.mean, options.std = normalise.values
     task = Detection(run, test, truth, normalise, options.masks)
     judge = Judge(run, task)
     if options.eval_only:

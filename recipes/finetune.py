@@ -17,21 +17,23 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
 from mimkit.data import Viewer, default_workers, finetune_transform, parse_size, train_loader
-from mimkit.errors import UserError, one_sentence
+from mimkit.errors import one_sentence
 from mimkit.finetuning import (
     Classification,
     check_classes,
     checkpoint_blocks,
     class_names,
-    load,
+    head_fits,
+    locate,
     mixing,
     new_head,
     show_groups,
+    start_from,
 )
 from mimkit.judging import Judge
 from mimkit.optim import cosine, layer_groups
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
-from mimkit.pretraining import colours, input_of
+from mimkit.pretraining import comes_with_weights, input_of
 from mimkit.sources import open_labelled
 from mimkit.training import Run
 
@@ -85,6 +87,8 @@ class Options:
         compile: use torch.compile.
         grad_checkpointing: recompute activations to save memory.
         save_every: epochs between checkpoints; one is written at the end.
+        keep: how many of the last checkpoints stay.
+        keep_every: each so-manieth checkpoint stays for good; 0 for none.
         eval_every: epochs between measurements on the test images; 0: at the end.
         track: tensorboard, wandb or trackio.
     """
@@ -133,6 +137,8 @@ class Options:
     compile: bool = False
     grad_checkpointing: bool = False
     save_every: NonNegativeFloat = 10.0
+    keep: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
     eval_every: NonNegativeFloat = 1.0
     track: str | None = None
 
@@ -145,27 +151,23 @@ def train(options: Options) -> tuple[Run, float | None]:
     names = class_names(data, test)
     run = Run("finetune", options)
 
-    given: dict[str, Any] = {"in_chans": options.in_chans, "drop_path_rate": options.drop_path}
-    if options.img_size:
-        given["img_size"] = parse_size(options.img_size)
-    if twice := options.model_args.keys() & {*given, "img_size", "global_pool", "num_classes"}:
-        raise UserError(f"--model-args has {', '.join(twice)}, which follows from an option or the data: leave it out.")
-    given |= options.model_args
-    network, start = load(options.model, options.init, options.from_scratch, options.global_pool, **given)
-    _, own_size, own_colours, own_crop = input_of(network)
-    size = given.get("img_size", own_size)
-    if len(own_colours.values[0]) == options.in_chans:
-        options.mean, options.std = options.mean or own_colours.values[0], options.std or own_colours.values[1]
-    normalise = colours(options.in_chans, options.mean, options.std)
-    options.mean, options.std = normalise.values
+    size = parse_size(options.img_size) if options.img_size else None
+    network, start, normalise = start_from(options, img_size=size, global_pool=options.global_pool)
+    _, own_size, _, own_crop = input_of(network)
+    size = size or own_size
     shape = (options.in_chans, *size)
     judge = Judge(run, Classification(run, test, shape, normalise, options.crop_pct or own_crop, names))
     if options.eval_only:
         check_classes(network, names, options.model, options.data)
         return run, judge.alone(network.to(run.accelerator.device))
 
-    if options.from_scratch or list(network.pretrained_cfg.get("label_names") or []) != names:
-        start += "; " + new_head(network, len(names), None if options.from_scratch else options.head_std)
+    random = options.from_scratch or not (options.init or comes_with_weights(locate(options.model)))
+    if random or not head_fits(network, names):
+        start += "; " + new_head(network, len(names), None if random else options.head_std)
+    elif not network.pretrained_cfg.get("label_names"):
+        start += (
+            f"; its own head, whose {len(names)} classes have no names: taken to be those of --data, in their order"
+        )
     if options.grad_checkpointing:
         checkpoint_blocks(network)
     groups = layer_groups(network, options.weight_decay, options.layer_decay, options.pool_scale)

@@ -53,6 +53,8 @@ class Options:
         seed: of everything that is random.
         precision: auto, fp32, bf16 or fp16.
         save_every: epochs between checkpoints; one is written at the end.
+        keep: how many of the last checkpoints stay.
+        keep_every: each so-manieth checkpoint stays for good; 0 for none.
         eval_every: epochs between measurements on the test images; 0: at the end.
         track: tensorboard, wandb or trackio.
     """
@@ -76,6 +78,8 @@ class Options:
     seed: NonNegativeInt = 0
     precision: str = "auto"
     save_every: NonNegativeFloat = 10.0
+    keep: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
     eval_every: NonNegativeFloat = 10.0
     track: str | None = None
 

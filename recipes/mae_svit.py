@@ -65,6 +65,8 @@ class Options:
         compile: use torch.compile.
         grad_checkpointing: recompute activations to save memory.
         save_every: epochs between checkpoints; one is written at the end.
+        keep: how many of the last checkpoints stay.
+        keep_every: each so-manieth checkpoint stays for good; 0 for none.
         knn_every: epochs between measurements of kNN accuracy; 0: at both ends, where there are labels.
         track: tensorboard, wandb or trackio.
     """
@@ -103,6 +105,8 @@ class Options:
     compile: bool = False
     grad_checkpointing: bool = False
     save_every: NonNegativeFloat = 20.0
+    keep: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
     knn_every: NonNegativeFloat = 0.0
     track: str | None = None
 

@@ -13,14 +13,14 @@ import torch
 from timm.utils import ModelEmaV3
 
 from mimkit.data import Viewer, default_workers, parse_size, train_loader
-from mimkit.dense import check_names, find_dense, read_dense
+from mimkit.dense import find_dense, go_on_from
 from mimkit.errors import UserError, one_sentence
-from mimkit.finetuning import checkpoint_blocks, load, show_groups
+from mimkit.finetuning import checkpoint_blocks, show_groups, start_from
 from mimkit.judging import Judge
 from mimkit.masks import open_masked, train_pairs
 from mimkit.optim import cosine, groups_with_head, poly
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
-from mimkit.pretraining import ANY_SIZE, colours, input_of
+from mimkit.pretraining import ANY_SIZE
 from mimkit.segmentation import Segmentation, Segmenter, loss_of
 from mimkit.training import Run
 
@@ -42,7 +42,8 @@ class Options:
         classes: how many; by default what classes.txt or the masks say.
         zero_ignored: 0 in a mask stands for nothing, and classes begin at 1.
         img_size: crop in pixels, 512 or HEIGHTxWIDTH.
-        short_side: of an image at scale 1, in training and when it is judged; that of the crop by default.
+        short_side: of an image at scale 1, in training and when it is judged; that of the crop by default, and what a
+            run had when it is judged again.
         scales: range of the random scale.
         model_args: other arguments of the model, such as {patch_size: 16}.
         in_chans: channels of the images.
@@ -75,6 +76,8 @@ class Options:
         compile: use torch.compile.
         grad_checkpointing: recompute activations to save memory.
         save_every: epochs between checkpoints; one is written at the end.
+        keep: how many of the last checkpoints stay.
+        keep_every: each so-manieth checkpoint stays for good; 0 for none.
         eval_every: epochs between measurements on the test images; 0: at the end.
         track: tensorboard, wandb or trackio.
     """
@@ -122,6 +125,8 @@ class Options:
     compile: bool = False
     grad_checkpointing: bool = False
     save_every: NonNegativeFloat = 10.0
+    keep: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
     eval_every: NonNegativeFloat = 10.0
     track: str | None = None
 
@@ -140,33 +145,20 @@ def main(argv: list[str] | None = None) -> None:
     data, test, classes = open_masked(options.data, options.classes, options.zero_ignored)
     run = Run("segment", options)
 
-    given: dict[str, Any] = {"in_chans": options.in_chans, "drop_path_rate": options.drop_path, "img_size": size}
-    if twice := options.model_args.keys() & {*given, "num_classes"}:
-        raise UserError(f"--model-args has {', '.join(twice)}, which follows from an option or the data: leave it out.")
-    trained = find_dense(options.model, "segmenter")
-    if trained:
-        if options.init or options.from_scratch or options.model_args:
-            raise UserError(
-                f"--model {options.model} is a run of this recipe: leave --init, --from-scratch, --model-args."
-            )
-        network, own = read_dense(trained, "segmenter", Segmenter)
-        check_names(own, classes.names, options.model, options.data)
-        options.in_chans, options.neck = own["in_chans"], own["segmenter_args"]["neck"]
-        options.decoder, options.decoder_dim = own["segmenter_args"]["decoder"], own["segmenter_args"]["width"]
-        options.window = network.pyramid.window
-        start, normalise = f"all weights of {trained}", colours(own["in_chans"], own["mean"], own["std"])
+    if trained := find_dense(options.model, "segmenter"):
+        network, about, start, normalise = go_on_from(trained, "segmenter", Segmenter, options, classes.names)
+        own = about["segmenter_args"]
+        if options.eval_only:
+            short = options.short_side or about["short"]
+        options.neck, options.window = own["neck"], own["window"]
+        options.decoder, options.decoder_dim = own["decoder"], own["width"]
     else:
-        given |= ANY_SIZE | options.model_args
-        backbone, start = load(options.model, options.init, options.from_scratch, **given)
-        own_colours = input_of(backbone)[2]
-        if len(own_colours.values[0]) == options.in_chans:
-            options.mean, options.std = options.mean or own_colours.values[0], options.std or own_colours.values[1]
-        normalise = colours(options.in_chans, options.mean, options.std)
+        built = None if options.window else size  # for windows tables are cut from the checkpoint's own
+        backbone, start, normalise = start_from(options, img_size=built, **ANY_SIZE)
         shape = options.decoder, options.decoder_dim, options.neck
         network = Segmenter(backbone, len(classes.names), *shape, window=options.window)
     if options.grad_checkpointing:
         checkpoint_blocks(network.pyramid.backbone)
-    options.mean, options.std = normalise.values
     normalise.to(run.accelerator.device)
     crop = size if options.slide else None
     task = Segmentation(run, test, classes, normalise, short, crop, options.flip_test)

@@ -629,6 +629,10 @@ def test_a_classifier_keeps_its_head_for_the_same_classes_at_another_size(made, 
     after = load_file(tmp_path / "second" / "last" / "model.safetensors")
     assert torch.equal(after["head.weight"], before["head.weight"])
     assert not torch.equal(after["norm.running_mean"], before["norm.running_mean"])  # it ran in train mode, at 64 px
+    nameless = tmp_path / "first" / "best" / "config.json"  # as released classifiers are
+    nameless.write_text(json.dumps({k: v for k, v in json.loads(nameless.read_text()).items() if k != "label_names"}))
+    tune("--model", nameless.parent, "--data", made / "images", *larger, "--dry-run")
+    assert "its own head, whose 2 classes have no names" in capsys.readouterr().out
 
 
 def test_an_svit_starts_from_files(tmp_path):

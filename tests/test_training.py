@@ -1,9 +1,15 @@
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import timm
 import torch
@@ -16,10 +22,13 @@ from mimkit.recipes import mae_hivit, mae_svit, mae_vit, simmim_svit, simmim_swi
 from PIL import Image
 from safetensors.torch import load_file
 
+import mimkit.saving
+import mimkit.training
 from mimkit.checkpoint import read_weights
 from mimkit.data import Normalise
 from mimkit.optim import adamw, cosine
 from mimkit.pretraining import load_run
+from mimkit.saving import checkpoints
 from mimkit.training import Run, resolve_precision
 from mimkit.units import serialize
 from mimkit.visualize import reconstruct
@@ -207,9 +216,69 @@ def test_a_run_is_never_written_over(images, tmp_path, capsys):
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 17, "lo')  # killed while writing
     run(mae_hivit, *argv, "--resume", "auto")
-    torn = tmp_path / "run" / "checkpoints" / "step-00000016" / "model.safetensors"
-    torn.write_bytes(torn.read_bytes()[:100])
-    assert "is torn" in fails(capsys, *argv, "--resume", "auto")
+
+
+def shorter(content):
+    return content[:100]
+
+
+def flipped(content):
+    return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
+
+
+@pytest.mark.parametrize("damage", [shorter, flipped])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_torn_checkpoint_is_passed_over(name, damage, images, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = ["--data", images, "--out", str(out), *TINY, "--knn-every", "0"]
+    run(mae_hivit, *argv)
+    last = out / "checkpoints" / "step-00000016" / "model.safetensors"
+    before, whole = losses(out), {key: tensor.clone() for key, tensor in load_file(last).items()}  # a file is mapped
+    for step in (16, 8):
+        file = out / "checkpoints" / f"step-{step:08d}" / name
+        content = file.read_bytes()
+        file.write_bytes(damage(content))
+        capsys.readouterr()
+        if step == 16:
+            run(mae_hivit, *argv, "--resume", "auto")
+            said = capsys.readouterr().out.replace("\n", "")
+            assert "step-00000016 is torn" in said
+            assert f"going on from {out}/checkpoints/step-00000008" in said
+            again = load_file(last)
+            assert losses(out) == before
+            assert all(torch.equal(again[key], whole[key]) for key in whole)
+            file.write_bytes(damage(file.read_bytes()))
+        else:
+            assert "is whole" in fails(capsys, *argv, "--resume", "auto")
+
+
+def test_checkpoints_that_stay(images, tmp_path):
+    argv = ["--data", images, *TINY, "--save-every", "0.5", "--knn-every", "0", "--keep", "1", "--keep-every", "3"]
+    run(mae_hivit, "--out", str(tmp_path / "run"), *argv)
+    assert [f.name[-2:] for f in checkpoints(tmp_path / "run")] == ["06", "12", "16"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(images, tmp_path, monkeypatch):
+    argv = ["--data", images, *TINY, "--knn-every", "0"]
+    run(mae_hivit, "--out", str(tmp_path / "a"), *argv)
+    later, end_step, write = threading.Event(), Run.end_step, mimkit.training.write
+
+    def slow(*args):
+        assert later.wait(60)
+        write(*args)
+
+    def watched(self, step):
+        end_step(self, step)
+        if step == 10:  # 8 steps were done when it began
+            assert [f.name for f in checkpoints(tmp_path / "b")] == []
+            later.set()
+
+    monkeypatch.setattr(mimkit.training, "write", slow)
+    monkeypatch.setattr(Run, "end_step", watched)
+    run(mae_hivit, "--out", str(tmp_path / "b"), *argv)
+    for name in ("model", "optimizer"):
+        a, b = (load_file(tmp_path / f / "checkpoints" / "step-00000008" / f"{name}.safetensors") for f in "ab")
+        assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_default_directories_are_numbered(images, tmp_path, monkeypatch):
@@ -242,18 +311,68 @@ def test_interrupting_says_how_to_go_on(images, tmp_path, capsys, monkeypatch):
     assert "--resume auto" in said
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, capsys, monkeypatch):
-    import mimkit.training
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_scheduler_stops_a_run_which_goes_on_as_if_it_had_not(name, images, tmp_path, capsys, monkeypatch):
+    argv = ["--data", images, *TINY, "--knn-every", "2"]
+    run(mae_hivit, "--out", str(tmp_path / "whole"), *argv)
+    end_step = Run.end_step
 
+    def told(self, step):
+        end_step(self, step)
+        if step in (4, 7):  # between readings, and where a measurement and a checkpoint are due
+            signal.raise_signal(getattr(signal, name))
+
+    monkeypatch.setattr(Run, "end_step", told)
+    for done in (5, 8):
+        with pytest.raises(SystemExit) as caught:
+            mae_hivit.main([*argv, "--out", str(tmp_path / "run"), "--resume", "auto"])
+        assert caught.value.code == 75
+        said = capsys.readouterr().err
+        assert f"Stopped by {name} after step {done}, which is saved: go on with --out" in said
+        assert checkpoints(tmp_path / "run")[-1].name == f"step-{done:08d}"
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    monkeypatch.setattr(Run, "end_step", end_step)
+    run(mae_hivit, "--out", str(tmp_path / "run"), *argv, "--resume", "auto")
+    read = [[json.loads(line) for line in (tmp_path / f / "metrics.jsonl").open()] for f in ("whole", "run")]
+    for lines in read:
+        for line in lines:
+            for clock in ("images_per_s", "waiting"):
+                line.pop(clock, None)
+    assert read[0] == read[1]
+    a, b = (load_file(tmp_path / f / "checkpoints/step-00000016/model.safetensors") for f in ("whole", "run"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_signal_to_the_whole_job_spares_the_data_workers(images, tmp_path):
+    program = f"import os; from mimkit.recipes import mae_hivit; mae_hivit.main({['--data', images, '--out', 'run']}"
+    program += f" + {[*TINY, '--workers', '2', '--epochs', '1000', '--knn-every', '0']})"
+    job = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and "loss" in metrics.read_text()) and job.poll() is None:
+        time.sleep(0.1)
+    assert len(psutil.Process(job.pid).children()) >= 2
+    os.killpg(job.pid, signal.SIGTERM)
+    said = job.communicate(timeout=120)[1]
+    assert job.returncode == 75, said
+    assert "which is saved" in said
+    assert "Traceback" not in said
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, capsys, monkeypatch):
     def full(state, file):
         if "00000016" in str(file):
             Path(file).write_bytes(b"half")
             raise OSError(28, "No space left on device", str(file))
         save_file(state, file)
 
-    save_file = mimkit.training.save_file
-    monkeypatch.setattr(mimkit.training, "save_file", full)
-    assert "the disk is full" in fails(capsys, "--data", images, "--out", str(tmp_path / "run"), *TINY)
+    save_file = mimkit.saving.save_file
+    monkeypatch.setattr(mimkit.saving, "save_file", full)
+    said = fails(capsys, "--data", images, "--out", str(tmp_path / "run"), *TINY)
+    assert "The disk is full" in said
+    assert "step-00000008 is whole: go on with" in said
     assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000008"]
 
 
@@ -323,10 +442,11 @@ def test_a_few_images_need_no_neighbours(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_with_inductor(images, tmp_path):
+@pytest.mark.parametrize("recipe", [mae_hivit, mae_svit], ids=["hivit", "svit"])
+def test_compiled_with_inductor(recipe, images, tmp_path):
     argv = ["--data", images, *TINY, "--epochs", "1"]
-    run(mae_hivit, "--out", str(tmp_path / "plain"), *argv)
-    run(mae_hivit, "--out", str(tmp_path / "compiled"), *argv, "--compile", "true")
+    run(recipe, "--out", str(tmp_path / "plain"), *argv)
+    run(recipe, "--out", str(tmp_path / "compiled"), *argv, "--compile", "true")
     assert losses(tmp_path / "compiled")[4] == pytest.approx(losses(tmp_path / "plain")[4], abs=1e-4)
 
 

@@ -1,0 +1,70 @@
+"""Checkpoints of a run: written beside and renamed, checked by hash before they are read."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mimkit.checkpoint import replacing
+
+State = dict[str, Tensor]
+MANIFEST = "manifest.json"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Of a run, the last one last."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def step_of(folder: Path) -> int:
+    """How many steps were done."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def digest(file: Path) -> str:
+    """SHA-256, in hex"""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write(folder: Path, states: dict[str, State], own: dict[str, Any]) -> None:
+    """NAME.safetensors for each state, `own` as state.json, and what each file's hash is; all of it or nothing."""
+    with replacing(folder) as temporary:
+        for name, state in states.items():
+            save_file(state, temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(own, indent=1))
+        hashes = {file.name: digest(file) for file in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(hashes, indent=1))
+
+
+def why_torn(folder: Path) -> str:
+    """What a checkpoint suffers from; empty where every file is what was written."""
+    try:
+        hashes = dict(json.loads((folder / MANIFEST).read_text()))
+        changed = [name for name, known in hashes.items() if digest(folder / name) != known]
+    except (OSError, ValueError, TypeError) as error:
+        return str(error)
+    return f"{', '.join(changed)}: not what was written" if changed else ""
+
+
+def read(folder: Path) -> tuple[dict[str, State], dict[str, Any]]:
+    """What `write` was given."""
+    states = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
+    return states, json.loads((folder / "state.json").read_text())
+
+
+def trim(run: Path, done: int, keep: int, every: int, interval: int) -> None:
+    """Remove checkpoints up to step `done` but the last ones, and but each one of so many.
+
+    Args:
+        keep: how many of the last ones stay.
+        every: of the ones that were written every `interval` steps each so-manieth stays for good; 0 for none.
+    """
+    for old in [folder for folder in checkpoints(run) if step_of(folder) <= done][:-keep]:
+        if not every or step_of(old) % (every * interval):
+            for file in old.iterdir():
+                file.unlink()
+            old.rmdir()
