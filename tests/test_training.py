@@ -350,12 +350,15 @@ def test_a_signal_to_the_whole_job_spares_the_data_workers(images, tmp_path):
     job = subprocess.Popen(
         [sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0
     )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and "loss" in metrics.read_text()) and job.poll() is None:
-        time.sleep(0.1)
-    assert len(psutil.Process(job.pid).children()) >= 2
-    os.killpg(job.pid, signal.SIGTERM)
-    said = job.communicate(timeout=120)[1]
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not (metrics.exists() and "loss" in metrics.read_text()) and job.poll() is None:
+            time.sleep(0.1)
+        assert len(psutil.Process(job.pid).children()) >= 2
+        os.killpg(job.pid, signal.SIGTERM)
+        said = job.communicate(timeout=120)[1]
+    finally:
+        job.kill()
     assert job.returncode == 75, said
     assert "which is saved" in said
     assert "Traceback" not in said
