@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import re
 import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -21,6 +22,12 @@ class StoppedError(Exception):
     """A scheduler told a run to end, and it did so in good order; it can be resumed. Exit code `REQUEUE`."""
 
 
+def is_full(error: Exception) -> bool:
+    """Whether a disk or a quota is; safetensors says the number of the system's error in words alone."""
+    number = getattr(error, "errno", None) or next(iter(re.findall(r"os error (\d+)", str(error))), 0)
+    return int(number) in (errno.ENOSPC, errno.EDQUOT)
+
+
 def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
     """Decorate an entry point: a wrong file, flag, shape or a full disk ends it with a sentence and exit code 2."""
 
@@ -37,7 +44,7 @@ def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
         except BrokenPipeError:
             message, code = "The reader of the output went away.", 141
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 hint = "the disk is full: free some space, or choose another place"
             elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 hint = "it cannot be written or read: choose another place, or change its permissions"
@@ -54,7 +61,7 @@ def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
                 raise
             message, code = f"{error.filename or 'writing'}: {hint}.", 2
         except SafetensorError as error:  # its own kind, also where the system's would do
-            if "No space left" not in str(error):
+            if not is_full(error):
                 raise
             message, code = "writing a checkpoint: the disk is full: free some space, or choose another place.", 2
         print(f"mimkit: {message}", file=sys.stderr)

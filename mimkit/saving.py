@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,20 @@ def step_of(folder: Path) -> int:
 
 
 def digest(file: Path) -> str:
-    """SHA-256, in hex"""
+    """SHA-256 of what is on the disk, in hex"""
     with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write(folder: Path, states: dict[str, State], own: dict[str, Any]) -> None:
-    """NAME.safetensors for each state, `own` as state.json, and what each file's hash is; all of it or nothing."""
+    """NAME.safetensors for each state, `own` as state.json, and what each file's hash is; all of it or nothing.
+
+    Args:
+        own: with `stays`, whether `trim` never removes it.
+    """
+    for left in folder.parent.glob(".step-*"):  # what a process that was killed had begun: there is one writer
+        shutil.rmtree(left, ignore_errors=True)
     with replacing(folder) as temporary:
         for name, state in states.items():
             save_file(state, temporary / f"{name}.safetensors")
@@ -51,20 +60,14 @@ def why_torn(folder: Path) -> str:
 
 
 def read(folder: Path) -> tuple[dict[str, State], dict[str, Any]]:
-    """What `write` was given."""
-    states = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
+    """What `write` was given; in memory, as a mapped file could not be removed everywhere."""
+    files = folder.glob("*.safetensors")
+    states = {file.stem: {name: tensor.clone() for name, tensor in load_file(file).items()} for file in files}
     return states, json.loads((folder / "state.json").read_text())
 
 
-def trim(run: Path, done: int, keep: int, every: int, interval: int) -> None:
-    """Remove checkpoints up to step `done` but the last ones, and but each one of so many.
-
-    Args:
-        keep: how many of the last ones stay.
-        every: of the ones that were written every `interval` steps each so-manieth stays for good; 0 for none.
-    """
+def trim(run: Path, done: int, keep: int) -> None:
+    """Remove checkpoints up to step `done`, but so many of the last ones, and those that stay."""
     for old in [folder for folder in checkpoints(run) if step_of(folder) <= done][:-keep]:
-        if not every or step_of(old) % (every * interval):
-            for file in old.iterdir():
-                file.unlink()
-            old.rmdir()
+        if not json.loads((old / "state.json").read_text())["stays"]:
+            shutil.rmtree(old, ignore_errors=True)

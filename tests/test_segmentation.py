@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -434,8 +435,11 @@ def test_two_processes_judge_as_one_does(data, tmp_path):
     found = []
     for processes in (1, 2):
         launched(processes, "segment", *argv, "--out", tmp_path / str(processes))
-        found.append([line["miou"] for line in metrics(tmp_path / str(processes)) if "miou" in line])
-    assert found[0] == pytest.approx(found[1], abs=0.5)
+        found.append([line["loss"] for line in metrics(tmp_path / str(processes)) if "loss" in line])
+    assert found[0] == pytest.approx(found[1], rel=0.1)  # channels are dropped by each process's own numbers
+    words = [*argv, "--model", tmp_path / "2", "--eval-only"]
+    one, two = (re.search("mIoU .*", launched(processes, "segment", *words)).group() for processes in (1, 2))
+    assert one == two
 
 
 @pytest.mark.slow

@@ -17,9 +17,10 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import LoggerType
-from conftest import launched
+from conftest import launched, launching
 from mimkit.recipes import mae_hivit, mae_svit, mae_vit, simmim_svit, simmim_swin
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import mimkit.saving
@@ -226,8 +227,15 @@ def flipped(content):
     return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
 
 
-@pytest.mark.parametrize("damage", [shorter, flipped])
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", flipped),
+        ("optimizer.safetensors", shorter),
+        ("state.json", flipped),
+        ("manifest.json", shorter),
+    ],
+)
 def test_a_torn_checkpoint_is_passed_over(name, damage, images, tmp_path, capsys):
     out = tmp_path / "run"
     argv = ["--data", images, "--out", str(out), *TINY, "--knn-every", "0"]
@@ -248,8 +256,10 @@ def test_a_torn_checkpoint_is_passed_over(name, damage, images, tmp_path, capsys
             assert losses(out) == before
             assert all(torch.equal(again[key], whole[key]) for key in whole)
             file.write_bytes(damage(file.read_bytes()))
-        else:
-            assert "is whole" in fails(capsys, *argv, "--resume", "auto")
+        else:  # not the first time nor the second does it begin at the beginning
+            for _ in range(2):
+                assert "is whole: start anew" in fails(capsys, *argv, "--resume", "auto")
+                AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_checkpoints_that_stay(images, tmp_path):
@@ -364,11 +374,19 @@ def test_a_signal_to_the_whole_job_spares_the_data_workers(images, tmp_path):
     assert "Traceback" not in said
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "model.safetensors"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+    ],
+)
+def test_a_full_disk_leaves_the_last_checkpoint(error, images, tmp_path, capsys, monkeypatch):
     def full(state, file):
         if "00000016" in str(file):
             Path(file).write_bytes(b"half")
-            raise OSError(28, "No space left on device", str(file))
+            raise error
         save_file(state, file)
 
     save_file = mimkit.saving.save_file
@@ -417,6 +435,32 @@ def test_processes_share_the_work_and_change_nothing(images, tmp_path):
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert one.keys() == two.keys()
     assert all(one[step] == pytest.approx(two[step], abs=1e-4) for step in one)
+    odd = launching(2, "mae_hivit", "--data", images, *TINY, "--batch-size", "7", "--out", tmp_path / "odd")
+    assert "--batch-size 7 cannot be shared by 2 processes" in odd.communicate()[1]  # so there are two
+
+
+@pytest.mark.slow
+def test_processes_stop_together_when_one_is_told(images, tmp_path):
+    argv = ["--data", images, *TINY, "--epochs", "40", "--save-every", "40", "--knn-every", "0"]
+    launched(2, "mae_hivit", *argv, "--out", tmp_path / "whole")
+    job = launching(2, "mae_hivit", *argv, "--out", tmp_path / "run")
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not (metrics.exists() and "loss" in metrics.read_text()) and job.poll() is None:
+            time.sleep(0.05)
+        workers = psutil.Process(job.pid).children(recursive=True)
+        next(p for p in workers if p.environ().get("RANK") == "1").send_signal(signal.SIGUSR1)
+        said = job.communicate(timeout=120)[1]
+    finally:
+        job.kill()
+    assert "Stopped by SIGUSR1 after step" in said
+    assert "Stopped by the signal to another process after step" in said
+    (saved,) = checkpoints(tmp_path / "run")
+    assert 20 <= int(saved.name[-3:]) < 160
+    launched(2, "mae_hivit", *argv, "--out", tmp_path / "run", "--resume", "auto")
+    whole, again = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    assert whole.keys() == again.keys()
+    assert all(whole[step] == pytest.approx(again[step], abs=1e-6) for step in whole)
 
 
 def test_trackers(images, tmp_path, capsys, monkeypatch):
