@@ -633,7 +633,7 @@ def test_a_classifier_keeps_its_head_for_the_same_classes_at_another_size(made, 
     nameless = tmp_path / "first" / "best" / "config.json"  # as released classifiers are
     nameless.write_text(json.dumps({k: v for k, v in json.loads(nameless.read_text()).items() if k != "label_names"}))
     tune("--model", nameless.parent, "--data", made / "images", *larger, "--dry-run")
-    assert "its own head, whose 2 classes have no names" in capsys.readouterr().out
+    assert "its own head, whose 3 classes have no names" in capsys.readouterr().out
 
 
 def test_an_svit_starts_from_files(tmp_path):
