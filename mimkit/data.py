@@ -397,15 +397,17 @@ def _wait_for_parent() -> None:
     os._exit(0)
 
 
+Loader: Any = partial(DataLoader, worker_init_fn=heed_parent_only)
+
+
 def train_loader(
     source: Source, viewer: Viewer, plan: Plan, workers: int, collate: Callable[[list[View]], Batch] = collate
 ) -> DataLoader[Any]:
     """All batches of a run, from its first step to its last, on one set of workers."""
     common: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
-    common["worker_init_fn"] = heed_parent_only
     if source.streaming:
-        return DataLoader(Stream(source, viewer, plan), batch_size=None, **common)
-    return DataLoader(Rows(source, viewer), batch_sampler=Order(plan), collate_fn=collate, **common)
+        return Loader(Stream(source, viewer, plan), batch_size=None, **common)
+    return Loader(Rows(source, viewer), batch_sampler=Order(plan), collate_fn=collate, **common)
 
 
 def one_by_one(
@@ -414,8 +416,7 @@ def one_by_one(
     """Batches of one image, as large as it is; none in a batch whose image is bad."""
     sampler: Any = [(0, i) for i in places]
     gather = partial(collate_good, collate=collate)
-    common: dict[str, Any] = {"num_workers": workers, "worker_init_fn": heed_parent_only}
-    return DataLoader(Rows(source, viewer), 1, sampler=sampler, collate_fn=gather, **common)
+    return Loader(Rows(source, viewer), 1, sampler=sampler, collate_fn=gather, num_workers=workers)
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -437,8 +438,7 @@ def eval_loader(
     viewer = Viewer(eval_transform(size, crop_pct), in_chans, 0, 0, (source.image, source.label))
     rank, world = share
     places: Any = [(0, i) for i in spread(source.length, images or source.length)[rank::world]]
-    common: dict[str, Any] = {"num_workers": workers, "worker_init_fn": heed_parent_only}
-    return DataLoader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate_good, **common)
+    return Loader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate_good, num_workers=workers)
 
 
 def look(source: Source, size: Size, in_chans: int, count: int) -> Batch:

@@ -239,8 +239,7 @@ class Watch:
 
 
 def finish(run: Run, mae: Method, source: Source, size: Size, normalise: Normalise) -> None:
-    """The networks, the pictures, and what to do next."""
-    export(run, mae, size, normalise)  # a run that was killed between its last checkpoint and this is resumed to do it
+    """The pictures, and what to do next."""
     if not run.accelerator.is_main_process:
         return
     curves(run.metrics(), run.folder / "curves.png")

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from mimkit.checkpoint import replacing
+from mimkit.checkpoint import State, replacing
 
-State = dict[str, Tensor]
 MANIFEST = "manifest.json"
 
 

@@ -18,7 +18,7 @@ from mimkit.errors import UserError
 from mimkit.images import EXTENSIONS
 
 TRAIN, TEST = ("train", "training"), ("test", "val", "validation", "valid", "eval")
-VAL = (*TEST[1:4], "test", "eval")  # of dense prediction, whose test parts are often without masks and objects
+VAL = ("val", "validation", "valid", "test", "eval")  # of dense prediction, whose test parts often lack masks
 LABELS = ("label", "labels", "cls", "class")
 MASKS = ("mask", "masks", "annotation", "annotations", "segmentation", "segmentation_mask", "label", "labels")
 READERS = {".parquet": "parquet", ".tar": "webdataset"} | dict.fromkeys(EXTENSIONS, "images")

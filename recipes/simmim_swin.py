@@ -162,8 +162,8 @@ def main(argv: list[str] | None = None) -> None:
         if run.due(step, options.knn_every):
             watch(step + 1, encoder, f"after {step + 1} steps")
         if run.due(step, options.save_every):
+            export(run, simmim, size, normalise)  # first, so that a run with its last checkpoint has this too
             run.save(step)
-            export(run, simmim, size, normalise)
     finish(run, simmim, source, size, normalise)
     run.accelerator.end_training()
 

@@ -17,7 +17,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import LoggerType
-from conftest import launched, launching
+from conftest import ROOT, launched, launching
 from mimkit.recipes import mae_hivit, mae_svit, mae_vit, simmim_svit, simmim_swin
 from PIL import Image
 from safetensors import SafetensorError
@@ -227,6 +227,10 @@ def flipped(content):
     return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
 
 
+def spoil(file, damage):
+    file.write_bytes(damage(file.read_bytes()))
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -242,24 +246,20 @@ def test_a_torn_checkpoint_is_passed_over(name, damage, images, tmp_path, capsys
     run(mae_hivit, *argv)
     last = out / "checkpoints" / "step-00000016" / "model.safetensors"
     before, whole = losses(out), {key: tensor.clone() for key, tensor in load_file(last).items()}  # a file is mapped
-    for step in (16, 8):
-        file = out / "checkpoints" / f"step-{step:08d}" / name
-        content = file.read_bytes()
-        file.write_bytes(damage(content))
-        capsys.readouterr()
-        if step == 16:
-            run(mae_hivit, *argv, "--resume", "auto")
-            said = capsys.readouterr().out.replace("\n", "")
-            assert "step-00000016 is torn" in said
-            assert f"going on from {out}/checkpoints/step-00000008" in said
-            again = load_file(last)
-            assert losses(out) == before
-            assert all(torch.equal(again[key], whole[key]) for key in whole)
-            file.write_bytes(damage(file.read_bytes()))
-        else:  # not the first time nor the second does it begin at the beginning
-            for _ in range(2):
-                assert "is whole: start anew" in fails(capsys, *argv, "--resume", "auto")
-                AcceleratorState._reset_state(reset_partial_state=True)
+    spoil(last.with_name(name), damage)
+    capsys.readouterr()
+    run(mae_hivit, *argv, "--resume", "auto")
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "step-00000016 is torn" in said
+    assert f"going on from {out}/checkpoints/step-00000008" in said
+    again = load_file(last)
+    assert losses(out) == before
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
+    for folder in checkpoints(out):
+        spoil(folder / name, damage)
+    for _ in range(2):  # not the first time nor the second does it begin at the beginning
+        assert "is whole: start anew" in fails(capsys, *argv, "--resume", "auto")
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_checkpoints_that_stay(images, tmp_path):
@@ -354,16 +354,31 @@ def test_a_scheduler_stops_a_run_which_goes_on_as_if_it_had_not(name, images, tm
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def until_it_trains(job, run):
+    """Wait for its first loss."""
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and "loss" in metrics.read_text()) and job.poll() is None:
+        time.sleep(0.05)
+
+
 def test_a_signal_to_the_whole_job_spares_the_data_workers(images, tmp_path):
-    program = f"import os; from mimkit.recipes import mae_hivit; mae_hivit.main({['--data', images, '--out', 'run']}"
-    program += f" + {[*TINY, '--workers', '2', '--epochs', '1000', '--knn-every', '0']})"
-    job = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0
-    )
+    argv = [
+        "--data",
+        images,
+        "--out",
+        tmp_path / "run",
+        *TINY,
+        "--workers",
+        "2",
+        "--epochs",
+        "1000",
+        "--knn-every",
+        "0",
+    ]
+    words = [sys.executable, ROOT / "recipes" / "mae_hivit.py", *argv]
+    job = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True, process_group=0)
     try:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        while not (metrics.exists() and "loss" in metrics.read_text()) and job.poll() is None:
-            time.sleep(0.1)
+        until_it_trains(job, tmp_path / "run")
         assert len(psutil.Process(job.pid).children()) >= 2
         os.killpg(job.pid, signal.SIGTERM)
         said = job.communicate(timeout=120)[1]
@@ -445,9 +460,7 @@ def test_processes_stop_together_when_one_is_told(images, tmp_path):
     launched(2, "mae_hivit", *argv, "--out", tmp_path / "whole")
     job = launching(2, "mae_hivit", *argv, "--out", tmp_path / "run")
     try:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        while not (metrics.exists() and "loss" in metrics.read_text()) and job.poll() is None:
-            time.sleep(0.05)
+        until_it_trains(job, tmp_path / "run")
         workers = psutil.Process(job.pid).children(recursive=True)
         next(p for p in workers if p.environ().get("RANK") == "1").send_signal(signal.SIGUSR1)
         said = job.communicate(timeout=120)[1]
