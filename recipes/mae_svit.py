@@ -138,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--model {options.model} is a {type(encoder).__name__}: choose an SViT, such as svit_b.")
     units = math.prod(unit_grid(*size, encoder.unit_size))
     encoder.set_grad_checkpointing(options.grad_checkpointing)
+    encoder.freeze_tail()
     width, depth, heads = options.decoder_dim, options.decoder_depth, options.decoder_heads
     decoder = Decoder(encoder.out_dim, encoder.unit_size, options.in_chans, width, depth, heads)
     mae = MAE(encoder, decoder, options.mask_ratio, options.norm_targets, options.decode_ratio)

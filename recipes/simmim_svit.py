@@ -129,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--model {options.model} is a {type(encoder).__name__}: choose an SViT, such as svit_b.")
     units = math.prod(unit_grid(*size, encoder.unit_size))
     encoder.set_grad_checkpointing(options.grad_checkpointing)
+    encoder.freeze_tail()
     head = PixelHead(encoder.out_dim, encoder.unit_size, encoder.token_dim, options.in_chans)
     simmim = SimMIM(encoder, head, options.mask_ratio)
     if options.init:

@@ -248,7 +248,9 @@ class SViT(nn.Module):
     """SViT, supervised and as both kinds of encoder for masked pre-training, in one form.
 
     It has no table of positions, so any input size runs; the map is padded to cells with zeros, as in the paper's code.
-    `encode_units` (for `MAE`) computes visible units only, `encode_masked` (for `SimMIM`) mask tokens too.
+    `encode_units` (for `MAE`) computes visible units only, `encode_masked` (for `SimMIM`) mask tokens too. Both end
+    with the last stage: the tail is the classifier's, and one that has served a decoder is worth less than a fresh one
+    (benchmarks/cifar10_probe.md).
 
     Args:
         img_size: input in pixels; nothing depends on it.
@@ -288,7 +290,7 @@ class SViT(nn.Module):
         self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.unit_size, self.depths = SIDE * patch_size, tuple(depths)
         self.token_dim, self.embed_dim = embed_dims[0], embed_dims[-1]
-        self.num_features = self.head_hidden_size = self.out_dim = tail_dim
+        self.out_dim, self.num_features, self.head_hidden_size = embed_dims[-1], tail_dim, tail_dim
         self.grad_checkpointing = False
 
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
@@ -330,15 +332,20 @@ class SViT(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         return self.stem(rearrange(images, "b c h w -> b h w c"), places)
 
-    def finish(self, x: Tensor, places: Places) -> Tensor:
+    def finish(self, x: Tensor) -> Tensor:
         """State of the last stage (... d) -> (... tail_dim)"""
-        return F.silu(batch_norm(self.norm, self.tail(x), places))
+        return F.silu(batch_norm(self.norm, self.tail(x), Places()))
+
+    def freeze_tail(self) -> None:
+        """For masked pre-training, which ends before it; it stays what a classifier starts from."""
+        self.tail.requires_grad_(False)
+        self.norm.requires_grad_(False)
 
     def encode_units(self, units: Tensor, index: Tensor, grid: Grid) -> Tensor:
         """Units (b v c p p) at places index (b v) of the grid (gh gw) -> latent (b v out_dim)"""
         places = Places(index, grid)
         x = self.stem(rearrange(units, "b v c p q -> b v p q c"), places)
-        return rearrange(self.finish(self.run(x, places)[-1], places), "b v 1 1 d -> b v d")
+        return rearrange(self.run(x, places)[-1], "b v 1 1 d -> b v d")
 
     def encode_masked(self, images: Tensor, mask: UnitMask, token: Tensor) -> Tensor:
         """Images (b c H W), places (b v) and (b m), mask token (token_dim) -> latent of all units (b n out_dim).
@@ -348,11 +355,11 @@ class SViT(nn.Module):
         grid = unit_grid(images.shape[-2], images.shape[-1], self.unit_size)
         places = Places(mask.visible, grid, skip=False)
         x = hide(self.embed(images, places), mask.masked, grid, token)
-        return self.finish(self.run(x, places)[-1], places).flatten(1, 2)
+        return self.run(x, places)[-1].flatten(1, 2)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(b c H W) -> (b h w tail_dim), at 1/32 of the size"""
-        return self.finish(self.run(self.embed(x, Places()), Places())[-1], Places())
+        return self.finish(self.run(self.embed(x, Places()), Places())[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(b h w d) -> (b classes), or (b d) before the classifier"""
@@ -381,7 +388,7 @@ class SViT(nn.Module):
         take, last = feature_take_indices(len(self.feature_info), indices)
         outputs = self.run(self.embed(x, Places()), Places(), last if intermediates_only else 3)
         maps = [rearrange(outputs[i], "b h w d -> b d h w") for i in take]
-        return maps if intermediates_only else (self.finish(outputs[-1], Places()), maps)
+        return maps if intermediates_only else (self.finish(outputs[-1]), maps)
 
     # timm's other contracts ------------------------------------------------------------------------------------------
 
