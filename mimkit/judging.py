@@ -37,6 +37,7 @@ class Judge:
 
     def score(self, network: Any) -> dict[str, float]:
         """By the task."""
+        network = self.run.whole(network)
         if self.run.accelerator.num_processes > 1:  # running statistics are each process's own; the main one's are kept
             broadcast(list(network.buffers()))
         self.latest = self.task.score(network)
@@ -44,7 +45,7 @@ class Judge:
 
     def __call__(self, step: int, network: Any, ema: Any = None) -> None:
         """Measure, print and log; write last/, and best/ if it is. Where weights are averaged it is they that count."""
-        run, name = self.run, self.task.figure
+        run, name, network = self.run, self.task.figure, self.run.whole(network)
         before = max((line[name] for line in run.metrics() if name in line), default=-1.0)
         if ema:
             raw = self.score(network)

@@ -179,6 +179,7 @@ def initialise(mae: Method, source: str) -> str:
 
 def export(run: Run, mae: Method, size: Size, normalise: Normalise) -> None:
     """Write encoder/ (timm's layout) and decoder/ into the run's directory."""
+    mae = run.whole(mae)
     if run.accelerator.is_main_process:
         model = as_timm(mae.encoder)
         mean, std = normalise.values
@@ -220,6 +221,7 @@ class Watch:
 
     def __call__(self, step: int, encoder: Any, when: str) -> None:
         """Measure, print and log."""
+        encoder = self.run.whole(encoder)
         if self.parts:
             train, test = evaluation.extract_parts(
                 as_timm(encoder),
@@ -240,6 +242,7 @@ class Watch:
 
 def finish(run: Run, mae: Method, source: Source, size: Size, normalise: Normalise) -> None:
     """The pictures, and what to do next."""
+    mae = run.whole(mae)
     if not run.accelerator.is_main_process:
         return
     curves(run.metrics(), run.folder / "curves.png")

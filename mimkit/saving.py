@@ -40,11 +40,17 @@ def write(folder: Path, states: dict[str, State], own: dict[str, Any]) -> None:
     for left in folder.parent.glob(".step-*"):  # what a process that was killed had begun: there is one writer
         shutil.rmtree(left, ignore_errors=True)
     with replacing(folder) as temporary:
-        for name, state in states.items():
-            save_file(state, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(own, indent=1))
-        hashes = {file.name: digest(file) for file in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(hashes, indent=1))
+        seal(temporary, states, own)
+
+
+def seal(folder: Path, states: dict[str, State], own: dict[str, Any]) -> None:
+    """The same into a folder that is there, where engines may have left files of their own."""
+    for name, state in states.items():
+        save_file(state, folder / f"{name}.safetensors")
+    (folder / "state.json").write_text(json.dumps(own, indent=1))
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    hashes = {file.relative_to(folder).as_posix(): digest(file) for file in files}
+    (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))
 
 
 def why_torn(folder: Path) -> str:

@@ -20,35 +20,30 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, parse_flag_from_env, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mimkit.checkpoint import load_strictly, replacing_file
+from mimkit import engines
+from mimkit.checkpoint import load_strictly, replacing, replacing_file
 from mimkit.data import STOPS, Batch, Plan, cpu_count, guarded
 from mimkit.errors import StoppedError, UserError, is_full
-from mimkit.saving import checkpoints, read, step_of, trim, why_torn, write
+from mimkit.saving import checkpoints, read, seal, step_of, trim, why_torn, write
 
 LOG_EVERY = 20  # steps between readings of what is accumulated on the device
 # When a run is resumed
 MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "keep", "keep_every"}
 MAY_CHANGE |= {"knn_every", "eval_every", "max_bad"}
-
-
-def on_cpu() -> bool:
-    """Whether accelerate will train on the CPU: there is nothing better, or it was told to."""
-    told = parse_flag_from_env("ACCELERATE_USE_CPU")
-    return told or not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def multiplies_bf16() -> bool:
@@ -69,7 +64,7 @@ def resolve_precision(precision: str) -> str:
         raise UserError(f"--precision {precision} is unknown: choose auto, fp32, bf16 or fp16.")
     if precision != "auto":
         return precision
-    if on_cpu():
+    if engines.on_cpu():
         return "bf16" if multiplies_bf16() else "fp32"
     if not torch.cuda.is_available():
         return "fp32"
@@ -104,27 +99,11 @@ class Run:
     def __init__(self, name: str, options: Any):
         self.options = options
         options.precision = resolve_precision(options.precision)
-        cpu = on_cpu()
-        world = int(os.environ.get("WORLD_SIZE", 1))
+        cpu = engines.on_cpu()
         self.folder = Path(options.out or f"runs/{name}")
         if options.track and options.track not in map(str, get_available_trackers()):
             raise UserError(f"--track {options.track} is not installed: pip install mimkit[track], or leave it out.")
-        try:
-            self.accelerator = Accelerator(
-                cpu=cpu,  # or several processes on CPUs would be so many runs of one, which accelerate calls alone
-                mixed_precision={"fp32": "no"}.get(options.precision, options.precision),
-                gradient_accumulation_steps=options.grad_accum_steps,
-                kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and world > 1 else [],
-                log_with=[options.track] if options.track else None,
-            )
-        except (ImportError, ValueError) as error:
-            raise UserError(f"accelerate cannot start ({error}): check --precision {options.precision}.") from error
-        if self.accelerator.distributed_type not in (
-            DistributedType.NO,
-            DistributedType.MULTI_CPU,
-            DistributedType.MULTI_GPU,
-        ):
-            raise UserError(f"{self.accelerator.distributed_type.value} is not supported yet: launch without it.")
+        self.accelerator = engines.start(options.precision, options.grad_accum_steps, options.track)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if cpu and torch.get_num_threads() == 1:  # accelerate launch sets one thread where it finds no GPU
             torch.set_num_threads(max(1, cpu_count() // local))
@@ -133,6 +112,7 @@ class Run:
         self.console = Console(quiet=not self.accelerator.is_main_process, highlight=False, soft_wrap=True)
         self.sums: dict[str, Tensor] = {}
         self.count = 0
+        self.twin: nn.Module | None = None  # what `whole` fills
         self.told = ""  # the signal to stop, where there was one
         self.cpus: Any = torch.distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
         self.saved: Path | None = None  # the last checkpoint
@@ -216,14 +196,31 @@ class Run:
         Args:
             beside: what else a checkpoint holds, such as an average of the weights.
         """
-        self.model, self.optimizer, self.beside = model, optimizer, beside
-        prepared, wrapped = self.accelerator.prepare(model, optimizer)
+        self.model, self.optimizer, self.beside, accelerator = model, optimizer, beside, self.accelerator
+        self.twin = engines.twin_of(model).to(accelerator.device) if engines.shares_weights(accelerator) else None
+        if self.twin and beside:
+            raise UserError(
+                f"An average of the weights (--model-ema-decay) needs them whole, and {engines.describe(accelerator)} "
+                "share them: leave it out, or launch with ddp.yaml or zero2.yaml."
+            )
+        clip, share = getattr(self.options, "clip_grad", None), self.data_plan.share
+        self.prepared, wrapped = engines.prepare(accelerator, model, optimizer, share, self.options.precision, clip)
         for module in beside.values():
-            module.to(self.accelerator.device)
+            module.to(accelerator.device)
         if self.saved:
             self.load(self.saved)
         self._trim_metrics()
-        return prepared, wrapped
+        return self.prepared, wrapped
+
+    def whole(self, part: Any) -> Any:
+        """A part of the network with all of its weights: itself, or a twin of it where processes share them.
+
+        All processes must ask.
+        """
+        if not self.twin or not (names := [name for name, module in self.model.named_modules() if module is part]):
+            return part
+        engines.gather(self.model, self.twin)
+        return self.twin.get_submodule(names[0])
 
     def accumulate(self, model: nn.Module) -> Any:
         """accelerate's context: gradients are synchronised and applied at the last part of a step only."""
@@ -401,20 +398,40 @@ class Run:
         return Path(found[0]) if found[0] else None
 
     def save(self, step: int) -> None:
-        """Write checkpoints/step-N, N steps being done, while training goes on; keep what the options say."""
-        if not self.accelerator.is_main_process:
-            return
-        self._finish_saving()
-        adam, scaler = self.optimizer.state_dict(), self.accelerator.scaler
-        moments = {f"{i}.{k}": v for i, values in adam["state"].items() for k, v in values.items()}
-        states = {"optimizer": moments, "model": self.model.state_dict()}
-        states |= {name: module.state_dict() for name, module in self.beside.items()}
-        copies = {name: {k: v.to("cpu", copy=True) for k, v in state.items()} for name, state in states.items()}
-        own = {"step": step + 1, "param_groups": adam["param_groups"], "scaler": scaler.state_dict() if scaler else {}}
-        own |= {"sums": {name: value.item() for name, value in self.sums.items()}, "count": self.count}
+        """Write checkpoints/step-N, N steps being done, while training goes on; keep what the options say.
+
+        All processes must ask. An engine that has its own files writes them while training waits.
+        """
         every = self.options.keep_every * max(1, round(self.options.save_every * self.data_plan.steps_per_epoch))
-        own["stays"] = bool(every) and (step + 1) % every == 0
-        self.saving = self.saver.submit(self._write, self._checkpoint(step), copies, copy.deepcopy(own))
+        own = {"step": step + 1, "stays": bool(every) and (step + 1) % every == 0, "count": self.count}
+        own |= {"sums": {k: v.item() for k, v in self.sums.items()}, "engine": engines.describe(self.accelerator)}
+        states = {name: module.state_dict() for name, module in self.beside.items()}
+        folder = self._checkpoint(step)
+        self._finish_saving()
+        if engines.own_files(self.accelerator):
+            self._save_parts(folder, states, own)
+        elif self.accelerator.is_main_process:
+            adam, scaler = self.optimizer.state_dict(), self.accelerator.scaler
+            moments = {f"{i}.{k}": v for i, values in adam["state"].items() for k, v in values.items()}
+            states |= {"optimizer": moments, "model": self.model.state_dict()}
+            own |= {"param_groups": adam["param_groups"], "scaler": scaler.state_dict() if scaler else {}}
+            copies = {name: {k: v.to("cpu", copy=True) for k, v in state.items()} for name, state in states.items()}
+            self.saving = self.saver.submit(self._write, folder, copies, copy.deepcopy(own))
+
+    def _save_parts(self, folder: Path, states: dict[str, dict[str, Tensor]], own: dict[str, Any]) -> None:
+        """Every process writes its part into the main one's temporary folder."""
+        main = self.accelerator.is_main_process
+        with replacing(folder) if main else nullcontext() as temporary:
+            place = broadcast_object_list([str(temporary)])[0]
+            with self._or_full():
+                self.accelerator.save_state(place)
+            self.accelerator.wait_for_everyone()
+            if main:
+                seal(Path(place), states, own)
+        if main:
+            trim(self.folder, step_of(folder), self.options.keep)
+        self.saved = folder
+        self.accelerator.wait_for_everyone()
 
     def _checkpoint(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step-{step + 1:08d}"
@@ -427,8 +444,14 @@ class Run:
     def _finish_saving(self) -> None:
         """Wait for the checkpoint that is being written, if one is."""
         saving, self.saving = self.saving, None
-        try:
+        with self._or_full():
             self.saved = saving.result() if saving else self.saved
+
+    @contextmanager
+    def _or_full(self) -> Iterator[None]:
+        """A sentence where the disk is full."""
+        try:
+            yield
         except (OSError, SafetensorError) as error:
             if not is_full(error):
                 raise
@@ -441,16 +464,25 @@ class Run:
 
     def load(self, folder: Path) -> None:
         """Weights, optimiser and scaler from a checkpoint; the rest of a run's state is a function of its step."""
-        states, own = read(folder)
-        for name, module in {"model": self.model, **self.beside}.items():
+        (states, own), engine = read(folder), engines.describe(self.accelerator)
+        if engine != own["engine"] and (engines.own_files(self.accelerator) or "optimizer" not in states):
+            raise UserError(
+                f"{folder} was written by {own['engine']}, and this is {engine}: launch the same, or start a new run "
+                "from its weights with --init."
+            )
+        for name, module in self.beside.items():
             load_strictly(module, states.get(name, {}), folder)
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in states["optimizer"].items():
-            i, key = name.split(".", 1)
-            state.setdefault(int(i), {})[key] = tensor
-        self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
-        if self.accelerator.scaler and own["scaler"]:
-            self.accelerator.scaler.load_state_dict(own["scaler"])
+        if engines.own_files(self.accelerator):
+            self.accelerator.load_state(str(folder))
+        else:
+            load_strictly(self.model, states["model"], folder)
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in states["optimizer"].items():
+                i, key = name.split(".", 1)
+                state.setdefault(int(i), {})[key] = tensor
+            self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+            if self.accelerator.scaler and own["scaler"]:
+                self.accelerator.scaler.load_state_dict(own["scaler"])
         self.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in own["sums"].items()}
         self.count = own["count"]
         self.print(f"going on from {folder}")

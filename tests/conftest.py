@@ -94,6 +94,17 @@ def folder(tmp_path):
 
 
 @pytest.fixture
+def images(tmp_path):
+    """32 images in two classes: 4 steps of 8 in an epoch."""
+    for i in range(32):
+        place = tmp_path / "images" / f"class{i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{i}.png")
+    return str(tmp_path / "images")
+
+
+@pytest.fixture
 def parquet(tmp_path):
     """Three shards of 20, 25 and 30 images."""
     count = 0
@@ -117,19 +128,21 @@ def batches(source, workers=0, **plan):
     return list(train_loader(source, viewer(source), plan, workers))
 
 
-def launching(processes, recipe, *argv):
-    """A recipe started by accelerate, in so many processes"""
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", "1"]
-    launch += ["--multi_gpu"] if processes > 1 else ["--cpu"]  # --cpu would start one, whatever the number
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", ROOT / "recipes" / f"{recipe}.py", *argv]
+def launching(engine, recipe, *argv):
+    """A recipe or a script started by accelerate: in so many processes, or in the two of a named engine"""
+    name = engine if isinstance(engine, str) else "ddp" if engine > 1 else "cpu"
+    config = ["--config_file", ROOT / "recipes" / "accelerate" / f"{name}.yaml", "--main_process_port", "0"]
+    script = recipe if isinstance(recipe, Path) else ROOT / "recipes" / f"{recipe}.py"
+    many = [] if isinstance(engine, str) else ["--num_processes", engine]
+    launch = ["-m", "accelerate.commands.launch", *config, *many, script, *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *map(str, launch)], env=environment, text=True, **pipes)
 
 
-def launched(processes, recipe, *argv):
-    """What a recipe printed that was run by accelerate, in so many processes"""
-    job = launching(processes, recipe, *argv)
+def launched(engine, recipe, *argv):
+    """What a recipe printed that was run by accelerate"""
+    job = launching(engine, recipe, *argv)
     out, err = job.communicate()
     assert job.returncode == 0, err[-2000:]
     return out

@@ -1,0 +1,94 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import ROOT, launched, launching
+from safetensors.torch import load_file
+
+ENGINES = {file.stem: file for file in sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))}
+TINY = ["--epochs", "4", "--batch-size", "8", "--decoder-dim", "24", "--workers", "0", "--save-every", "2"]
+CLOSE = 1e-4
+
+
+def probed(engine, recipe, out, *argv):
+    """A recipe under an engine -> what its processes found, and its losses"""
+    launched(engine, ROOT / "tests" / "engine_probe.py", out, recipe, "--out", out, *TINY, *argv)
+    return [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(2)], losses(out)
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_each_engine_is_a_file():
+    assert set(ENGINES) == {"cpu", "ddp", "fsdp2", "zero2", "zero3"}
+    for file in ENGINES.values():
+        assert "mixed_precision" not in yaml.safe_load(file.read_text())  # Run's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "recipe"), [("zero2", "mae_hivit"), ("zero3", "mae_svit")])
+def test_zero_is_the_same_run(engine, recipe, images, tmp_path):
+    plain, expected = probed("ddp", recipe, tmp_path / "ddp", "--data", images)
+    assert all(fact == {"engine": "MULTI_CPU", "stage": 0, "weights": 1, "optimised": 1} for fact in plain)
+    out, before = tmp_path / "zero", None
+    for again in (False, True):
+        found, curve = probed(engine, recipe, out, "--data", images, *(["--resume", "auto"] if again else []))
+        for fact in found:
+            assert (fact["engine"], fact["stage"]) == ("DEEPSPEED", int(engine[-1]))
+            assert fact["weights" if engine == "zero3" else "optimised"] == pytest.approx(0.5, abs=0.01)
+        assert curve == pytest.approx(expected, abs=CLOSE)
+        encoder = timm.create_model(f"local-dir:{out}/encoder", pretrained=True).state_dict()
+        assert before is None or all(torch.allclose(encoder[name], before[name], atol=1e-6) for name in encoder)
+        before = encoder
+        # an engine's file that was swapped is never read: the run goes on from the checkpoint before
+        swapped = next((out / "checkpoints" / "step-00000016").glob("pytorch_model/*optim_states.pt"))
+        swapped.write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
+    assert not (tmp_path / "canary").exists()
+    assert (out / "checkpoints" / "torn-step-00000016").exists()
+    pickle.loads(swapped.read_bytes())  # it would have
+    assert (tmp_path / "canary").exists()
+
+
+class Canary:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_what_zero_goes_with(engine, images, tmp_path):
+    options = ["--precision", "bf16", "--grad-accum-steps", "2", "--grad-checkpointing", "true"]
+    _, curve = probed(engine, "mae_hivit", tmp_path / "mixed", "--data", images, *options)
+    _, exact = probed("ddp", "mae_hivit", tmp_path / "ddp", "--data", images)
+    assert curve == pytest.approx(exact, abs=0.03)
+    assert curve != pytest.approx(exact, abs=1e-6)  # it did compute in bf16
+    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "mixed" / "encoder" / "model.safetensors").values()}
+    assert dtypes == {torch.float32}
+
+
+@pytest.mark.slow
+def test_another_engine_than_that_asked_for(images, tmp_path):
+    """accelerate trains data-parallel on CPUs where it is asked for FSDP, and says nothing."""
+    argv = ["--data", images, "--out", tmp_path / "run", *TINY]
+    job = launching("fsdp2", "mae_hivit", *argv)
+    said = job.communicate()[1]
+    assert job.returncode
+    assert "asked for FSDP, and data-parallel is running: FSDP needs GPUs" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_engine(images, tmp_path):
+    argv = ["--data", images, "--out", tmp_path / "run", *TINY]
+    launched(2, "mae_hivit", *argv)
+    job = launching("zero2", "mae_hivit", *argv, "--resume", "auto", "--epochs", "4")
+    assert "was written by data-parallel, 2 processes, and this is ZeRO-2, 2 processes" in job.communicate()[1]
