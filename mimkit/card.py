@@ -145,10 +145,8 @@ def lay_out(found: Found, to: str, place: Path) -> None:
     for name in ("config.json", *DENSE, "report.json"):
         if (found.folder / name).is_file():
             content = json.loads((found.folder / name).read_text())
-            content = {
-                key: private(value) if name == "report.json" or key == "mimkit" else value
-                for key, value in content.items()
-            }
+            told = content if name == "report.json" else {"mimkit"} & content.keys()  # of where it came from
+            content |= {key: private(content[key]) for key in told}
             (place / name).write_text(json.dumps(content, indent=2))
     shutil.copyfile(found.folder / WEIGHTS[0], place / WEIGHTS[0])
     if not found.run:

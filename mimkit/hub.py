@@ -59,8 +59,9 @@ def _fetched(name: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # the hub's, the network's and the system's
+        cached = ", and is not in the cache" if unreachable else ""
         raise UserError(
-            f"hf-hub:{name} cannot be fetched ({_reason(unreachable or error)}), and is not in the cache: check the "
+            f"hf-hub:{name} cannot be fetched ({_reason(unreachable or error)}){cached}: check the "
             "name, the network and `hf auth login`, or pass a folder that is here."
         ) from error
     if not any((folder / file).is_file() for file in WEIGHTS):
@@ -119,11 +120,12 @@ def upload(folder: Path, to: str, private: bool) -> str:
     if not huggingface_hub.get_token():
         raise UserError(f"--to {to} needs a token of the hub, and there is none: run `hf auth login`, or set HF_TOKEN.")
     disable_progress_bars()
-    api = huggingface_hub.HfApi()
+    api, ours = huggingface_hub.HfApi(), list(PUSHED)
     try:
         url = api.create_repo(to, private=private or None, exist_ok=True)
-        options = {"allow_patterns": list(PUSHED), "delete_patterns": list(PUSHED)}
-        api.upload_folder(repo_id=to, folder_path=folder, commit_message="Pushed by mimkit", **options)
+        api.upload_folder(
+            repo_id=to, folder_path=folder, commit_message="Pushed by mimkit", allow_patterns=ours, delete_patterns=ours
+        )
     except Exception as error:  # the hub's, the network's and the system's
         raise UserError(
             f"--to {to} cannot be pushed to ({_reason(error)}): check the owner, the network and `hf auth login`."

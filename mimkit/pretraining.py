@@ -74,8 +74,8 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
         options: timm's own; `drop_path_rate`, `img_size` and those of `ANY_SIZE` are left out where a network knows no
             such thing.
     """
-    folder = place_of(name)
-    folder = folder if (folder / "config.json").is_file() else None
+    place = place_of(name)
+    folder = place if (place / "config.json").is_file() else None
     known = f"local-dir:{folder}" if folder else name
     pretrained = state is not None or (comes_with_weights(name) if weights is None else weights)
     overlay = {"source": "", "state_dict": state, "num_classes": options["num_classes"]} if state is not None else None
