@@ -18,11 +18,14 @@ from safetensors.torch import save_file
 from mimkit import hub
 from mimkit.card import figures, find, private
 from mimkit.checkpoint import write_decoder, write_model
+from mimkit.data import Normalise
 from mimkit.decoder import Decoder
+from mimkit.dense import write_dense
 from mimkit.errors import UserError
 from mimkit.finetuning import classifier
 from mimkit.hub import place_of
 from mimkit.pretraining import create, load_run
+from mimkit.segmentation import Segmenter
 
 DATA = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "input_size": (3, 32, 32)}
 
@@ -219,3 +222,22 @@ def test_what_cannot_be_pushed(run, tmp_path, capsys, monkeypatch):
         assert message in err
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     assert "run `hf auth login`" in command(capsys, monkeypatch, "push", run, "--to", "me/mine")[2]
+
+
+def test_a_segmenter_comes_back(fake, tmp_path, folder, capsys, monkeypatch):
+    backbone = timm.create_model("hivit_nano", num_classes=0, img_size=32)
+    network = Segmenter(backbone, 3, "fpn", 32).eval()
+    about = {"short": 32, "crop": None, "flip": False}
+    place = tmp_path / "run" / "best"
+    colours = Normalise((0.5,) * 3, (0.25,) * 3)
+    write_dense(network, place, "segmenter", ["a", "b", "c"], [0, 1, 2], colours, **about)
+    assert command(capsys, monkeypatch, "push", tmp_path / "run", "--to", "me/seg")[0] == 0
+    assert "library_name: mimkit" in (fake.root / "me/seg/README.md").read_text()
+    argv = ["predict", "--images", folder, "--model"]
+    for out, name in (("theirs", "hf-hub:me/seg"), ("ours", place)):
+        code, _, err = command(capsys, monkeypatch, *argv, name, "--out", tmp_path / out)
+        assert code == 0, err
+    masks = sorted((tmp_path / "ours").rglob("*.png"))
+    assert len(masks) == 12
+    for mask in masks:
+        assert mask.read_bytes() == (tmp_path / "theirs" / mask.relative_to(tmp_path / "ours")).read_bytes()
