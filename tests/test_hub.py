@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 from conftest import command, fill
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 
 from mimkit import hub
@@ -241,3 +242,19 @@ def test_a_segmenter_comes_back(fake, tmp_path, folder, capsys, monkeypatch):
     assert len(masks) == 12
     for mask in masks:
         assert mask.read_bytes() == (tmp_path / "theirs" / mask.relative_to(tmp_path / "ours")).read_bytes()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_the_hub_refuses(fake, run, status, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        error = HfHubHTTPError("long\nstory", response=SimpleNamespace(status_code=status, headers={}, request=None))
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    for argv in (["push", run, "--to", "me/mine"], ["knn", "--model", "hf-hub:me/mine"]):
+        code, _, err = command(capsys, monkeypatch, *argv)
+        assert code == 2
+        assert f"({status}: " in err
+        assert err.count("\n") == 1
+    assert "names no repository" in command(capsys, monkeypatch, "knn", "--model", "hf-hub:mine")[2]
