@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mimkit.decoder import Decoder
 from mimkit.errors import UserError
+from mimkit.hub import place_of
 from mimkit.simmim import PixelHead
 
 State = dict[str, Tensor]
@@ -47,7 +48,7 @@ def read_weights(path: str | Path, which: str | None = None) -> State:
 
 def open_weights(path: str | Path, which: str | None = None) -> tuple[State, str]:
     """The same, and which of the states in the file was taken."""
-    path = Path(path).expanduser()
+    path = place_of(path)
     if which not in (None, *WRAPPERS):
         raise UserError(f"--weights {which} is unknown: choose among {', '.join(WRAPPERS)}.")
     try:

@@ -1,6 +1,7 @@
 """The `mimkit` command."""
 
 import csv
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Table
 import mimkit.models  # noqa: F401  registers the networks with timm
 from mimkit import conversion, evaluation
 from mimkit import export as exporting
+from mimkit.card import card, find, lay_out
 from mimkit.checkpoint import on_meta, replacing_file
 from mimkit.data import Normalise, cpu_count, eval_loader, guarded, look, parse_size
 from mimkit.dense import find_dense
@@ -21,6 +23,7 @@ from mimkit.detection import predict_objects
 from mimkit.errors import UserError, one_sentence
 from mimkit.evaluation import over
 from mimkit.finetuning import classifier
+from mimkit.hub import check_target, upload
 from mimkit.macs import count_gmacs
 from mimkit.options import PositiveInt, run_command
 from mimkit.pretraining import comes_with_weights, create, input_of, load_run
@@ -108,7 +111,7 @@ def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.pn
         out: picture to write.
         count: images to show.
     """
-    mae, config = load_run(Path(run))
+    mae, config = load_run(run)
     if Path(out).suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
         raise UserError(f"--out {out} is no picture: give a name that ends in .png, .pdf, .svg or .jpg.")
     in_chans, *size = config["input_size"]
@@ -262,10 +265,30 @@ def export(model: str, out: str = "model.onnx") -> None:
     print(f"wrote {out}: the same as the model to {difference:.1e} of its largest output")
 
 
+def push(run: str, /, *, to: str, private: bool = False, dry_run: bool = False) -> None:
+    """Push what a run or a folder holds to the Hugging Face hub, with a model card of the run's own figures.
+
+    Args:
+        run: of a pre-training, a fine-tuning, a segmenter or a detector (its best/; RUN/last for the last), or a folder
+            that `mimkit convert` wrote.
+        to: repository on the hub, OWNER/NAME; an old one gets a new commit.
+        private: make a new repository private.
+        dry_run: print the card and leave the hub alone.
+    """
+    check_target(to)
+    found = find(run)
+    if dry_run:
+        print(card(found, to))
+        return
+    with tempfile.TemporaryDirectory() as place:
+        lay_out(found, to, Path(place))
+        print(f"pushed {found.folder} to {upload(Path(place), to, private)}")
+
+
 @one_sentence
 def main() -> None:
     """The command's entry point."""
-    commands: list[Callable[..., None]] = [models, convert, knn, probe, reconstruct, predict, export]
+    commands: list[Callable[..., None]] = [models, convert, knn, probe, reconstruct, predict, export, push]
     run_command(commands, "Masked image modelling for hierarchical vision transformers.", version("mimkit"))
 
 

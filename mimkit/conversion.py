@@ -40,6 +40,7 @@ from mimkit.checkpoint import (
 )
 from mimkit.checks import run_checks
 from mimkit.errors import UserError
+from mimkit.hub import place_of
 from mimkit.kernels import KERNEL, resize_kernel, restore_kernel
 from mimkit.models.hpvit import NAMED, PATCH, Pool, plain_vit
 from mimkit.report import Report, Row, measure, sha256
@@ -184,7 +185,7 @@ class Origin(NamedTuple):
 
 def find(source: str) -> Origin:
     """An alias, a name of timm, or a folder in timm's hub layout."""
-    folder = Path(source).expanduser()
+    folder = place_of(source)
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
         name = config.get("architecture")
@@ -496,7 +497,7 @@ def convert(
         raise UserError(f"--source-args: {', '.join(sorted(reserved))} follow from --from: name another network there.")
     layout = layout or origin.layout or "timm"
     if checkpoint or origin.folder:
-        file = Path(checkpoint or str(origin.folder)).expanduser()
+        file = place_of(checkpoint or str(origin.folder))
     else:
         file, layout = published(origin.name), "timm"
     if layout not in families():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from mimkit.checkpoint import load_strictly, replacing
 from mimkit.data import Normalise
 from mimkit.errors import UserError
+from mimkit.hub import place_of
 from mimkit.pretraining import colours, create
 
 
@@ -46,7 +47,7 @@ def write_dense(
 
 def find_dense(name: str, kind: str) -> Path | None:
     """A run, its last/ or best/ -> the folder that holds its network, if it is one of that kind."""
-    return next((p for p in (Path(name), Path(name) / "best") if (p / f"{kind}.json").is_file()), None)
+    return next((p for p in (place_of(name), place_of(name) / "best") if (p / f"{kind}.json").is_file()), None)
 
 
 def read_dense(folder: Path, kind: str, build: Callable[..., Any]) -> tuple[Any, dict[str, Any]]:

@@ -18,6 +18,7 @@ from mimkit.converters.mae import split
 from mimkit.data import Normalise, eval_loader, guarded
 from mimkit.errors import UserError
 from mimkit.evaluation import NoImagesError, Scores, over, score
+from mimkit.hub import place_of
 from mimkit.pretraining import ANY_SIZE, colours, comes_with_weights, create, input_of
 from mimkit.sources import Source
 from mimkit.training import Run
@@ -33,9 +34,9 @@ FORM = ("unit_form", "multi_scale", "fc_norm", "use_fc_norm", "num_classes", "gl
 
 def locate(name: str) -> str:
     """A run -> the folder of its network: encoder/ of a pre-training, best/ of a fine-tuning; else the name itself."""
-    inside = [Path(name) / part for part in ("encoder", "best")]
+    inside = [place_of(name) / part for part in ("encoder", "best")]
     found = next((str(folder) for folder in inside if (folder / "config.json").is_file()), name)
-    if Path(found).is_dir() and not (Path(found) / "config.json").is_file():
+    if place_of(found).is_dir() and not (place_of(found) / "config.json").is_file():
         raise UserError(f"--model {name} holds no config.json: pass a run, its encoder/, or a converted checkpoint.")
     if name.startswith("runs/") and not Path(name).exists():
         raise UserError(f"--model {name} is not there: `accelerate launch recipes/mae_hivit.py` makes runs/mae_hivit.")
@@ -56,7 +57,7 @@ def read(name: str, init: str | None = None, scratch: bool = False, **options: A
     """
     name = locate(name)
     if init and not scratch:
-        network = _from_file(name, Path(init).expanduser(), options)
+        network = _from_file(name, place_of(init), options)
     else:
         network = create(name, weights=False if scratch else None, **options)
     loaded = not scratch and (init or comes_with_weights(name))
@@ -67,7 +68,7 @@ def read(name: str, init: str | None = None, scratch: bool = False, **options: A
 def _from_file(name: str, file: Path, options: dict[str, Any]) -> Any:
     if file.is_dir():
         raise UserError(f"--init {file} is a folder, which says itself what it holds: pass it as --model.")
-    layout = None if Path(name).exists() else own_family(name)
+    layout = None if place_of(name).exists() else own_family(name)
     if layout and families()[layout].fits(read_weights(file)):
         target, _ = as_own(name, file, **options)
         form, state = {**target.net._model_args, "num_classes": target.net.num_classes}, target.state

@@ -100,13 +100,18 @@ def run_command(functions: list[Callable[..., None]], description: str, version:
 
 
 def call(function: Callable[..., None], prog: str, argv: list[str]) -> None:
-    """Call a function with its parameters as flags; one that is False by default is a switch."""
+    """Call a function with its parameters as flags; one that is False by default is a switch, and one
+    that is positional only stands without a flag."""
     parser = HyphenParser(prog=prog, description=(function.__doc__ or "").splitlines()[0])
     parameters = inspect.signature(function).parameters
     switches = [name for name, parameter in parameters.items() if parameter.default is False]
-    parser.add_function_arguments(function, skip=set(switches))
+    placed = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY]
+    parser.add_function_arguments(function, skip={*switches, *placed})
     explained = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
+    for name in placed:
+        parser.add_argument(name, help=explained.get(name))
     for name in switches:
         parser.add_argument(f"--{name}", action="store_true", help=explained.get(name))
     values = parser.parse_args(argv).as_dict()
-    function(**{name: values[name.rstrip("_")] for name in parameters})
+    named = {name: values[name.rstrip("_")] for name in parameters if name not in placed}
+    function(*(values[name] for name in placed), **named)

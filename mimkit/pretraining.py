@@ -20,6 +20,7 @@ from mimkit.checkpoint import State, load_strictly, on_meta, read_decoder, read_
 from mimkit.converters.mae import split
 from mimkit.data import Normalise, Size, look
 from mimkit.errors import UserError
+from mimkit.hub import place_of
 from mimkit.mae import MAE, UnitEncoder
 from mimkit.models.hivit import HiViT
 from mimkit.models.hivit import checkpoint_filter_fn as fit_hivit
@@ -73,8 +74,9 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
         options: timm's own; `drop_path_rate`, `img_size` and those of `ANY_SIZE` are left out where a network knows no
             such thing.
     """
-    folder = Path(name) if (Path(name) / "config.json").is_file() else None
-    known = f"local-dir:{name}" if folder else name
+    place = place_of(name)
+    folder = place if (place / "config.json").is_file() else None
+    known = f"local-dir:{folder}" if folder else name
     pretrained = state is not None or (comes_with_weights(name) if weights is None else weights)
     overlay = {"source": "", "state_dict": state, "num_classes": options["num_classes"]} if state is not None else None
     try:
@@ -156,10 +158,10 @@ def initialise(mae: Method, source: str) -> str:
     Returns:
         What was taken, in words.
     """
-    folder = Path(source).expanduser()
-    if (folder / "encoder").is_dir():
-        folder /= "encoder"
-        encoder, decoder = read_weights(folder), read_weights(folder.parent / "decoder")
+    run = place_of(source)
+    folder = encoder_of(run)
+    if folder != run or (run / "decoder").is_dir():
+        encoder, decoder = read_weights(folder), read_weights(run / "decoder")
     else:
         encoder, decoder = split(read_weights(folder))
     model = as_timm(mae.encoder)
@@ -189,12 +191,18 @@ def export(run: Run, mae: Method, size: Size, normalise: Normalise) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def load_run(folder: Path) -> tuple[Method, dict[str, Any]]:
+def encoder_of(run: Path) -> Path:
+    """Where a run has its encoder: in encoder/, or at its root where it was pushed to the hub."""
+    return run / "encoder" if (run / "encoder").is_dir() else run
+
+
+def load_run(name: str | Path) -> tuple[Method, dict[str, Any]]:
     """-> the MAE or SimMIM of a run's encoder/ and decoder/; its encoder's pretrained_cfg (input_size, mean, std)"""
-    if not (folder / "encoder" / "config.json").is_file():
-        raise UserError(f"--run {folder} holds no encoder/: pass the directory of a run that has saved a checkpoint.")
+    folder = place_of(name)
+    if not (encoder_of(folder) / "config.json").is_file():
+        raise UserError(f"--run {name} holds no encoder/: pass the directory of a run that has saved a checkpoint.")
     decoder, method = read_decoder(folder / "decoder")
-    model = create(str(folder / "encoder"))
+    model = create(str(encoder_of(folder)))
     if isinstance(decoder, PixelHead):
         return SimMIM(as_map_encoder(model), decoder, method["mask_ratio"]).eval(), model.pretrained_cfg
     return MAE(as_unit_encoder(model), decoder, **method).eval(), model.pretrained_cfg

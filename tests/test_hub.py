@@ -1,0 +1,260 @@
+"""The hub, without it: a folder stands for it where something is fetched; the errors are the real client's."""
+
+import json
+import shutil
+import time
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+import yaml
+from conftest import command, fill
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import save_file
+
+from mimkit import hub
+from mimkit.card import figures, find, private
+from mimkit.checkpoint import write_decoder, write_model
+from mimkit.data import Normalise
+from mimkit.decoder import Decoder
+from mimkit.dense import write_dense
+from mimkit.errors import UserError
+from mimkit.finetuning import classifier
+from mimkit.hub import place_of
+from mimkit.pretraining import create, load_run
+from mimkit.segmentation import Segmenter
+
+DATA = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "input_size": (3, 32, 32)}
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    hub._fetched.cache_clear()
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A folder that stands for the hub, and `tags`; what is fetched lies in its cache."""
+    there = SimpleNamespace(root=tmp_path / "hub", cache=tmp_path / "cache", tags=[], commits=[])
+
+    def matches(name, patterns):
+        return any(fnmatch(name, pattern) for pattern in patterns)
+
+    def fetch(repo_id, revision=None, allow_patterns=(), local_files_only=False):
+        for file in (there.root / repo_id).rglob("*"):
+            name = file.relative_to(there.root / repo_id).as_posix()
+            if file.is_file() and matches(name, allow_patterns):
+                (there.cache / repo_id / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, there.cache / repo_id / name)
+        return str(there.cache / repo_id)
+
+    class Api:
+        def model_info(self, repo_id, revision, timeout):
+            assert revision in (None, "v1")
+            return SimpleNamespace(tags=there.tags)
+
+        def create_repo(self, repo_id, private, exist_ok):
+            assert exist_ok
+            (there.root / repo_id).mkdir(parents=True, exist_ok=True)
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message, allow_patterns, delete_patterns):
+            there.commits.append(commit_message)
+            for file in (there.root / repo_id).rglob("*"):
+                if file.is_file() and matches(file.relative_to(there.root / repo_id).as_posix(), delete_patterns):
+                    file.unlink()
+            for file in Path(folder_path).rglob("*"):
+                name = file.relative_to(folder_path).as_posix()
+                if file.is_file() and matches(name, allow_patterns):
+                    (there.root / repo_id / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, there.root / repo_id / name)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setenv("HF_TOKEN", "hf_nothing")
+    return there
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What a pre-training leaves."""
+    folder = tmp_path / "run"
+    encoder = fill(timm.create_model("hivit_nano", num_classes=0, unit_form=True, img_size=32))
+    write_model(encoder, folder / "encoder", **DATA)
+    write_decoder(Decoder(encoder.out_dim, encoder.unit_size, 3, 32, 1, 2), folder / "decoder", mask_ratio=0.75)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "optimizer.safetensors").write_bytes(b"secret")
+    torch.save({}, folder / "encoder" / "pytorch_model.bin")
+    lines = [{"step": 0, "knn_10": 53.1}, {"step": 20, "loss": 0.75, "lr": 1e-4}, {"step": 40, "loss": 0.51234}]
+    lines += [{"step": 40, "knn_10": 72.25, "box_ap_large": float("nan")}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"model": "hivit_nano", "data": f"{Path.home()}/photos", "out": str(folder), "seed": 3}
+    (folder / "config.yaml").write_text(yaml.safe_dump(options))
+    (folder / "curves.png").write_bytes(b"png")
+    return folder
+
+
+def test_a_run_comes_back_from_the_hub(fake, run, capsys, monkeypatch):
+    code, out, err = command(capsys, monkeypatch, "push", run, "--to", "me/mine")
+    assert (code, err) == (0, "")
+    assert "https://hub/me/mine" in out
+    there = {file.relative_to(fake.root / "me/mine").as_posix() for file in fake.root.rglob("*") if file.is_file()}
+    decoder = {"decoder/config.json", "decoder/model.safetensors"}
+    assert there == {"README.md", "config.json", "model.safetensors", "curves.png", *decoder}
+    x = torch.randn(2, 3, 32, 32)
+    ours = create(str(run / "encoder")).eval()
+    theirs = timm.create_model(f"local-dir:{fake.root}/me/mine", pretrained=True).eval()
+    for name in ("hf-hub:me/mine", "hf_hub:me/mine@v1"):
+        hub._fetched.cache_clear()
+        assert torch.equal(ours(x), create(name).eval()(x))
+    assert torch.equal(ours(x), theirs(x))
+    mae, _ = load_run("hf-hub:me/mine")
+    assert mae.mask_ratio == 0.75
+
+    card = (fake.root / "me/mine/README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "timm"
+    assert "| knn_10 | 72.2500 | 40 |" in card
+    assert "| loss | 0.5123 | 40 |" in card
+    assert not any(word in card for word in ("53.1", "box_ap_large", "license", str(Path.home() / "photos"), str(run)))
+    assert "data: photos" in card
+
+
+def test_a_classifier_takes_the_place_of_what_was_there(fake, tmp_path, capsys, monkeypatch):
+    (fake.root / "me/mine").mkdir(parents=True)
+    for name in ("segmenter.json", "notes.txt"):
+        (fake.root / "me/mine" / name).write_text("{}")
+    network = fill(timm.create_model("hivit_nano", num_classes=2, img_size=32))
+    for part in ("best", "last"):
+        write_model(network, tmp_path / "run" / part, label_names=["root", "b"], **DATA)
+    lines = [{"step": 1, "top1": 60.0}, {"step": 2, "top1": 70.0, "top1_raw": 1.0}, {"step": 3, "top1": 65.0}]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
+    assert figures(find(str(tmp_path / "run"))) == [("top1", 70.0, 2)]
+    assert figures(find(str(tmp_path / "run" / "last"))) == [("top1", 65.0, 3)]
+    code, out, _ = command(capsys, monkeypatch, "push", tmp_path / "run", "--to", "me/mine", "--dry-run")
+    assert code == 0
+    assert "mimkit predict --model hf-hub:me/mine" in out
+    assert fake.commits == []
+    assert command(capsys, monkeypatch, "push", tmp_path / "run", "--to", "me/mine")[0] == 0
+    assert not (fake.root / "me/mine/segmenter.json").exists()
+    assert (fake.root / "me/mine/notes.txt").exists()
+    loaded = classifier("hf-hub:me/mine").eval()
+    assert loaded.pretrained_cfg["label_names"] == ["root", "b"]
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), network.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("config", "tags", "card"),
+    [
+        ({"auto_map": {"AutoModel": "modeling.Net"}}, [], ""),
+        ({"architecture": "hivit_nano", "net": "modeling.py"}, [], ""),
+        ({}, ["custom_code"], ""),
+        ({}, [], "---\ntags:\n- custom_code\n---\n"),
+    ],
+)
+def test_code_of_its_own_is_refused(fake, config, tags, card):
+    place, fake.tags = fake.root / "evil/net", tags
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(json.dumps(config))
+    (place / "README.md").write_text(card)
+    (place / "modeling.py").write_text("raise SystemExit")
+    save_file({"a": torch.zeros(1)}, place / "model.safetensors")
+    with pytest.raises(UserError, match="asks for code of its own"):
+        place_of("hf-hub:evil/net")
+    assert {file.name for file in fake.cache.rglob("*") if file.is_file()} == {"config.json", "README.md"}
+
+
+def test_a_pickle_is_not_fetched(fake):
+    (fake.root / "old/net").mkdir(parents=True)
+    (fake.root / "old/net/config.json").write_text("{}")
+    torch.save({"a": torch.zeros(1)}, fake.root / "old/net/pytorch_model.bin")
+    with pytest.raises(UserError, match="no pickle is read"):
+        place_of("hf-hub:old/net")
+    assert not list(fake.cache.rglob("*.bin"))
+
+
+def test_paths_of_this_machine_stay_here():
+    home = Path.home()
+    paths = [f"{home}/a", "~/b", "../c/d", str(home), "runs/x", "sample", r"C:\Users\me\e", "local-dir:/x/f"]
+    assert private(paths) == ["a", "b", "d", "a local folder", "runs/x", "sample", "e", "f"]
+
+
+def test_without_a_network(run, tmp_path, capsys, monkeypatch):
+    """The real client, which must not try for minutes; an address that nobody answers at."""
+    monkeypatch.setenv("HF_TOKEN", "hf_nothing")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    begun = time.monotonic()
+    for argv in (
+        ["knn", "--model", "hf-hub:a/b"],
+        ["predict", "--model", "hf-hub:a/b@v2", "--images", "sample"],
+        ["convert", "--from", "hf-hub:a/b", "--dry-run"],
+        ["convert", "--from", "vit_b_mae", "--checkpoint", "hf-hub:a/b", "--dry-run"],
+        ["reconstruct", "--run", "hf-hub:a/b"],
+    ):
+        code, _, err = command(capsys, monkeypatch, *argv)
+        assert code == 2
+        assert "hf-hub:a/b" in err, argv
+        assert "cannot be fetched (ConnectError" in err, err
+        assert err.count("\n") == 1
+    code, _, err = command(capsys, monkeypatch, "push", run, "--to", "me/mine")
+    assert code == 2
+    assert "--to me/mine cannot be pushed to (ConnectError" in err
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "offline mode is enabled" in command(capsys, monkeypatch, "knn", "--model", "hf-hub:a/b")[2]
+    assert "offline mode is enabled" in command(capsys, monkeypatch, "push", run, "--to", "me/mine")[2]
+    assert time.monotonic() - begun < 30
+
+
+def test_what_cannot_be_pushed(run, tmp_path, capsys, monkeypatch):
+    for source, to, message in (
+        (run, "mine", "--to mine names no repository: write OWNER/NAME"),
+        (tmp_path / "nowhere", "me/mine", "nowhere holds no network"),
+        (run / "checkpoints", "me/mine", "holds no network"),
+    ):
+        code, _, err = command(capsys, monkeypatch, "push", source, "--to", to)
+        assert code == 2
+        assert message in err
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert "run `hf auth login`" in command(capsys, monkeypatch, "push", run, "--to", "me/mine")[2]
+
+
+def test_a_segmenter_comes_back(fake, tmp_path, folder, capsys, monkeypatch):
+    backbone = timm.create_model("hivit_nano", num_classes=0, img_size=32)
+    network = Segmenter(backbone, 3, "fpn", 32).eval()
+    about = {"short": 32, "crop": None, "flip": False}
+    place = tmp_path / "run" / "best"
+    colours = Normalise((0.5,) * 3, (0.25,) * 3)
+    write_dense(network, place, "segmenter", ["a", "b", "c"], [0, 1, 2], colours, **about)
+    assert command(capsys, monkeypatch, "push", tmp_path / "run", "--to", "me/seg")[0] == 0
+    assert "library_name: mimkit" in (fake.root / "me/seg/README.md").read_text()
+    argv = ["predict", "--images", folder, "--model"]
+    for out, name in (("theirs", "hf-hub:me/seg"), ("ours", place)):
+        code, _, err = command(capsys, monkeypatch, *argv, name, "--out", tmp_path / out)
+        assert code == 0, err
+    masks = sorted((tmp_path / "ours").rglob("*.png"))
+    assert len(masks) == 12
+    for mask in masks:
+        assert mask.read_bytes() == (tmp_path / "theirs" / mask.relative_to(tmp_path / "ours")).read_bytes()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_the_hub_refuses(fake, run, status, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        error = HfHubHTTPError("long\nstory", response=SimpleNamespace(status_code=status, headers={}, request=None))
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    for argv in (["push", run, "--to", "me/mine"], ["knn", "--model", "hf-hub:me/mine"]):
+        code, _, err = command(capsys, monkeypatch, *argv)
+        assert code == 2
+        assert f"({status}: " in err
+        assert err.count("\n") == 1
+    assert "names no repository" in command(capsys, monkeypatch, "knn", "--model", "hf-hub:mine")[2]
