@@ -1,4 +1,4 @@
-"""Record what a recipe's loss should be: of two runs of its small preset with two seeds, as recipes/references/NAME.yaml.
+"""Record what the loss of a small preset should be, of two runs with two seeds, as recipes/references/NAME.yaml.
 
 python recipes/mae_hivit.py --config mae_hivit_small --seed 0 --out runs/0
 python recipes/mae_hivit.py --config mae_hivit_small --seed 1 --out runs/1
@@ -31,10 +31,14 @@ def record(name: str, first: str, second: str) -> None:
         lines = [line for line in lines if "loss" in line]
         runs.append(losses(lines, lines[-1]["step"] / lines[-1]["epoch"] * config["epochs"]))
     if options[0] != options[1]:
-        raise UserError(f"{first} and {second} have other options than each other: pass runs that differ in their seed.")
+        raise UserError(
+            f"{first} and {second} have other options than each other: pass runs that differ in their seed."
+        )
     loss = {fraction: [round(run[fraction], 4) for run in runs] for fraction in FRACTIONS}
     recipe = name.rsplit("_", 1)[0]
-    text = f"# python recipes/{recipe}.py --config {name} --seed 0, and 1; python benchmarks/loss_bands.py --name {name}\n"
+    text = (
+        f"# python recipes/{recipe}.py --config {name} --seed 0, and 1; python benchmarks/loss_bands.py --name {name}\n"
+    )
     text += yaml.safe_dump({"loss": loss, "tolerance": round(tolerance(loss), 4)}, sort_keys=False)
     text += yaml.safe_dump({"options": options[0]}, sort_keys=False)
     file = Path(__file__).parent.parent / "recipes" / "references" / f"{name}.yaml"

@@ -71,7 +71,9 @@ def nearest(config: dict[str, Any]) -> tuple[Reference, list[str]]:
     return min(((found, found.differing(config)) for found in references()), key=lambda pair: len(pair[1]))
 
 
-def losses(lines: Sequence[dict[str, float]], steps: float, fractions: Sequence[float] = FRACTIONS) -> dict[float, float]:
+def losses(
+    lines: Sequence[dict[str, float]], steps: float, fractions: Sequence[float] = FRACTIONS
+) -> dict[float, float]:
     """Means over the tenth of a run before each fraction of its steps that it has come to."""
     found = {}
     for fraction in fractions:
@@ -97,7 +99,9 @@ def health(folder: Path) -> tuple[list[str], list[str]]:
         config = yaml.safe_load((folder / "config.yaml").read_text())
         texts = (folder / "metrics.jsonl").read_text().splitlines()
     except OSError as error:
-        raise UserError(f"--run {folder} holds no config.yaml and metrics.jsonl: pass the directory of a run.") from error
+        raise UserError(
+            f"--run {folder} holds no config.yaml and metrics.jsonl: pass the directory of a run."
+        ) from error
     lines = [line for line in (json.loads(text) for text in texts if text.endswith("}")) if "loss" in line]
     if not lines:
         return [f"{folder} has logged no loss yet."], []
@@ -130,10 +134,14 @@ def health(folder: Path) -> tuple[list[str], list[str]]:
         fraction, loss, start, end = (high or low or places[-1:])[-1]
         where = f"{loss:.3f} after {fraction:.0%} of the steps, where ours are from {start:.3f} to {end:.3f}"
         if high:
-            wrong.append(f"Its loss is above the band of {reference.name} ({where}): look for what the options don't say.")
+            wrong.append(
+                f"Its loss is above the band of {reference.name} ({where}): look for what the options don't say."
+            )
             said.append(wrong[-1])
         elif low:
-            said.append(f"Its loss is below the band of {reference.name} ({where}): data or code are not what ours were.")
+            said.append(
+                f"Its loss is below the band of {reference.name} ({where}): data or code are not what ours were."
+            )
         else:
             said.append(f"Its loss is inside the band of {reference.name} ({where}).")
     return said, wrong

@@ -33,7 +33,8 @@ class Casts(TorchDispatchMode):
 
     def __init__(self, known: set[int]):
         super().__init__()
-        self.known, self.alive = known, []
+        self.known = known
+        self.alive: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute as ever, and note copies."""
@@ -54,11 +55,12 @@ def kept_bytes(forward: Callable[[], Tensor], tensors: Iterable[Tensor]) -> int:
     known = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     held: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
 
-    def pack(tensor: Tensor) -> None:  # a tensor returned would hold the graph that holds it, for ever
+    def pack(tensor: Tensor) -> Any:  # a tensor returned would hold the graph that holds it, for ever
         storage = tensor.untyped_storage()
         held.setdefault(storage.data_ptr(), storage)
 
-    with Casts(known), torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
+    unpack: Any = lambda _: None  # noqa: E731  there is no backward pass
+    with Casts(known), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         loss = forward()
     del loss
     return sum(storage.nbytes() for where, storage in held.items() if where not in known)

@@ -184,5 +184,5 @@ def test_readme_tells_what_is_there():
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`((?:mimkit|recipes|benchmarks|docs|converters|tests)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
-    commands = {"models", "convert", "knn", "probe", "reconstruct", "predict", "export"}
+    commands = {"models", "convert", "knn", "probe", "reconstruct", "predict", "export", "doctor"}
     assert set(re.findall(r"\bmimkit (\w+) --", text)) <= commands
