@@ -1,6 +1,7 @@
 """What a run says before its first step, and what `mimkit doctor` says of it, and of its loss."""
 
 import json
+import random
 import time
 from functools import partial
 
@@ -153,7 +154,15 @@ def test_together():
 
 @pytest.mark.parametrize("recipe", [mae_hivit, simmim_svit], ids=["hivit", "svit"])  # the second has running statistics
 def test_a_run_is_the_same_with_it(recipe, images, tmp_path, monkeypatch, capsys):
-    weights = []
+    weights, made = [], recipe.preflight
+
+    def watched(*argv):
+        before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+        made(*argv)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+
+    monkeypatch.setattr(recipe, "preflight", watched)
     for way in ("with", "without"):
         if way == "without":
             monkeypatch.setattr(recipe, "preflight", lambda *argv: None)
