@@ -24,13 +24,12 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import mimkit  # noqa: F401  registers the networks with timm
 from mimkit.decoder import Decoder
 from mimkit.errors import UserError, one_sentence
-from mimkit.macs import gmacs_of
+from mimkit.macs import gmacs_of, kept_bytes
 from mimkit.mae import MAE
 from mimkit.models import UnitViT
 from mimkit.models.swin import MaskedSwin
@@ -210,39 +209,11 @@ def _status(field: str) -> float:
     return 1024 * float(line.split()[1])
 
 
-class Casts(TorchDispatchMode):
-    """Adds to what is known the storages of its copies in another precision, which autocast makes of weights."""
-
-    def __init__(self, known: set[int]):
-        super().__init__()
-        self.known, self.alive = known, []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **kwargs or {})
-        if func is torch.ops.aten._to_copy.default and args[0].untyped_storage().data_ptr() in self.known:
-            self.alive.append(out)  # so that no address is used twice
-            self.known.add(out.untyped_storage().data_ptr())
-        return out
-
-
 def kept(network: nn.Module, images: Tensor, machine: Machine) -> float:
-    """MB that the forward pass keeps for the backward pass, each storage once, but images, parameters and casts of
-    them."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers(), images)}
-    held: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
-
-    def pack(tensor: Tensor) -> None:  # a tensor returned would hold the graph that holds it, for ever
-        storage = tensor.untyped_storage()
-        held.setdefault(storage.data_ptr(), storage)
-
-    with (
-        Casts(known),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None),
-        torch.autocast(machine.device, torch.bfloat16, enabled=machine.precision == "bf16"),
-    ):
-        loss = loss_of(network(images))
-    del loss
-    return sum(storage.nbytes() for where, storage in held.items() if where not in known) / 1e6
+    """MB that the forward pass keeps for the backward pass, but images, parameters and casts of them."""
+    with torch.autocast(machine.device, torch.bfloat16, enabled=machine.precision == "bf16"):
+        tensors = (*network.parameters(), *network.buffers(), images)
+        return kept_bytes(lambda: loss_of(network(images)), tensors) / 1e6
 
 
 def take_turns(

@@ -1,8 +1,11 @@
 """The `mimkit` command."""
 
 import csv
+import pkgutil
+import sys
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import mimkit.models  # noqa: F401  registers the networks with timm
+import mimkit.models  # registers the networks with timm
+import mimkit.recipes
 from mimkit import conversion, evaluation
 from mimkit import export as exporting
 from mimkit.card import card, find, lay_out
@@ -23,6 +27,7 @@ from mimkit.detection import predict_objects
 from mimkit.errors import UserError, one_sentence
 from mimkit.evaluation import over
 from mimkit.finetuning import classifier
+from mimkit.health import health
 from mimkit.hub import check_target, upload
 from mimkit.macs import count_gmacs
 from mimkit.options import PositiveInt, run_command
@@ -285,10 +290,36 @@ def push(run: str, /, *, to: str, private: bool = False, dry_run: bool = False) 
         print(f"pushed {found.folder} to {upload(Path(place), to, private)}")
 
 
+def doctor(*words: str) -> None:
+    """Say whether a recipe is ready to run (doctor RECIPE FLAGS), or a run is healthy (doctor --run DIR).
+
+    Of a recipe with its own flags, such as `mimkit doctor mae_hivit --data DIR --batch-size 256`, it looks at images,
+    colours, units, steps, speed, memory and disk, trains nothing and writes nothing. Exit code 1: something would spoil
+    the run, or the run is not healthy; 2: the recipe refuses the flags.
+    """
+    known = [module.name for module in pkgutil.iter_modules(mimkit.recipes.__path__)]
+    first, *flags = words or ("--help",)
+    if first in ("--help", "-h"):
+        print(f"usage: mimkit doctor RECIPE FLAGS | mimkit doctor --run DIR\n\n{doctor.__doc__}\nrecipes: {known}")
+        return
+    if first == "--run" and len(flags) == 1:
+        said, wrong = health(Path(flags[0]))
+        print("\n".join(said))
+        if wrong:
+            sys.exit(1)
+        return
+    if first not in known:
+        raise UserError(f"mimkit doctor {first}: choose a recipe among {', '.join(known)}, or pass --run DIR.")
+    recipe = import_module(f"mimkit.recipes.{first}")
+    if not hasattr(recipe.Options, "dry_run"):
+        raise UserError(f"mimkit doctor {first}: this recipe has no --dry-run; start it, it is short.")
+    recipe.main([*flags, "--dry-run"])
+
+
 @one_sentence
 def main() -> None:
     """The command's entry point."""
-    commands: list[Callable[..., None]] = [models, convert, knn, probe, reconstruct, predict, export, push]
+    commands: list[Callable[..., None]] = [models, convert, knn, probe, reconstruct, predict, export, push, doctor]
     run_command(commands, "Masked image modelling for hierarchical vision transformers.", version("mimkit"))
 
 

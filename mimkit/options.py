@@ -100,8 +100,14 @@ def run_command(functions: list[Callable[..., None]], description: str, version:
 
 
 def call(function: Callable[..., None], prog: str, argv: list[str]) -> None:
-    """Call a function with its parameters as flags; one that is False by default is a switch, and one
-    that is positional only stands without a flag."""
+    """Call a function with its parameters as flags; one that is False by default is a switch, and
+    one that is positional only stands without a flag.
+
+    A function of `*words` gets them as they are.
+    """
+    if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(function).parameters.values()):
+        function(*argv)
+        return
     parser = HyphenParser(prog=prog, description=(function.__doc__ or "").splitlines()[0])
     parameters = inspect.signature(function).parameters
     switches = [name for name, parameter in parameters.items() if parameter.default is False]

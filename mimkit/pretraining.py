@@ -20,6 +20,7 @@ from mimkit.checkpoint import State, load_strictly, on_meta, read_decoder, read_
 from mimkit.converters.mae import split
 from mimkit.data import Normalise, Size, look
 from mimkit.errors import UserError
+from mimkit.health import health
 from mimkit.hub import place_of
 from mimkit.mae import MAE, UnitEncoder
 from mimkit.models.hivit import HiViT
@@ -249,7 +250,7 @@ class Watch:
 
 
 def finish(run: Run, mae: Method, source: Source, size: Size, normalise: Normalise) -> None:
-    """The pictures, and what to do next."""
+    """The pictures, whether it went well, and what to do next."""
     mae = run.whole(mae)
     if not run.accelerator.is_main_process:
         return
@@ -257,6 +258,7 @@ def finish(run: Run, mae: Method, source: Source, size: Size, normalise: Normali
     images = look(source, size, as_timm(mae.encoder).in_chans, 8).images.to(run.accelerator.device)
     if len(images):
         reconstructions(mae, normalise(images), normalise, run.folder / "reconstructions.png")
+    run.print("\n".join(health(run.folder)[0]))
     run.print(
         f"\nwrote {run.folder}/: curves.png, reconstructions.png, metrics.jsonl, config.yaml, checkpoints/, decoder/\n"
         f"and encoder/, which timm loads after `import mimkit` (without pretrained=True its weights would be random):\n"

@@ -20,6 +20,7 @@ from mimkit.mae import MAE
 from mimkit.models import SViT
 from mimkit.optim import adamw, cosine
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
+from mimkit.preflight import preflight
 from mimkit.pretraining import Watch, colours, comes_with_weights, create, describe, export, finish, initialise
 from mimkit.sources import open_source
 from mimkit.training import Run
@@ -36,6 +37,7 @@ class Options:
         out: directory of the run; runs/mae_svit, or the next free number, by default.
         resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
         init: earlier weights to start from: a run, or an encoder's file or folder, with its decoder or not.
+        dry_run: look closely at data, speed, memory and disk, and stop: what `mimkit doctor` runs.
         img_size: input in pixels: 224 or HEIGHTxWIDTH.
         patch_size: pixels of a patch; a mask unit is eight times as wide.
         model_args: other arguments of the model, such as {init_values: 0.1}.
@@ -76,6 +78,7 @@ class Options:
     out: str | None = None
     resume: str | None = None
     init: str | None = None
+    dry_run: bool = False
     img_size: int | str = 224
     patch_size: PositiveInt = 4
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -144,14 +147,17 @@ def main(argv: list[str] | None = None) -> None:
     mae = MAE(encoder, decoder, options.mask_ratio, options.norm_targets, options.decode_ratio)
     if options.init:
         run.print(initialise(mae, options.init))
-    run.write_config()
-    run.print(describe(mae, source.length, options.lr))
 
     transform = train_transform(size, options.crop_scale)
     viewer = Viewer(transform, options.in_chans, units, options.seed, (source.image, None))
     loader = train_loader(source, viewer, plan, options.workers)
     optimizer = adamw(mae, options.lr, options.weight_decay, options.betas)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
+    run.print(describe(mae, source.length, options.lr))
+    preflight(run, mae, optimizer, source, viewer)
+    if options.dry_run:
+        return
+    run.write_config()
     if options.compile:
         mae.compile()
     model, stepper = run.prepare(mae, optimizer)

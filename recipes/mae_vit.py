@@ -19,6 +19,7 @@ from mimkit.mae import MAE
 from mimkit.models import UnitViT
 from mimkit.optim import adamw, cosine
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
+from mimkit.preflight import preflight
 from mimkit.pretraining import Watch, colours, comes_with_weights, create, describe, export, finish, initialise
 from mimkit.sources import open_source
 from mimkit.training import Run
@@ -34,6 +35,7 @@ class Options:
         out: directory of the run; runs/mae_vit, or the next free number, by default.
         resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
         init: released or earlier weights to start from: a run, or an encoder's file or folder, with its decoder or not.
+        dry_run: look closely at data, speed, memory and disk, and stop: what `mimkit doctor` runs.
         img_size: input in pixels: 224 or HEIGHTxWIDTH.
         patch_size: pixels of a patch, which is a mask unit.
         model_args: other arguments of the model, such as {embed_dim: 128, depth: 4}.
@@ -74,6 +76,7 @@ class Options:
     out: str | None = None
     resume: str | None = None
     init: str | None = None
+    dry_run: bool = False
     img_size: int | str = 224
     patch_size: PositiveInt = 16
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -140,8 +143,6 @@ def main(argv: list[str] | None = None) -> None:
     mae = MAE(encoder, decoder, options.mask_ratio, options.norm_targets, options.decode_ratio)
     if options.init:
         run.print(initialise(mae, options.init))
-    run.write_config()
-    run.print(describe(mae, source.length, options.lr))
 
     transform = train_transform(size, options.crop_scale)
     units = vit.patch_embed.num_patches
@@ -149,6 +150,11 @@ def main(argv: list[str] | None = None) -> None:
     loader = train_loader(source, viewer, plan, options.workers)
     optimizer = adamw(mae, options.lr, options.weight_decay, options.betas)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
+    run.print(describe(mae, source.length, options.lr))
+    preflight(run, mae, optimizer, source, viewer)
+    if options.dry_run:
+        return
+    run.write_config()
     if options.compile:
         mae.compile()
     model, stepper = run.prepare(mae, optimizer)

@@ -18,6 +18,7 @@ from mimkit.errors import one_sentence
 from mimkit.models.swin import MaskedSwin
 from mimkit.optim import adamw, cosine
 from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
+from mimkit.preflight import preflight
 from mimkit.pretraining import Watch, colours, comes_with_weights, create, describe, export, finish, initialise
 from mimkit.simmim import PixelHead, SimMIM
 from mimkit.sources import open_source
@@ -35,6 +36,7 @@ class Options:
         out: directory of the run; runs/simmim_swin, or the next free number, by default.
         resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
         init: released or earlier weights to start from: a run, or an encoder's file or folder, with its head or not.
+        dry_run: look closely at data, speed, memory and disk, and stop: what `mimkit doctor` runs.
         img_size: input in pixels: 192 or HEIGHTxWIDTH.
         patch_size: pixels of a patch; a mask unit is eight times as wide.
         model_args: other arguments of the model, such as {window_size: 6}; windows are cut to the map by timm.
@@ -71,6 +73,7 @@ class Options:
     out: str | None = None
     resume: str | None = None
     init: str | None = None
+    dry_run: bool = False
     img_size: int | str = 192
     patch_size: PositiveInt = 4
     model_args: dict[str, Any] = field(default_factory=lambda: {"window_size": 6})
@@ -133,14 +136,17 @@ def main(argv: list[str] | None = None) -> None:
     simmim = SimMIM(encoder, head, options.mask_ratio)
     if options.init:
         run.print(initialise(simmim, options.init))
-    run.write_config()
-    run.print(describe(simmim, source.length, options.lr))
 
     transform = train_transform(size, options.crop_scale)
     viewer = Viewer(transform, options.in_chans, units, options.seed, (source.image, None))
     loader = train_loader(source, viewer, plan, options.workers)
     optimizer = adamw(simmim, options.lr, options.weight_decay, options.betas)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
+    run.print(describe(simmim, source.length, options.lr))
+    preflight(run, simmim, optimizer, source, viewer)
+    if options.dry_run:
+        return
+    run.write_config()
     if options.compile:
         simmim.compile()
     model, stepper = run.prepare(simmim, optimizer)

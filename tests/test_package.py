@@ -145,7 +145,13 @@ def test_the_wheel_works_on_its_own(tmp_path, trained):
     wheel = next(tmp_path.glob("mimkit-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"mimkit"}
-    for name in ("recipes/mae_hivit.py", "recipes/presets/mae_hivit_small.yaml", "converters/mae.py", "sample/LICENSE"):
+    for name in (
+        "recipes/mae_hivit.py",
+        "recipes/presets/mae_hivit_small.yaml",
+        "recipes/references/mae_hivit_small.yaml",
+        "converters/mae.py",
+        "sample/LICENSE",
+    ):
         assert f"mimkit/{name}" in names
     assert sum(zipfile.ZipFile(wheel).getinfo(f"mimkit/sample/{p}.parquet").file_size for p in ("train", "test")) < 8e6
     subprocess.run([*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True)
@@ -184,5 +190,5 @@ def test_readme_tells_what_is_there():
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`((?:mimkit|recipes|benchmarks|docs|converters|tests)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
-    commands = {"models", "convert", "knn", "probe", "reconstruct", "predict", "export", "push"}
+    commands = {"models", "convert", "knn", "probe", "reconstruct", "predict", "export", "push", "doctor"}
     assert set(re.findall(r"\bmimkit (\w+) --", text)) <= commands

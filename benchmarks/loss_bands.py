@@ -1,0 +1,50 @@
+"""Record what the loss of a small preset should be, of two runs with two seeds, as recipes/references/NAME.yaml.
+
+python recipes/mae_hivit.py --config mae_hivit_small --seed 0 --out runs/0
+python recipes/mae_hivit.py --config mae_hivit_small --seed 1 --out runs/1
+python benchmarks/loss_bands.py --name mae_hivit_small --first runs/0 --second runs/1
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from mimkit.errors import UserError, one_sentence
+from mimkit.health import BY_CHANCE, FRACTIONS, losses, tolerance
+from mimkit.options import call
+
+
+def record(name: str, first: str, second: str) -> None:
+    """Write the reference of two runs.
+
+    Args:
+        name: of the preset that they were of.
+        first, second: their directories.
+    """
+    runs, options = [], []
+    for folder in map(Path, (first, second)):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        options.append({key: value for key, value in config.items() if key not in BY_CHANCE})
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if "loss" in line]
+        runs.append(losses(lines, lines[-1]["step"] / lines[-1]["epoch"] * config["epochs"]))
+    if options[0] != options[1]:
+        raise UserError(
+            f"{first} and {second} have other options than each other: pass runs that differ in their seed."
+        )
+    loss = {fraction: [round(run[fraction], 4) for run in runs] for fraction in FRACTIONS}
+    recipe = name.rsplit("_", 1)[0]
+    text = (
+        f"# python recipes/{recipe}.py --config {name} --seed 0, and 1; python benchmarks/loss_bands.py --name {name}\n"
+    )
+    text += yaml.safe_dump({"loss": loss, "tolerance": round(tolerance(loss), 4)}, sort_keys=False)
+    text += yaml.safe_dump({"options": options[0]}, sort_keys=False)
+    file = Path(__file__).parent.parent / "recipes" / "references" / f"{name}.yaml"
+    file.write_text(text)
+    print(f"wrote {file}: within {tolerance(loss):.1%}")
+
+
+if __name__ == "__main__":
+    one_sentence(call)(record, "loss_bands.py", sys.argv[1:])
