@@ -17,7 +17,7 @@ from rich.table import Table
 
 import mimkit.models  # registers the networks with timm
 import mimkit.recipes
-from mimkit import conversion, evaluation
+from mimkit import conversion, evaluation, guards
 from mimkit import export as exporting
 from mimkit.card import card, find, lay_out
 from mimkit.checkpoint import on_meta, replacing_file
@@ -34,6 +34,7 @@ from mimkit.options import PositiveInt, run_command
 from mimkit.pretraining import comes_with_weights, create, input_of, load_run
 from mimkit.segmentation import predict_masks
 from mimkit.sources import open_all, open_labelled, open_source
+from mimkit.training import replaying
 from mimkit.visualize import reconstructions
 
 NOTES = {
@@ -290,6 +291,26 @@ def push(run: str, /, *, to: str, private: bool = False, dry_run: bool = False) 
         print(f"pushed {found.folder} to {upload(Path(place), to, private)}")
 
 
+def replay(step: str, /) -> None:
+    """Make a step once more that a run passed by, and say where its numbers stop being finite.
+
+    Args:
+        step: RUN/replay/step-N, which a run leaves: its batch, the weights before it, the names of its images.
+    """
+    folder = Path(step)
+    recipe, config = guards.about(folder).get("recipe"), folder.parent.parent / "config.yaml"
+    if recipe not in recipes() or not config.is_file():
+        raise UserError(f"{step} is not in the run that left it: pass RUN/replay/step-N, beside RUN/config.yaml.")
+    with tempfile.TemporaryDirectory() as place, replaying(folder):
+        argv = ["--config", str(config), "--out", f"{place}/run", "--workers", "0", "--track", "null"]
+        import_module(f"mimkit.recipes.{recipe}").main(argv)
+
+
+def recipes() -> list[str]:
+    """Their names."""
+    return [module.name for module in pkgutil.iter_modules(mimkit.recipes.__path__)]
+
+
 def doctor(*words: str) -> None:
     """Say whether a recipe is ready to run (doctor RECIPE FLAGS), or a run is healthy (doctor --run DIR).
 
@@ -297,7 +318,7 @@ def doctor(*words: str) -> None:
     colours, units, steps, speed, memory and disk, trains nothing and writes nothing. Exit code 1: something would spoil
     the run, or the run is not healthy; 2: the recipe refuses the flags.
     """
-    known = [module.name for module in pkgutil.iter_modules(mimkit.recipes.__path__)]
+    known = recipes()
     first, *flags = words or ("--help",)
     if first in ("--help", "-h"):
         print(f"usage: mimkit doctor RECIPE FLAGS | mimkit doctor --run DIR\n\n{doctor.__doc__}\nrecipes: {known}")
@@ -319,7 +340,18 @@ def doctor(*words: str) -> None:
 @one_sentence
 def main() -> None:
     """The command's entry point."""
-    commands: list[Callable[..., None]] = [models, convert, knn, probe, reconstruct, predict, export, push, doctor]
+    commands: list[Callable[..., None]] = [
+        models,
+        convert,
+        knn,
+        probe,
+        reconstruct,
+        predict,
+        export,
+        push,
+        doctor,
+        replay,
+    ]
     run_command(commands, "Masked image modelling for hierarchical vision transformers.", version("mimkit"))
 
 

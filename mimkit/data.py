@@ -11,7 +11,7 @@ import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -36,6 +36,7 @@ Size = tuple[int, int]
 Index = int | tuple[int, int]  # of an image: its row, or (shard, row) in a stream
 Transform = Callable[..., Any]
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # sent before a kill
+WAIT = 100  # seconds after which a worker that gives nothing is stuck
 WINDOW = 2048  # rows among which a stream is shuffled, beside the shuffle of its shards
 
 
@@ -397,7 +398,28 @@ def _wait_for_parent() -> None:
     os._exit(0)
 
 
-Loader: Any = partial(DataLoader, worker_init_fn=heed_parent_only)
+class Loader(DataLoader[Any]):
+    """torch's, whose workers heed their parent only, and end the run with a sentence where they are stuck or dead."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs |= {"worker_init_fn": heed_parent_only, "timeout": WAIT if kwargs["num_workers"] else 0}
+        super().__init__(*args, **kwargs)
+
+    def __iter__(self) -> Any:
+        return _alive(super().__iter__())
+
+
+def _alive(batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"A data worker is stuck or dead ({reason}): check memory and the disk of --data, then go on with --resume "
+            "auto."
+        ) from error
 
 
 def train_loader(
@@ -408,6 +430,12 @@ def train_loader(
     if source.streaming:
         return Loader(Stream(source, viewer, plan), batch_size=None, **common)
     return Loader(Rows(source, viewer), batch_sampler=Order(plan), collate_fn=collate, **common)
+
+
+def restart(loader: DataLoader[Any], step: int) -> None:
+    """Let the next pass over `train_loader`'s batches begin at another step."""
+    holder: Any = loader.dataset if isinstance(loader.dataset, Stream) else loader.batch_sampler
+    holder.plan = replace(holder.plan, start=step)
 
 
 def one_by_one(

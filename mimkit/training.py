@@ -14,11 +14,12 @@ import copy
 import ctypes
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -34,12 +35,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mimkit import engines
-from mimkit.checkpoint import load_strictly, replacing, replacing_file
-from mimkit.data import STOPS, Batch, Plan, cpu_count, guarded
+from mimkit import engines, guards
+from mimkit.checkpoint import load_strictly, read_weights, replacing, replacing_file
+from mimkit.data import STOPS, Batch, Plan, cpu_count, guarded, restart
 from mimkit.errors import StoppedError, UserError, is_full
 from mimkit.saving import checkpoints, read, seal, step_of, trim, why_torn, write
 
+REPLAYED: list[Path] = []  # the step that `replaying` is about
 LOG_EVERY = 20  # steps between readings of what is accumulated on the device
 # When a run is resumed
 MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "keep", "keep_every"}
@@ -53,6 +55,16 @@ def multiplies_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@contextmanager
+def replaying(folder: Path) -> Iterator[None]:
+    """Inside, a recipe makes one step only: that which a run passed by and left in this folder."""
+    REPLAYED.append(folder)
+    try:
+        yield
+    finally:
+        REPLAYED.pop()
 
 
 def resolve_precision(precision: str) -> str:
@@ -97,7 +109,7 @@ class Run:
     """
 
     def __init__(self, name: str, options: Any):
-        self.options = options
+        self.options, self.name = options, name
         options.precision = resolve_precision(options.precision)
         cpu = engines.on_cpu()
         self.folder = Path(options.out or f"runs/{name}")
@@ -113,6 +125,10 @@ class Run:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.twin: nn.Module | None = None  # what `whole` fills
+        self.guard = guards.Guard(getattr(options, "max_spike", None))
+        self.bad: guards.Bad | None = None  # a step that is to be passed by
+        self.passed: dict[int, str] = {}  # those that were, and why
+        self.begun: tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None = None  # the state before a checkpoint
         self.told = ""  # the signal to stop, where there was one
         self.cpus: Any = torch.distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
         self.saved: Path | None = None  # the last checkpoint
@@ -183,7 +199,7 @@ class Run:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         plan = Plan(length, batch_size, 0, self.options.seed, 0, rank, world, self.options.grad_accum_steps)
         self.saved = self._last_whole() if self.options.resume else None
-        start = step_of(self.saved) if self.saved else 0
+        start = step_of(self.saved) if self.saved else guards.about(REPLAYED[-1])["step"] if REPLAYED else 0
         steps = round(epochs * plan.steps_per_epoch)
         if steps < 1:
             raise UserError(f"--epochs {epochs:g} of {plan.steps_per_epoch} steps is not one step: train for longer.")
@@ -207,9 +223,13 @@ class Run:
         self.prepared, wrapped = engines.prepare(accelerator, model, optimizer, share, self.options.precision, clip)
         for module in beside.values():
             module.to(accelerator.device)
+        self.guard.watch(optimizer)
+        self.passed = guards.passed_by(self.folder)
         if self.saved:
             self.load(self.saved)
-        self._trim_metrics()
+        elif not engines.own_files(accelerator):
+            self.begun = self._state(0)
+        self._trim_metrics(self.data_plan.start)
         return self.prepared, wrapped
 
     def whole(self, part: Any) -> Any:
@@ -228,35 +248,103 @@ class Run:
 
     # Going through the data ------------------------------------------------------------------------------------------
 
-    def steps(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
-        """(step, its parts on the device), with the progress shown and every generator seeded by (seed, step, rank)."""
-        plan, rank = self.data_plan, self.accelerator.process_index
-        limit = self.options.max_bad * plan.length  # over the epochs each process meets all of them
+    def steps(self, loader: Any) -> Iterator[tuple[int, Iterator[Batch]]]:
+        """(step, its parts on the device), with the progress shown and every generator seeded by (seed, step, rank).
+
+        A bad step is made by nobody: the run goes back to where it was whole, and there the step has no parts.
+        """
+        plan = self.data_plan
+        if REPLAYED:
+            yield from self._replay(REPLAYED[-1])
+        batches = self._batches(loader, plan.start)
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), plan.start
-        loaded = iter(loader)  # which draws a number, and may not do so inside the first step
-        batches = guarded(loaded, limit, self.print if self.accelerator.is_main_process else print)
         text = "{task.fields[text]}"
         columns = TextColumn("training"), BarColumn(), TextColumn(text)
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self.bar:
             self.task = self.bar.add_task("", total=plan.steps, completed=plan.start, text="")
             own: dict[int, Any] = {signal.SIGINT: self._interrupt} | dict.fromkeys(STOPS, self._tell)
             before = {number: signal.signal(number, handler) for number, handler in own.items()}
+            self.step = plan.start
             try:
-                for self.step in range(plan.start, plan.steps):
-                    seed = int(np.random.SeedSequence([self.options.seed, self.step, rank]).generate_state(1)[0])
-                    torch.default_generator.manual_seed(seed)
-                    np.random.seed(seed)
-                    if torch.cuda.is_initialized():
-                        torch.cuda.manual_seed(seed)
+                while self.step < plan.steps:
+                    self._seed()
                     if not self.count:  # what was done since the last reading, such as a checkpoint, is not training
                         self.since, self.waited = time.perf_counter(), 0.0
-                    yield self.step, self._parts(batches)
+                    parts = self._parts(batches)
+                    yield self.step, iter(()) if self._pass_by(parts) else parts
+                    if self.bad:
+                        batches = self._batches(loader, self._go_back(self.bad))
+                        continue
                     if self._asked() and self.step + 1 < plan.steps:
                         self._stop()
+                    self.step += 1
                 self._finish_saving()
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
+
+    def _replay(self, folder: Path) -> Iterator[tuple[int, Iterator[Batch]]]:
+        """The step that was passed by, once more, and where its numbers stop being finite; then the end."""
+        batches, tracer = guards.kept_batches(folder), guards.Tracer(self.model, self.optimizer)
+        load_strictly(self.model, read_weights(folder / "weights"), folder)
+        self.step = self.data_plan.start
+        self._seed()
+        self.bad = guards.Bad(self.step, guards.about(folder)["reason"])  # nothing is due
+        yield self.step, (batch.to(self.accelerator.device) for batch in batches)
+        self.print(f"step {self.step}, of which it was said: {self.bad.reason if self.bad else ''}")
+        self.print(tracer.report([float(loss) for _, loss in self.guard.losses], batches))
+        raise SystemExit(0)
+
+    def _batches(self, loader: Any, start: int) -> Iterator[Batch]:
+        """From step `start` on."""
+        restart(loader, start)
+        limit = self.options.max_bad * self.data_plan.length  # over the epochs each process meets all of them
+        loaded = iter(loader)  # which draws a number, and may not do so inside the first step
+        return guarded(loaded, limit, self.print if self.accelerator.is_main_process else print)
+
+    def _seed(self) -> None:
+        key = [self.options.seed, self.step, self.accelerator.process_index]
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(seed)
+        self.guard.step = self.step
+
+    def _pass_by(self, parts: Iterator[Batch]) -> bool:
+        """Whether this step is one of the bad ones; its batch and the weights before it are left to look at."""
+        if self.step not in self.passed:
+            return False
+        folder, main = self.folder / "replay" / f"step-{self.step:08d}", self.accelerator.is_main_process
+        guards.keep_batch(folder, self.accelerator.process_index, list(parts))
+        model = self.whole(self.model)
+        if main:
+            guards.keep_weights(folder, model, self.name, self.step, self.passed[self.step])
+            self.print(f"passed step {self.step} by: look at it with mimkit replay {folder}")
+        self.accelerator.wait_for_everyone()
+        return True
+
+    def _go_back(self, bad: guards.Bad) -> int:
+        """To the last whole checkpoint before a bad step, or to the start. -> the step to go on with"""
+        self._finish_saving()
+        self.passed[bad.step], self.bad = bad.reason, None
+        lately = {step: reason for step, reason in self.passed.items() if step > bad.step - guards.WINDOW}
+        if len(lately) >= guards.PATIENCE:
+            lr = max(group["lr"] for group in self.optimizer.param_groups)
+            raise guards.diagnose(lately, self.folder, lr, self.options.precision)
+        self.saved = self._last_whole(bad.step)
+        start = step_of(self.saved) if self.saved else 0
+        self.print(f"WARNING: step {bad.step} is bad ({bad.reason}): going on without it from step {start}.")
+        if self.saved:
+            self.load(self.saved)
+        elif self.begun:
+            self._restore(*self.begun, self.folder)
+        else:
+            raise UserError(f"Step {bad.step} is bad ({bad.reason}), and there is no checkpoint before it: start anew.")
+        self._trim_metrics(start)
+        self.sums, self.count, self.since_step, self.step = {}, 0, start, start
+        self.optimizer.zero_grad()
+        return start
 
     def _interrupt(self, *_: Any) -> None:
         self._finish_saving()
@@ -274,8 +362,13 @@ class Run:
         return bool(told)
 
     def _stop(self) -> None:
-        """Leave a checkpoint of the step that is done, and end."""
+        """Leave a checkpoint of the step that is done, unless it is bad, and end."""
         self._finish_saving()
+        if bad := self.guard.read(self.accelerator):
+            raise StoppedError(
+                f"Stopped by {self.told or 'the signal to another process'} at step {bad.step}, which is bad "
+                f"({bad.reason}): go on from before it with --out {self.folder} --resume auto."
+            )
         if self.saved != self._checkpoint(self.step):
             self.sums = {name: self.accelerator.reduce(value, "mean") for name, value in self.sums.items()}
             self.save(self.step)
@@ -304,6 +397,7 @@ class Run:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.count += 1
+        self.guard.see(values["loss"])
 
     def total(self, *counts: Tensor) -> list[Tensor]:
         """Each added up over all processes."""
@@ -318,6 +412,9 @@ class Run:
             return
         if self.saving and self.saving.done():
             self._finish_saving()
+        self.bad = self.guard.read(self.accelerator)
+        if self.bad or not self.count:  # all of them may have been passed by
+            return
         means = {k: self.accelerator.reduce(v / self.count, "mean").item() for k, v in self.sums.items()}
         now = time.perf_counter()
         elapsed, steps = now - self.since, done - self.since_step
@@ -346,7 +443,9 @@ class Run:
         del self.model, self.optimizer, self.beside
 
     def due(self, step: int, epochs: float) -> bool:
-        """Whether `step` is the last one of the run, or of every so many epochs."""
+        """Whether `step` is the last one of the run, or of every so many epochs; after a bad step nothing is."""
+        if self.bad:
+            return False
         every = max(1, round(epochs * self.data_plan.steps_per_epoch))
         return step + 1 == self.data_plan.steps or (epochs > 0 and (step + 1) % every == 0)
 
@@ -369,20 +468,24 @@ class Run:
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
 
-    def _trim_metrics(self) -> None:
+    def _trim_metrics(self, start: int) -> None:
         """Forget what was logged after the checkpoint that the run goes on from."""
         if self.accelerator.is_main_process:
-            kept = [line for line in self.metrics() if line["step"] <= self.data_plan.start and self.data_plan.start]
+            kept = [line for line in self.metrics() if line["step"] <= start and start]
             with replacing_file(self.folder / "metrics.jsonl") as file:
                 file.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
-    def _last_whole(self) -> Path | None:
-        """The checkpoint to go on from, chosen by the main process: the last one that is as it was written."""
+    def _last_whole(self, before: float = math.inf) -> Path | None:
+        """The checkpoint to go on from, chosen by the main process: the last one that is as it was written.
+
+        Args:
+            before: of those without this step.
+        """
         found: list[Any] = [None, None]
         if self.accelerator.is_main_process:
-            for folder in reversed(checkpoints(self.folder)):
+            for folder in reversed([folder for folder in checkpoints(self.folder) if step_of(folder) <= before]):
                 if not (reason := why_torn(folder)):
                     found = [str(folder), None]
                     break
@@ -402,21 +505,37 @@ class Run:
 
         All processes must ask. An engine that has its own files writes them while training waits.
         """
-        every = self.options.keep_every * max(1, round(self.options.save_every * self.data_plan.steps_per_epoch))
-        own = {"step": step + 1, "stays": bool(every) and (step + 1) % every == 0, "count": self.count}
-        own |= {"sums": {k: v.item() for k, v in self.sums.items()}, "engine": engines.describe(self.accelerator)}
-        states = {name: module.state_dict() for name, module in self.beside.items()}
-        folder = self._checkpoint(step)
         self._finish_saving()
+        folder = self._checkpoint(step)
         if engines.own_files(self.accelerator):
-            self._save_parts(folder, states, own)
+            self._save_parts(folder, self._averages(), self._own(step + 1))
         elif self.accelerator.is_main_process:
-            adam, scaler = self.optimizer.state_dict(), self.accelerator.scaler
-            moments = {f"{i}.{k}": v for i, values in adam["state"].items() for k, v in values.items()}
-            states |= {"optimizer": moments, "model": self.model.state_dict()}
-            own |= {"param_groups": adam["param_groups"], "scaler": scaler.state_dict() if scaler else {}}
-            copies = {name: {k: v.to("cpu", copy=True) for k, v in state.items()} for name, state in states.items()}
-            self.saving = self.saver.submit(self._write, folder, copies, copy.deepcopy(own))
+            self.saving, self.begun = self.saver.submit(self._write, folder, *self._state(step + 1)), None
+
+    def _own(self, done: int) -> dict[str, Any]:
+        """What is known after so many steps, beside tensors."""
+        every = self.options.keep_every * max(1, round(self.options.save_every * self.data_plan.steps_per_epoch))
+        return {
+            "step": done,
+            "stays": bool(every) and done % every == 0,
+            "count": self.count,
+            "sums": {k: v.item() for k, v in self.sums.items()},
+            "usual": self.guard.usual,
+            "passed": self.passed,
+            "engine": engines.describe(self.accelerator),
+        }
+
+    def _averages(self) -> dict[str, dict[str, Tensor]]:
+        return {name: module.state_dict() for name, module in self.beside.items()}
+
+    def _state(self, done: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Copies in memory of all that a run goes on with."""
+        adam, scaler = self.optimizer.state_dict(), self.accelerator.scaler
+        moments = {f"{i}.{k}": v for i, values in adam["state"].items() for k, v in values.items()}
+        states = {"optimizer": moments, "model": self.model.state_dict(), **self._averages()}
+        own = {"param_groups": adam["param_groups"], "scaler": scaler.state_dict() if scaler else {}}
+        copies = {name: {k: v.to("cpu", copy=True) for k, v in state.items()} for name, state in states.items()}
+        return copies, copy.deepcopy(self._own(done) | own)
 
     def _save_parts(self, folder: Path, states: dict[str, dict[str, Tensor]], own: dict[str, Any]) -> None:
         """Every process writes its part into the main one's temporary folder."""
@@ -470,11 +589,15 @@ class Run:
                 f"{folder} was written by {own['engine']}, and this is {engine}: launch the same, or start a new run "
                 "from its weights with --init."
             )
-        for name, module in self.beside.items():
-            load_strictly(module, states.get(name, {}), folder)
+        self._restore(states, own, folder)
         if engines.own_files(self.accelerator):
             self.accelerator.load_state(str(folder))
-        else:
+        self.print(f"going on from {folder}")
+
+    def _restore(self, states: dict[str, dict[str, Tensor]], own: dict[str, Any], folder: Path) -> None:
+        for name, module in self.beside.items():
+            load_strictly(module, states.get(name, {}), folder)
+        if "optimizer" in states:
             load_strictly(self.model, states["model"], folder)
             state: dict[int, dict[str, Tensor]] = {}
             for name, tensor in states["optimizer"].items():
@@ -484,5 +607,5 @@ class Run:
             if self.accelerator.scaler and own["scaler"]:
                 self.accelerator.scaler.load_state_dict(own["scaler"])
         self.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in own["sums"].items()}
-        self.count = own["count"]
-        self.print(f"going on from {folder}")
+        self.count, self.guard.usual = own["count"], own["usual"]
+        self.passed |= {int(step): reason for step, reason in own["passed"].items()}

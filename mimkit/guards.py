@@ -1,0 +1,193 @@
+"""What a long run is guarded against: steps whose loss or gradient is not finite, and sudden losses.
+
+Nothing is read from the device while training goes on: a run reads what was seen every so many steps. Then it goes back
+to its last checkpoint and passes the bad step by; its batch is kept, for `mimkit replay`.
+"""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mimkit.checkpoint import State, replacing, replacing_file
+from mimkit.data import Batch
+from mimkit.errors import UserError
+
+PATIENCE, WINDOW = 3, 1000  # so many bad steps among so many end a run
+
+
+class Bad(NamedTuple):
+    """A step that spoils a run."""
+
+    step: int
+    reason: str
+
+
+class Guard:
+    """Sees the loss of every step and the gradients that are applied.
+
+    Args:
+        spike: a step's loss beyond so many times the mean of the steps read before is bad too; None for any.
+    """
+
+    def __init__(self, spike: float | None = None):
+        self.spike, self.step = spike, 0
+        self.usual = math.nan  # mean loss of the steps that were read last
+        self.losses: list[tuple[int, Tensor]] = []
+        self.gradients: list[tuple[int, Tensor]] = []
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """See the gradients that this optimizer applies. Those that a scaler drops, as fp16 does, are none."""
+        optimizer.register_step_pre_hook(self._see_gradients)
+
+    def see(self, loss: Tensor) -> None:
+        """Of a part of the step."""
+        self.losses.append((self.step, loss.detach().float()))
+
+    def _see_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if found:
+            own = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in found]
+            self.gradients.append((self.step, torch.stack(torch._foreach_norm(own)).float().sum()))
+
+    def read(self, accelerator: Accelerator) -> Bad | None:
+        """The first bad step since the last reading, the same in all processes, which must all ask."""
+        bad: list[Bad] = []
+        for what, seen in (("loss", self.losses), ("gradient", self.gradients)):
+            if not seen:
+                continue
+            values = accelerator.reduce(torch.stack([value for _, value in seen]), "mean").tolist()
+            steps = [step for step, _ in seen]
+            bad += [
+                Bad(step, f"its {what} is not finite")
+                for step, value in zip(steps, values, strict=True)
+                if not math.isfinite(value)
+            ]
+            if what == "loss":
+                limit = self.usual * self.spike if self.spike else math.nan
+                bad += [
+                    Bad(step, f"its loss is {value:.4g}, {self.usual:.4g} before")
+                    for step, value in zip(steps, values, strict=True)
+                    if value > limit
+                ]
+                usual = sum(values) / len(values)
+        first = min(bad, key=lambda found: found.step, default=None)
+        if first is None and self.losses:
+            self.usual = usual
+        self.losses, self.gradients = [], []
+        return first
+
+
+def passed_by(run: Path) -> dict[int, str]:
+    """Steps of a run that it does not make, and why."""
+    return {
+        int(file.parent.name.removeprefix("step-")): json.loads(file.read_text())["reason"]
+        for file in sorted((run / "replay").glob("step-*/about.json"))
+    }
+
+
+def diagnose(steps: dict[int, str], folder: Path, lr: float, precision: str) -> UserError:
+    """What to say when there are too many of them."""
+    named = "; ".join(f"step {step}: {reason}" for step, reason in steps.items())
+    hint = "--precision fp32 or bf16" if precision == "fp16" else "--precision fp32" if precision == "bf16" else ""
+    return UserError(
+        f"{len(steps)} bad steps among {WINDOW} ({named}), at a learning rate of {lr:.3g} in {precision}: look at one "
+        f"with mimkit replay {folder}/replay/step-N, then try a smaller --lr, a longer warm-up"
+        f"{f', {hint}' if hint else ''}, or other data."
+    )
+
+
+def keep_batch(folder: Path, rank: int, parts: list[Batch]) -> None:
+    """One process's share of a bad step: images, noise and labels as they were, and names."""
+    tensors: State = {}
+    for i, batch in enumerate(parts):
+        given = {"images": batch.images, "noise": batch.noise, "labels": batch.labels}
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                tensors[f"{i}.{name}"] = value.cpu().contiguous()
+    with replacing(folder / f"rank-{rank}") as temporary:
+        save_file(tensors, temporary / "batch.safetensors")
+        names = [{"names": batch.names, "bad": batch.bad} for batch in parts]
+        (temporary / "names.json").write_text(json.dumps(names, indent=1))
+
+
+def keep_weights(folder: Path, model: nn.Module, recipe: str, step: int, reason: str) -> None:
+    """Those before a bad step, and what is known of it."""
+    with replacing(folder / "weights") as temporary:
+        save_file(model.state_dict(), temporary / "model.safetensors")
+    about = {"recipe": recipe, "step": step, "reason": reason}
+    with replacing_file(folder / "about.json") as file:
+        file.write_text(json.dumps(about, indent=1))
+
+
+def kept_batches(folder: Path) -> list[Batch]:
+    """Those of all processes."""
+    batches = []
+    for rank in sorted(folder.glob("rank-*"), key=lambda path: int(path.name.removeprefix("rank-"))):
+        tensors = load_file(rank / "batch.safetensors")
+        for i, about in enumerate(json.loads((rank / "names.json").read_text())):
+            images, noise, labels = (tensors.get(f"{i}.{name}") for name in ("images", "noise", "labels"))
+            if images is None or noise is None or labels is None:
+                raise UserError(f"{folder} holds images of several sizes, which cannot be replayed: look at its names.")
+            batches.append(Batch(images, noise, labels, about["names"], [tuple(bad) for bad in about["bad"]]))
+    if not batches:
+        raise UserError(f"{folder} holds no batch to replay: pass RUN/replay/step-N, which a run leaves on a bad step.")
+    return batches
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What is known of a step that was passed by: recipe, step, reason."""
+    try:
+        return dict(json.loads((folder / "about.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no step to replay: pass RUN/replay/step-N, which a run leaves.") from error
+
+
+class Tracer:
+    """Inside, finds where numbers stop being finite in a step."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.first = ""  # module whose output is not, though its inputs are
+        self.gradients: dict[str, float] = {}  # norms
+        names = {id(p): name for name, p in model.named_parameters()}
+        for name, module in model.named_modules():
+            module.register_forward_hook(partial(self._see_output, name or "the method as a whole"))
+
+        def see(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            found = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self.gradients = {names[id(p)]: float(p.grad.float().norm()) for p in found}
+
+        optimizer.register_step_pre_hook(see)
+
+    def _see_output(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not self.first and not all_finite(output) and all_finite(inputs):
+            self.first = f"{name} ({type(module).__name__})"
+
+    def report(self, losses: list[float], batches: list[Batch]) -> str:
+        """In words: each part's loss and its images, then where it began."""
+        lines = []
+        for loss, batch in zip(losses, batches, strict=True):
+            low, high = batch.images.amin((1, 2, 3)).tolist(), batch.images.amax((1, 2, 3)).tolist()
+            lines.append(f"loss {loss:.6g} of {len(batch.names)} images:")
+            lines += [f"  {n}: {a:g} to {b:g}" for n, a, b in zip(batch.names, low, high, strict=True)]
+        given = all(all_finite(batch.images) for batch in batches)
+        first = self.first or ("none" if given else "the images themselves")
+        lines.append(f"first output that is not finite: {first}")
+        odd = [name for name, norm in self.gradients.items() if not math.isfinite(norm)]
+        lines.append(f"gradients that are not finite: {', '.join(odd) or 'none'}")
+        largest = sorted(self.gradients.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else 0)[:3]
+        lines.append("largest gradients: " + ", ".join(f"{name} {norm:.3g}" for name, norm in largest))
+        return "\n".join(lines)
+
+
+def all_finite(values: Any) -> bool:
+    """Of all tensors in a nest of tuples."""
+    if isinstance(values, Tensor):
+        return bool(values.isfinite().all())
+    return all(map(all_finite, values)) if isinstance(values, tuple | list) else True

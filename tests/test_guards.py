@@ -1,0 +1,154 @@
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import command
+from mimkit.recipes import finetune, mae_hivit
+from safetensors.torch import load_file
+
+from mimkit import data, guards
+from mimkit.data import Batch
+from mimkit.training import Run
+
+TINY = ["--epochs", "8", "--batch-size", "8", "--decoder-dim", "24", "--workers", "0", "--knn-every", "0"]
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Images of these steps are not finite, whenever they are met; -> the steps, and every step that was begun"""
+    bad, made, parts = set(), [], Run._parts
+
+    def poison(run, batches):
+        made.append(run.step)
+        for batch in parts(run, batches):
+            yield batch._replace(images=batch.images * float("nan")) if run.step in bad else batch
+
+    monkeypatch.setattr(Run, "_parts", poison)
+    return bad, made
+
+
+def test_a_bad_step_is_passed_by(images, tmp_path, capsys, monkeypatch, poisoned):
+    bad, made = poisoned
+    bad.add(13)
+    out = tmp_path / "run"
+    argv = ["--data", images, *TINY, "--save-every", "2.5"]  # of 4 steps: checkpoints at 10, 20, 30, 32
+    mae_hivit.main([*argv, "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "step 13 is bad (its loss is not finite): going on without it from step 10" in said
+    assert made == [*range(20), *range(10, 32)]  # read before the checkpoint at 20
+    weights = load_file(out / "encoder" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert np.isfinite(list(losses(out).values())).all()
+
+    # it is the run in which that step's parts were left out
+    bad.clear()
+    monkeypatch.setattr(guards, "passed_by", lambda folder: {13: "told"})
+    mae_hivit.main([*argv, "--out", str(tmp_path / "told")])
+    told = load_file(tmp_path / "told" / "encoder" / "model.safetensors")
+    assert all(torch.equal(weights[name], told[name]) for name in weights)
+    assert losses(out) == losses(tmp_path / "told")
+    monkeypatch.undo()
+
+    kept = out / "replay" / "step-00000013"
+    names = json.loads((kept / "rank-0" / "names.json").read_text())[0]["names"]
+    assert len(names) == 8
+    assert all(name.endswith(".png") for name in names)
+    code, said, _ = command(capsys, monkeypatch, "replay", kept)
+    assert code == 0
+    assert "loss nan of 8 images:" in said
+    assert names[0] in said
+    assert "first output that is not finite: the images themselves" in said
+
+
+def test_before_the_first_checkpoint_it_starts_anew(images, tmp_path, capsys, poisoned):
+    poisoned[0].add(2)
+    out = tmp_path / "run"
+    mae_hivit.main(["--data", images, *TINY, "--save-every", "100", "--out", str(out)])
+    assert "step 2 is bad (its loss is not finite): going on without it from step 0" in capsys.readouterr().out
+    assert poisoned[1] == [*range(20), *range(32)]
+    assert json.loads((out / "checkpoints" / "step-00000032" / "state.json").read_text())["passed"].keys() == {"2"}
+
+
+def test_a_gradient_is_seen_where_the_loss_is_finite(images, tmp_path, capsys, monkeypatch):
+    backward, seen = torch.Tensor.backward, []
+
+    def spoiled(loss, *args, **kwargs):
+        backward(loss, *args, **kwargs)
+        seen.extend([loss] if hasattr(runs[0], "model") else [])  # preflight has a copy
+        if len(seen) == 7:
+            runs[0].model.decoder.mask_token.grad.fill_(torch.inf)
+
+    runs, init = [], Run.__init__
+    monkeypatch.setattr(Run, "__init__", lambda run, *args: (init(run, *args), runs.append(run))[0])
+    monkeypatch.setattr(torch.Tensor, "backward", spoiled)
+    mae_hivit.main(["--data", images, *TINY, "--save-every", "100", "--out", str(tmp_path / "run")])
+    assert "step 6 is bad (its gradient is not finite)" in capsys.readouterr().out
+
+
+def test_three_end_the_run(images, tmp_path, capsys, poisoned):
+    poisoned[0].update((3, 11, 12))
+    with pytest.raises(SystemExit) as stop:
+        mae_hivit.main(["--data", images, *TINY, "--save-every", "2.5", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "3 bad steps among 1000 (step 3: its loss is not finite; step 11: " in last
+    assert "in fp32: look at one with mimkit replay" in last
+
+
+def test_a_spike_is_passed_by_where_that_is_asked_for(images, tmp_path, capsys, monkeypatch):
+    record = Run.record
+
+    def spiked(run, **values):
+        record(run, **{k: v * 50 if run.step == 25 else v for k, v in values.items()})
+
+    monkeypatch.setattr(Run, "record", spiked)
+    argv = ["--data", images, *TINY, "--save-every", "100"]
+    mae_hivit.main([*argv, "--out", str(tmp_path / "plain")])
+    assert "is bad" not in capsys.readouterr().out
+    mae_hivit.main([*argv, "--max-spike", "4", "--out", str(tmp_path / "run")])
+    assert "step 25 is bad (its loss is " in capsys.readouterr().out
+
+
+def test_it_holds_for_every_recipe(images, tmp_path, capsys, poisoned):
+    poisoned[0].add(5)
+    argv = ["--data", images, "--epochs", "3", "--batch-size", "8", "--workers", "0", "--model-ema-decay", "0.9"]
+    argv += ["--model", "hivit_nano", "--from-scratch", "--img-size", "32", "--warmup-epochs", "0"]
+    finetune.main([*argv, "--out", str(tmp_path / "run")])
+    assert "step 5 is bad" in capsys.readouterr().out
+    assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / "last" / "model.safetensors").values())
+
+
+def test_a_stuck_or_dead_worker_ends_the_run(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "WAIT", 3)
+    view, here = data.Viewer.__call__, []
+    for how in ("stuck", "dead"):
+
+        def wait(viewer, row, epoch, index, how=how):
+            if epoch == 1 and torch.utils.data.get_worker_info():
+                time.sleep(600) if how == "stuck" else data.os._exit(9)
+            return view(viewer, row, epoch, index)
+
+        monkeypatch.setattr(data.Viewer, "__call__", wait)
+        with pytest.raises(SystemExit) as stop:
+            mae_hivit.main(["--data", images, *TINY, "--workers", "1", "--out", str(tmp_path / how)])
+        assert stop.value.code == 2
+        here.append(capsys.readouterr().err.strip().splitlines()[-1])
+    assert all("A data worker is stuck or dead (DataLoader " in last for last in here)
+
+
+def test_nothing_to_replay(tmp_path, capsys, monkeypatch):
+    code, _, said = command(capsys, monkeypatch, "replay", tmp_path)
+    assert code == 2
+    assert "is no step to replay: pass RUN/replay/step-N" in said
+    with pytest.raises(guards.UserError, match="holds no batch"):
+        guards.kept_batches(tmp_path)
+    guards.keep_batch(tmp_path / "lists", 0, [Batch([torch.ones(3, 2, 2)], torch.ones(1, 4), [1], ["a"], [])])
+    with pytest.raises(guards.UserError, match="several sizes"):
+        guards.kept_batches(tmp_path / "lists")
