@@ -216,7 +216,7 @@ class Detection:
         places = spread(self.test.length, self.images)
         share = places[run.accelerator.process_index :: run.accelerator.num_processes]
         loader = one_by_one(self.test, self.viewer, share, run.options.workers, collate_list)
-        batches = guarded(loader, run.options.max_bad * self.images, run.print)
+        batches = guarded(loader, run.options.max_bad * self.images, run.print_once)
         results: list[dict[str, Any]] = []
         judged: list[Any] = []  # of images that can be used: nothing could be found in the others
         self.shown = []
@@ -314,7 +314,7 @@ def predict_objects(folder: Path, images: str, out: str, max_bad: float) -> int:
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         for source in open_all(images):
-            viewer = Viewer(lambda image: image, own["in_chans"], 0, 0, (source.image, None))
+            viewer = Viewer(lambda image: image, own["in_chans"], 0, 0, (source.image, None), part=source.part)
             loader = one_by_one(source, viewer, range(source.length), collate=collate_list)
             for batch in guarded(loader, max_bad * source.length, print):
                 if batch.images:

@@ -229,7 +229,7 @@ class Watch:
                 images=(5_000, 2_000),
                 workers=self.run.options.workers,
                 max_bad=self.run.options.max_bad,
-                log=self.run.print,
+                log=self.run.print_once,
             )
             found = evaluation.knn(train, test)
             words = ", ".join(f"{accuracy:.1f} % (k = {k})" for k, accuracy in found.items())

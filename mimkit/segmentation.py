@@ -181,7 +181,7 @@ class Segmentation:
         self.run, self.test, self.classes, self.normalise = run, test, classes, normalise
         self.short, self.crop, self.flip = short, crop, flip
         fields = (test.image, test.mask)
-        self.viewer = Viewer(judged_pairs(short), len(normalise.values[0]), 0, 0, fields, classes)
+        self.viewer = Viewer(judged_pairs(short), len(normalise.values[0]), 0, 0, fields, classes, test.part)
         self.shown: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def predicted(self, network: Any, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -204,7 +204,7 @@ class Segmentation:
         run, self.images = self.run, min(images or self.test.length, self.test.length)
         share = spread(self.test.length, self.images)[run.accelerator.process_index :: run.accelerator.num_processes]
         loader = one_by_one(self.test, self.viewer, share, run.options.workers)
-        batches = guarded(loader, run.options.max_bad * self.images, run.print)
+        batches = guarded(loader, run.options.max_bad * self.images, run.print_once)
         self.shown = []
         for pictures, masks, found in self.predicted(network, batches):
             near = masks.masked_fill(~near_edges(masks), IGNORE)
@@ -304,7 +304,7 @@ def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
     written: set[Path] = set()
     with replacing(out) as temporary, torch.inference_mode():
         for part, source in enumerate(sources):
-            viewer = Viewer(transform, own["in_chans"], 0, 0, (source.image, None), lambda cell: cell)
+            viewer = Viewer(transform, own["in_chans"], 0, 0, (source.image, None), lambda cell: cell, source.part)
             loader = one_by_one(source, viewer, range(source.length))
             for batch in guarded(loader, max_bad * source.length, print):
                 if not len(batch.images):

@@ -133,6 +133,7 @@ class Run:
         self.console = Console(quiet=not self.accelerator.is_main_process, highlight=False, soft_wrap=True)
         self.sums: dict[str, Tensor] = {}
         self.count = 0
+        self.named: set[str] = set()  # bad images, as they were said to be
         self.told = ""  # the signal to stop, where there was one
         self.cpus: Any = torch.distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
         self.saved: Path | None = None  # the last checkpoint
@@ -237,7 +238,7 @@ class Run:
         limit = self.options.max_bad * plan.length  # over the epochs each process meets all of them
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), plan.start
         loaded = iter(loader)  # which draws a number, and may not do so inside the first step
-        batches = guarded(loaded, limit, self.print if self.accelerator.is_main_process else print)
+        batches = guarded(loaded, limit, self.print_once if self.accelerator.is_main_process else print)
         text = "{task.fields[text]}"
         columns = TextColumn("training"), BarColumn(), TextColumn(text)
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self.bar:
@@ -358,6 +359,12 @@ class Run:
     def print(self, *text: Any) -> None:
         """On the main process only."""
         self.console.print(*text, markup=False)
+
+    def print_once(self, text: str) -> None:
+        """The same, unless it has been said before: a bad image is met again by each measurement."""
+        if text not in self.named:
+            self.named.add(text)
+            self.print(text)
 
     def log(self, step: int, **values: float) -> None:
         """A line of metrics.jsonl, and the trackers."""
