@@ -37,6 +37,7 @@ Size = tuple[int, int]
 Index = int | tuple[int, int]  # of an image: its row, or (shard, row) in a stream
 Transform = Callable[..., Any]
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # sent before a kill
+STRIP = 20  # times as long as wide
 WINDOW = 2048  # rows among which a stream is shuffled, beside the shuffle of its shards
 
 
@@ -128,6 +129,18 @@ def eval_transform(size: Size, crop_pct: float = 1.0) -> Transform:
         return v2.functional.center_crop(image, list(size))
 
     return transform
+
+
+def whole_size(image: Any) -> Size:
+    """(height, width) of an image that is to be looked at whole.
+
+    Raises:
+        ValueError: it is a strip: scaled by its short side it would fill the memory, by its long one nothing were left.
+    """
+    height, width = v2.functional.get_size(image)
+    if max(height, width) > STRIP * min(height, width):
+        raise ValueError(f"it is a strip of {height}x{width}, one side more than {STRIP} times the other: cut it up")
+    return height, width
 
 
 class View(NamedTuple):

@@ -228,7 +228,7 @@ class Watch:
                 self.normalise,
                 images=(5_000, 2_000),
                 workers=self.run.options.workers,
-                max_bad=self.run.options.max_bad,
+                max_bad=1.0,  # it is the images of training that are counted
                 log=self.run.print_once,
             )
             found = evaluation.knn(train, test)

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from mimkit.checkpoint import replacing, replacing_file
-from mimkit.data import Batch, Normalise, Size, Viewer, collate, guarded, one_by_one, spread
+from mimkit.data import Batch, Normalise, Size, Viewer, collate, guarded, one_by_one, spread, whole_size
 from mimkit.dense import read_dense, write_dense
 from mimkit.errors import UserError
 from mimkit.masks import IGNORE, Classes, judged_pairs, resize_short
@@ -297,7 +296,7 @@ def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
     normalise = Normalise(own["mean"], own["std"]).to(device)
 
     def transform(image: Any, _: Any) -> tuple[Any, Tensor]:
-        size = v2.functional.get_size(image)
+        size = whole_size(image)
         return resize_short(image, size, own["short"]), torch.tensor(size)
 
     sources = open_all(images)
