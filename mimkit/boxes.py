@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from mimkit.data import Size, Transform
+from mimkit.data import Size, Transform, whole_size
 from mimkit.errors import UserError
 from mimkit.sources import TRAIN, VAL, Source
 
@@ -243,9 +243,9 @@ def fitting(image: Any, objects: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Both as they are.
 
     Raises:
-        ValueError: the file of annotations has another size for the image.
+        ValueError: the image is a strip, or the file of annotations has another size for it.
     """
-    height, width = v2.functional.get_size(image)
+    height, width = whole_size(image)
     if (height, width) != objects["boxes"].canvas_size:
         declared = "x".join(map(str, objects["boxes"].canvas_size))
         raise ValueError(f"it is {height}x{width}, and {declared} in the file of annotations")

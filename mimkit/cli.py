@@ -62,7 +62,9 @@ def models(img_size: int | str = 224) -> None:
     Console().print(table)
 
 
-def _features(model: str, data: str, img_size: int | str | None, images: int | None) -> list[evaluation.Features]:
+def _features(
+    model: str, data: str, img_size: int | str | None, images: int | None, max_bad: float
+) -> list[evaluation.Features]:
     train, test = open_labelled(data)
     options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
     network = create(model, **options)
@@ -72,10 +74,17 @@ def _features(model: str, data: str, img_size: int | str | None, images: int | N
     size = options.get("img_size", own_size)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     workers = cpu_count() if torch.cuda.is_available() else 0
-    return evaluation.extract_parts(network, (train, test), size, normalise, images=(images, None), workers=workers)
+    counts = images, None
+    return evaluation.extract_parts(network, (train, test), size, normalise, counts, workers, max_bad)
 
 
-def knn(model: str, data: str = "sample", img_size: int | str | None = None, images: PositiveInt | None = None) -> None:
+def knn(
+    model: str,
+    data: str = "sample",
+    img_size: int | str | None = None,
+    images: PositiveInt | None = None,
+    max_bad: float = 0.01,
+) -> None:
     """Accuracy of the nearest neighbours among the training images, weighted as in DINO (temperature .07).
 
     Args:
@@ -83,14 +92,19 @@ def knn(model: str, data: str = "sample", img_size: int | str | None = None, ima
         data: labelled images: 'sample', a folder with class folders, parquet files, or the name of a set on the hub.
         img_size: input in pixels; the model's own by default.
         images: use so many training images only.
+        max_bad: share of images of each part that may be impossible to decode; they are left out.
     """
-    train, test = _features(model, data, img_size, images)
+    train, test = _features(model, data, img_size, images, max_bad)
     for k, accuracy in evaluation.knn(train, test).items():
         print(f"kNN {accuracy:.2f} % (k = {k}, {len(train.y)} training and {len(test.y)} test images)")
 
 
 def probe(
-    model: str, data: str = "sample", img_size: int | str | None = None, images: PositiveInt | None = None
+    model: str,
+    data: str = "sample",
+    img_size: int | str | None = None,
+    images: PositiveInt | None = None,
+    max_bad: float = 0.01,
 ) -> None:
     """Accuracy of a linear classifier on pooled features; its decay is chosen on a fifth of the training images.
 
@@ -99,8 +113,9 @@ def probe(
         data: labelled images: 'sample', a folder with class folders, parquet files, or the name of a set on the hub.
         img_size: input in pixels; the model's own by default.
         images: use so many training images only.
+        max_bad: share of images of each part that may be impossible to decode; they are left out.
     """
-    train, test = _features(model, data, img_size, images)
+    train, test = _features(model, data, img_size, images, max_bad)
     found = evaluation.linear_probe(train, test)
     print(
         f"linear probe {found.accuracy:.2f} % ({len(train.y)} training and {len(test.y)} test images; "

@@ -6,6 +6,7 @@ so a run can be resumed at any step, and any number of workers gives the same ba
 """
 
 import heapq
+import math
 import os
 import random
 import signal
@@ -37,6 +38,7 @@ Index = int | tuple[int, int]  # of an image: its row, or (shard, row) in a stre
 Transform = Callable[..., Any]
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # sent before a kill
 WAIT = 100  # seconds after which a worker that gives nothing is stuck
+STRIP = 20  # times as long as wide
 WINDOW = 2048  # rows among which a stream is shuffled, beside the shuffle of its shards
 
 
@@ -119,11 +121,27 @@ def eval_transform(size: Size, crop_pct: float = 1.0) -> Transform:
     def transform(image: Any) -> Any:
         height, width = v2.functional.get_size(image)
         scale = max(size[0] / height, size[1] / width) / crop_pct
+        near = [math.ceil(8 * side / scale) for side in size]
+        if height > near[0] or width > near[1]:  # a strip, such as 20,000 px by 3, whose ends would take gigabytes
+            height, width = min(height, near[0]), min(width, near[1])
+            image = v2.functional.center_crop(image, [height, width])
         scaled = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
         image = v2.functional.resize(image, scaled, InterpolationMode.BICUBIC, antialias=True)
         return v2.functional.center_crop(image, list(size))
 
     return transform
+
+
+def whole_size(image: Any) -> Size:
+    """(height, width) of an image that is to be looked at whole.
+
+    Raises:
+        ValueError: it is a strip: scaled by its short side it would fill the memory, by its long one nothing were left.
+    """
+    height, width = v2.functional.get_size(image)
+    if max(height, width) > STRIP * min(height, width):
+        raise ValueError(f"it is a strip of {height}x{width}, one side more than {STRIP} times the other: cut it up")
+    return height, width
 
 
 class View(NamedTuple):
@@ -145,6 +163,7 @@ class Viewer:
         fields: names of the image and the label column.
         target: reads what the label column holds, if that is no class; the transform takes it along with the image,
             and gives back both.
+        part: of the data, named where a row has no file to name.
     """
 
     transform: Transform
@@ -153,12 +172,14 @@ class Viewer:
     seed: int
     fields: tuple[str, str | None]
     target: Callable[[Any], Any] | None = None
+    part: str = ""
 
     def __call__(self, row: dict[str, Any], epoch: int, index: Index) -> View:
         file = row[self.fields[0]] or {"bytes": None, "path": None}
         label = row[self.fields[1]] if self.fields[1] else -1
         key = (index,) if isinstance(index, int) else index
-        place = f"image {':'.join(map(str, key))}"  # names that stand beside bytes need not be unique
+        # names that stand beside bytes need not be unique
+        place = f"{self.part} image {':'.join(map(str, key))}".lstrip()
         name = file["path"] if file["bytes"] is None and file["path"] else place
         with seeded(self.seed, epoch, *key):
             noise = torch.rand(self.units)
@@ -463,7 +484,7 @@ def eval_loader(
     share: tuple[int, int] = (0, 1),
 ) -> DataLoader[Any]:
     """Images in order, with labels: evenly spread ones where fewer are wanted, of them the share of (rank, world)."""
-    viewer = Viewer(eval_transform(size, crop_pct), in_chans, 0, 0, (source.image, source.label))
+    viewer = Viewer(eval_transform(size, crop_pct), in_chans, 0, 0, (source.image, source.label), part=source.part)
     rank, world = share
     places: Any = [(0, i) for i in spread(source.length, images or source.length)[rank::world]]
     return Loader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate_good, num_workers=workers)
@@ -483,11 +504,11 @@ def guarded(batches: Iterable[Batch], limit: float, log: Callable[[str], None]) 
         for image, reason in batch.bad:
             if image not in bad:
                 bad[image] = reason
-                log(f"skipped {image}, which cannot be used ({reason}); {len(bad)} so far")
+                log(f"skipped {image}, which cannot be used ({reason})")
         if len(bad) > limit:
             image, reason = next(iter(bad.items()))
             raise UserError(
-                f"{len(bad)} images cannot be used, more than the {limit:.0f} allowed, such as {image} ({reason}): "
-                "remove or mend them, or raise --max-bad in a recipe."
+                f"{len(bad)} images cannot be used, more than the {int(limit)} allowed, such as {image} ({reason}): "
+                "remove or mend them, or raise --max-bad."
             )
         yield batch

@@ -20,7 +20,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from mimkit.boxes import Objects, Truth, fitting, read_objects
 from mimkit.checkpoint import replacing_file
-from mimkit.data import Normalise, Viewer, collate_list, guarded, one_by_one, spread
+from mimkit.data import Normalise, Viewer, collate_list, guarded, one_by_one, spread, whole_size
 from mimkit.dense import read_dense, write_dense
 from mimkit.errors import UserError
 from mimkit.pyramid import Pyramid
@@ -216,7 +216,7 @@ class Detection:
         places = spread(self.test.length, self.images)
         share = places[run.accelerator.process_index :: run.accelerator.num_processes]
         loader = one_by_one(self.test, self.viewer, share, run.options.workers, collate_list)
-        batches = guarded(loader, run.options.max_bad * self.images, run.print)
+        batches = guarded(loader, run.options.max_bad * self.images, run.print_once)
         results: list[dict[str, Any]] = []
         judged: list[Any] = []  # of images that can be used: nothing could be found in the others
         self.shown = []
@@ -310,11 +310,16 @@ def predict_objects(folder: Path, images: str, out: str, max_bad: float) -> int:
     model, own = read_dense(folder, "detector", Detector)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     device = next(model.parameters()).device
+
+    def transform(image: Any) -> Any:
+        whole_size(image)
+        return image
+
     pictures: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         for source in open_all(images):
-            viewer = Viewer(lambda image: image, own["in_chans"], 0, 0, (source.image, None))
+            viewer = Viewer(transform, own["in_chans"], 0, 0, (source.image, None), part=source.part)
             loader = one_by_one(source, viewer, range(source.length), collate=collate_list)
             for batch in guarded(loader, max_bad * source.length, print):
                 if batch.images:

@@ -279,7 +279,7 @@ class Classification:
             crop_pct=self.crop_pct,
             share=(accelerator.process_index, accelerator.num_processes),
         )
-        batches = guarded(loader, run.options.max_bad * self.test.length, run.print)
+        batches = guarded(loader, run.options.max_bad * self.test.length, run.print_once)
         try:
             with accelerator.autocast():
                 found = over(network, batches, self.normalise, network)

@@ -9,41 +9,60 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+LARGEST = 178_956_970  # pixels: what PIL refuses to unpack above
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+BITS, PLANES = 258, 284  # of a TIFF: bits of each sample, and 2 where each channel is a plane of its own
 EXTENSIONS = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {".npy"}
 
 
 def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
     """Bytes of an image file -> a PIL image (grey for 1 channel, RGB for 3) or an array (c H W).
 
-    EXIF rotation is applied, transparency is laid over white, 16-bit grey is scaled to 8. `.npy` files, and TIFF files
-    for other than 1 or 3 channels, stay arrays: uint8 as it is, everything else float32, where uint16 is scaled to 0-1
-    and floats are expected there already.
+    What a file is follows from its bytes. EXIF rotation is applied, transparency is laid over white, 16-bit grey is
+    scaled to 8, and so is 32-bit grey that needs more than 16; of an animation it is the first picture. `.npy` files,
+    and TIFF files for other than 1 or 3 channels, stay arrays: uint8 as it is, everything else float32, where uint16 is
+    scaled to 0-1 and floats are expected there already.
 
     Raises:
-        ValueError: an array whose channels are not `in_chans`; and whatever a broken file makes the readers raise.
+        ValueError: an array whose channels are not `in_chans`; and whatever a broken file makes the readers raise, or
+            one of more than `LARGEST` pixels, which is not unpacked.
     """
     if data.startswith(NPY):
         return to_tensor(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
     if data.startswith(TIFF) and in_chans not in (1, 3):
-        return to_tensor(tifffile.imread(io.BytesIO(data)), in_chans)
+        return read_tiff(data, in_chans)
     try:
         file = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         if data.startswith(TIFF):  # of a kind that PIL does not know, such as floating-point colours
-            return to_tensor(tifffile.imread(io.BytesIO(data)), in_chans)
-        raise ValueError("not an image of a known kind") from None
+            return read_tiff(data, in_chans)
+        raise ValueError("not an image of a known kind" if data else "an empty file") from None
+    tags = getattr(file, "tag_v2", {})
+    if len(file.getbands()) > 1 and tags.get(PLANES) == 2 and max(tags[BITS]) > 8:  # PIL would misread them
+        return read_tiff(data, in_chans)
     file.load()
     image: Image.Image = ImageOps.exif_transpose(file)
     if in_chans not in (1, 3):
         return to_tensor(np.asarray(image), in_chans)
     if image.mode.startswith(("I", "F")):  # 16-bit and floating-point grey, which PIL would clip to 8 bits
+        grey = np.asarray(image)
+        if image.mode == "I" and grey.max() > 65535:  # 32 bits, which PIL takes for signed ones
+            grey = grey.view(np.uint32) >> 16
         scale = 255 if image.mode == "F" else 1 / 257
-        image = Image.fromarray(np.clip(np.asarray(image) * scale, 0, 255).astype(np.uint8))
+        image = Image.fromarray(np.clip(grey * scale, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("L" if in_chans == 1 else "RGB")
+
+
+def read_tiff(data: bytes, in_chans: int) -> Tensor:
+    """Bytes of a TIFF file of any kind -> (c H W), uint8 or float32"""
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        series = file.series[0]
+        if series.size > LARGEST * in_chans:
+            raise ValueError(f"an array of shape {series.shape} is more than {LARGEST} pixels")
+        return to_tensor(series.asarray(), in_chans)
 
 
 def to_tensor(array: np.ndarray[Any, Any], in_chans: int) -> Tensor:

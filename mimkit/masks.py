@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.datasets import Cityscapes
 from torchvision.transforms import InterpolationMode, v2
 
-from mimkit.data import Size, Transform, read_cell
+from mimkit.data import Size, Transform, read_cell, whole_size
 from mimkit.errors import UserError
 from mimkit.images import EXTENSIONS
 from mimkit.sources import TRAIN, VAL, Source, hold_out, open_all
@@ -203,7 +203,7 @@ def _largest(cell: dict[str, Any]) -> int:
 
 def check_sizes(image: Any, mask: Tensor) -> Size:
     """Height and width of an image whose mask has the same ones."""
-    height, width = v2.functional.get_size(image)
+    height, width = whole_size(image)
     if (height, width) != tuple(mask.shape):
         raise ValueError(f"it is {height}x{width}, and its mask {mask.shape[0]}x{mask.shape[1]}")
     return height, width

@@ -239,8 +239,8 @@ class Watch:
                 self.normalise,
                 images=(5_000, 2_000),
                 workers=self.run.options.workers,
-                max_bad=self.run.options.max_bad,
-                log=self.run.print,
+                max_bad=1.0,  # it is the images of training that are counted
+                log=self.run.print_once,
             )
             found = evaluation.knn(train, test)
             words = ", ".join(f"{accuracy:.1f} % (k = {k})" for k, accuracy in found.items())

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from mimkit.checkpoint import replacing, replacing_file
-from mimkit.data import Batch, Normalise, Size, Viewer, collate, guarded, one_by_one, spread
+from mimkit.data import Batch, Normalise, Size, Viewer, collate, guarded, one_by_one, spread, whole_size
 from mimkit.dense import read_dense, write_dense
 from mimkit.errors import UserError
 from mimkit.masks import IGNORE, Classes, judged_pairs, resize_short
@@ -181,7 +180,7 @@ class Segmentation:
         self.run, self.test, self.classes, self.normalise = run, test, classes, normalise
         self.short, self.crop, self.flip = short, crop, flip
         fields = (test.image, test.mask)
-        self.viewer = Viewer(judged_pairs(short), len(normalise.values[0]), 0, 0, fields, classes)
+        self.viewer = Viewer(judged_pairs(short), len(normalise.values[0]), 0, 0, fields, classes, test.part)
         self.shown: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def predicted(self, network: Any, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -204,7 +203,7 @@ class Segmentation:
         run, self.images = self.run, min(images or self.test.length, self.test.length)
         share = spread(self.test.length, self.images)[run.accelerator.process_index :: run.accelerator.num_processes]
         loader = one_by_one(self.test, self.viewer, share, run.options.workers)
-        batches = guarded(loader, run.options.max_bad * self.images, run.print)
+        batches = guarded(loader, run.options.max_bad * self.images, run.print_once)
         self.shown = []
         for pictures, masks, found in self.predicted(network, batches):
             near = masks.masked_fill(~near_edges(masks), IGNORE)
@@ -297,14 +296,14 @@ def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
     normalise = Normalise(own["mean"], own["std"]).to(device)
 
     def transform(image: Any, _: Any) -> tuple[Any, Tensor]:
-        size = v2.functional.get_size(image)
+        size = whole_size(image)
         return resize_short(image, size, own["short"]), torch.tensor(size)
 
     sources = open_all(images)
     written: set[Path] = set()
     with replacing(out) as temporary, torch.inference_mode():
         for part, source in enumerate(sources):
-            viewer = Viewer(transform, own["in_chans"], 0, 0, (source.image, None), lambda cell: cell)
+            viewer = Viewer(transform, own["in_chans"], 0, 0, (source.image, None), lambda cell: cell, source.part)
             loader = one_by_one(source, viewer, range(source.length))
             for batch in guarded(loader, max_bad * source.length, print):
                 if not len(batch.images):

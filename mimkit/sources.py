@@ -38,6 +38,7 @@ class Source:
     label: str | None  # name of the label column
     length: int
     mask: str | None = None  # name of the column of masks, images of classes
+    part: str = ""  # what tells its rows from those of the training part: test, held-out
 
     @property
     def streaming(self) -> bool:
@@ -83,7 +84,7 @@ def open_source(data: str, train: bool = True, streaming: bool = False) -> Sourc
     except Exception as error:  # whatever arrow, tarfile and the system raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--data {data} cannot be read ({reason}): check that its files are whole.") from error
-    return _source(data, rows, length)
+    return _source(data, rows, length, train)
 
 
 def open_all(data: str) -> list[Source]:
@@ -158,7 +159,7 @@ def _open_images(data: str, files: list[str], inside: list[tuple[str, ...]], tra
         features["label"] = datasets.ClassLabel(names=list(classes))
     rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     shards = min(64, len(files))
-    return _source(data, rows.to_iterable_dataset(num_shards=shards) if streaming else rows, len(files))
+    return _source(data, rows.to_iterable_dataset(num_shards=shards) if streaming else rows, len(files), train)
 
 
 def _open_hub(data: str, train: bool, streaming: bool) -> Source:
@@ -180,10 +181,10 @@ def _open_hub(data: str, train: bool, streaming: bool) -> Source:
     length = rows.info.splits[found[0]].num_examples if streaming and rows.info.splits else 0
     if streaming and not length:
         raise UserError(f"--data {data} does not say how long it is, which a stream needs: pass --streaming false.")
-    return _source(data, rows, length if streaming else len(rows))
+    return _source(data, rows, length if streaming else len(rows), train)
 
 
-def _source(name: str, rows: Any, length: int) -> Source:
+def _source(name: str, rows: Any, length: int, train: bool) -> Source:
     """Find the columns: the first of images (or of their bytes), and one of labels."""
     features = rows.features or {}
 
@@ -210,7 +211,8 @@ def _source(name: str, rows: Any, length: int) -> Source:
             labels = []
         else:
             rows = rows.class_encode_column(labels[0])
-    return Source(name, rows, images[0], labels[0] if labels else None, length, masks[0] if masks else None)
+    label, mask = (found[0] if found else None for found in (labels, masks))
+    return Source(name, rows, images[0], label, length, mask, "" if train else "test")
 
 
 def _is_label(feature: Any) -> bool:
@@ -221,8 +223,11 @@ def _is_label(feature: Any) -> bool:
 def hold_out(source: Source) -> tuple[Source, Source]:
     """Every fifth row is the test part."""
     held_out = np.arange(source.length) % 5 == 0
-    parts = (source.rows.select(np.flatnonzero(part)) for part in (~held_out, held_out))
-    train, test = (dataclasses.replace(source, rows=rows, length=len(rows)) for rows in parts)
+    parts = {"kept": ~held_out, "held-out": held_out}
+    selected = {part: source.rows.select(np.flatnonzero(rows)) for part, rows in parts.items()}
+    train, test = (
+        dataclasses.replace(source, rows=rows, length=len(rows), part=part) for part, rows in selected.items()
+    )
     return train, test
 
 

@@ -129,6 +129,7 @@ class Run:
         self.bad: guards.Bad | None = None  # a step that is to be passed by
         self.passed: dict[int, str] = {}  # those that were, and why
         self.begun: tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None = None  # the state before a checkpoint
+        self.named: set[str] = set()  # bad images, as they were said to be
         self.told = ""  # the signal to stop, where there was one
         self.cpus: Any = torch.distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
         self.saved: Path | None = None  # the last checkpoint
@@ -300,7 +301,7 @@ class Run:
         restart(loader, start)
         limit = self.options.max_bad * self.data_plan.length  # over the epochs each process meets all of them
         loaded = iter(loader)  # which draws a number, and may not do so inside the first step
-        return guarded(loaded, limit, self.print if self.accelerator.is_main_process else print)
+        return guarded(loaded, limit, self.print_once if self.accelerator.is_main_process else print)
 
     def _seed(self) -> None:
         key = [self.options.seed, self.step, self.accelerator.process_index]
@@ -454,6 +455,12 @@ class Run:
     def print(self, *text: Any) -> None:
         """On the main process only."""
         self.console.print(*text, markup=False)
+
+    def print_once(self, text: str) -> None:
+        """The same, unless it has been said before: a bad image is met again by each measurement."""
+        if text not in self.named:
+            self.named.add(text)
+            self.print(text)
 
     def log(self, step: int, **values: float) -> None:
         """A line of metrics.jsonl, and the trackers."""

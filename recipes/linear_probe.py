@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     run.print(f"{start}; {options.probe} probe of {len(names)} classes, {data.length:,} images")
 
     if options.probe == "cached":
-        limits: dict[str, Any] = {"workers": options.workers, "max_bad": options.max_bad, "log": run.print}
+        limits: dict[str, Any] = {"workers": options.workers, "max_bad": options.max_bad, "log": run.print_once}
         features = extract_parts(network, (data, test), size, normalise, **limits)
         found = linear_probe(features[0], features[1])
         run.print(f"{found.accuracy:.2f} % of {test.length} test images; decay {found.weight_decay:g}")
