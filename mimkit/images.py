@@ -28,7 +28,7 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
     if data.startswith(TIFF) and in_chans not in (1, 3):
         return to_tensor(tifffile.imread(io.BytesIO(data)), in_chans)
     try:
-        file = Image.open(io.BytesIO(data))
+        file = open_image(data)
     except UnidentifiedImageError:
         if data.startswith(TIFF):  # of a kind that PIL does not know, such as floating-point colours
             return to_tensor(tifffile.imread(io.BytesIO(data)), in_chans)
@@ -44,6 +44,14 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("L" if in_chans == 1 else "RGB")
+
+
+def open_image(data: bytes) -> Image.Image:
+    """PIL's, but not of a program."""
+    image = Image.open(io.BytesIO(data))
+    if image.format == "EPS":  # ghostscript would run it
+        raise ValueError("EPS is a program, not an image: convert it")
+    return image
 
 
 def to_tensor(array: np.ndarray[Any, Any], in_chans: int) -> Tensor:
