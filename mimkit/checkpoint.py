@@ -67,6 +67,17 @@ def open_weights(path: str | Path, which: str | None = None) -> tuple[State, str
     return strip(state), parts[0][1]
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """An object of JSON, or a sentence."""
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({error}): get another copy of it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object: get another copy of it.")
+    return content
+
+
 def weight_files(path: Path) -> list[Path]:
     """The file, or the files of a folder, that hold the weights."""
     if path.is_dir():
@@ -75,11 +86,21 @@ def weight_files(path: Path) -> list[Path]:
                 return [path / name]
             index = path / f"{name}.index.json"
             if index.is_file():
-                return [path / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+                return _shards(path, index)
         raise UserError(f"{path} holds no weights ({' or '.join(NAMES)}): pass the folder or file that does.")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file or folder; check the path.")
     return [path]
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    """Files that an index names, each of them in its own folder."""
+    names = read_json(index).get("weight_map")
+    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    odd = [name for name in names if name != Path(name).name or not (folder / name).is_file()]
+    if odd or not names:
+        raise UserError(f"{index} names {', '.join(odd) or 'nothing'}, where files beside it are needed: get the rest.")
+    return [folder / name for name in names]
 
 
 def _load(file: Path) -> Any:
@@ -245,11 +266,14 @@ def write_decoder(decoder: Decoder | PixelHead, folder: str | Path, **method: An
 
 def read_decoder(folder: str | Path) -> tuple[Decoder | PixelHead, dict[str, Any]]:
     """-> the decoder, and what it was trained for"""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no decoder (config.json and {NAMES[0]}): pass a run of mimkit.")
+    config = read_json(file)
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} holds no decoder (config.json and {NAMES[0]}): pass a run of mimkit.") from error
-    about = config.pop("decoder")
-    decoder = (PixelHead if "token_dim" in about else Decoder)(**about)
+        about = config.pop("decoder")
+        decoder = (PixelHead if "token_dim" in about else Decoder)(**about)
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{file} describes no decoder ({error!r}): get another copy of it.") from error
     load_strictly(decoder, read_weights(folder), folder)
     return decoder, config

@@ -34,6 +34,7 @@ from mimkit.checkpoint import (
     misfits,
     on_meta,
     open_weights,
+    read_json,
     read_weights,
     replacing,
     save_model,
@@ -209,17 +210,6 @@ def find(source: str) -> Origin:
     aliases = [alias for family in families().values() for alias in family.aliases]
     near = difflib.get_close_matches(source, [*aliases, *own_names(), *plain_vits()], 3, 0.3)
     raise UserError(f"--from {source} is no alias, plain ViT of timm or folder: try {', '.join(near)}, or --list.")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """An object of JSON, or a sentence."""
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}): get another copy of it.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object: get another copy of it.")
-    return content
 
 
 def published(name: str) -> Path:

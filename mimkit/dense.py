@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from mimkit.checkpoint import load_strictly, replacing
+from mimkit.checkpoint import load_strictly, read_json, replacing
 from mimkit.data import Normalise
 from mimkit.errors import UserError
 from mimkit.hub import place_of
@@ -57,7 +57,7 @@ def read_dense(folder: Path, kind: str, build: Callable[..., Any]) -> tuple[Any,
         build: (backbone, classes, **arguments) -> the network.
     """
     try:
-        own = json.loads((folder / f"{kind}.json").read_text())
+        own = read_json(folder / f"{kind}.json")
         state = load_file(folder / "model.safetensors")
         arguments = {"in_chans": own["in_chans"], **own["backbone_args"]}
         backbone = create(own["backbone"], weights=False, num_classes=0, **arguments)

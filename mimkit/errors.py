@@ -2,11 +2,13 @@
 
 import errno
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+import yaml
 from safetensors import SafetensorError
 
 REQUEUE = 75  # sysexits.h: a temporary failure, try again
@@ -60,11 +62,13 @@ def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
             else:
                 raise
             message, code = f"{error.filename or 'writing'}: {hint}.", 2
+        except (UnicodeError, yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
+            message, code = f"A file or a name is not text, YAML or JSON as it should be ({error}): mend it.", 2
         except SafetensorError as error:  # its own kind, also where the system's would do
             if not is_full(error):
                 raise
             message, code = "writing a checkpoint: the disk is full: free some space, or choose another place.", 2
-        print(f"mimkit: {message}", file=sys.stderr)
+        print(f"mimkit: {' '.join(message.split())}", file=sys.stderr)  # names and reasons may have lines
         sys.exit(code)
 
     return wrapped

@@ -32,7 +32,7 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
     if data.startswith(TIFF) and in_chans not in (1, 3):
         return read_tiff(data, in_chans)
     try:
-        file = Image.open(io.BytesIO(data))
+        file = open_image(data)
     except UnidentifiedImageError:
         if data.startswith(TIFF):  # of a kind that PIL does not know, such as floating-point colours
             return read_tiff(data, in_chans)
@@ -63,6 +63,14 @@ def read_tiff(data: bytes, in_chans: int) -> Tensor:
         if series.size > LARGEST * in_chans:
             raise ValueError(f"an array of shape {series.shape} is more than {LARGEST} pixels")
         return to_tensor(series.asarray(), in_chans)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """PIL's, but not of a program."""
+    image = Image.open(io.BytesIO(data))
+    if image.format == "EPS":  # ghostscript would run it
+        raise ValueError("EPS is a program, not an image: convert it")
+    return image
 
 
 def to_tensor(array: np.ndarray[Any, Any], in_chans: int) -> Tensor:

@@ -93,10 +93,11 @@ class Judge:
         assert self.latest is not None
         last = self.latest[name]
         if run.accelerator.is_main_process:
-            best = max((line for line in run.metrics() if name in line), key=lambda line: line[name])
+            best = max((line for line in run.metrics() if name in line), key=lambda line: line[name], default=None)
+            words = f"{best[name]:.2f} % after {best['step']} steps, " if best else ""
             hints = "\n      ".join(f"mimkit {hint.format(f'{run.folder}/last')}" for hint in self.task.hints)
             run.print(
-                f"\nwrote {run.folder}/: last/ ({last:.2f} %) and best/ ({best[name]:.2f} % after {best['step']} "
-                f"steps, chosen by the test images),\n{drawn}, metrics.jsonl, config.yaml, checkpoints/\nnext: {hints}"
+                f"\nwrote {run.folder}/: last/ ({last:.2f} %) and best/ ({words}chosen by the test "
+                f"images),\n{drawn}, metrics.jsonl, config.yaml, checkpoints/\nnext: {hints}"
             )
         return last

@@ -1,6 +1,5 @@
 """What `--data` names -> pairs of an image and the mask of its classes, for semantic segmentation."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.data import Size, Transform, read_cell, whole_size
 from mimkit.errors import UserError
-from mimkit.images import EXTENSIONS
+from mimkit.images import EXTENSIONS, open_image
 from mimkit.sources import TRAIN, VAL, Source, hold_out, open_all
 
 IGNORE = 255  # in a mask: nothing is known about the pixel, so nothing is learnt from it and nothing judged by it
@@ -67,7 +66,7 @@ def read_mask(cell: dict[str, Any] | None) -> np.ndarray[Any, Any]:
     """The numbers in a file of one channel (H W)."""
     if cell is None:
         raise ValueError("it has no mask")
-    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(read_cell(cell))))
+    picture = ImageOps.exif_transpose(open_image(read_cell(cell)))
     if picture.mode not in MODES:
         raise ValueError(f"its mask holds colours ({picture.mode}), where one number for a pixel is needed")
     numbers = np.asarray(picture).astype(np.int64)

@@ -1,13 +1,11 @@
 """Around a masked pre-training run: where its weights come from, how it is watched, what it leaves."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer import checkpoint_filter_fn as fit_swin
@@ -16,7 +14,16 @@ from timm.models.vision_transformer import checkpoint_filter_fn as fit_vit
 from torch import nn
 
 from mimkit import evaluation
-from mimkit.checkpoint import State, load_strictly, on_meta, read_decoder, read_weights, write_decoder, write_model
+from mimkit.checkpoint import (
+    State,
+    load_strictly,
+    on_meta,
+    read_decoder,
+    read_json,
+    read_weights,
+    write_decoder,
+    write_model,
+)
 from mimkit.converters.mae import split
 from mimkit.data import Normalise, Size, look
 from mimkit.errors import UserError
@@ -78,21 +85,14 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
     place = place_of(name)
     folder = place if (place / "config.json").is_file() else None
     known = f"local-dir:{folder}" if folder else name
+    if folder:
+        read_json(folder / "config.json")  # or a sentence
     pretrained = state is not None or (comes_with_weights(name) if weights is None else weights)
     overlay = {"source": "", "state_dict": state, "num_classes": options["num_classes"]} if state is not None else None
     try:
         with always_strict():
             model: Any = timm.create_model(known, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options)
-    except (
-        UserError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AssertionError,
-        KeyError,
-        OSError,
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # timm's, torch's, safetensors' and the system's, and any of a wrong config.json
         lines = str(error).splitlines() or [type(error).__name__]
         reason = " ".join(" ".join(lines if lines[0].startswith("Error(s) in loading") else lines[:1]).split())
         for unknown in ("drop_path_rate", "img_size", *ANY_SIZE):
@@ -107,8 +107,12 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
             raise UserError(f"--model {name} does not take these options ({reason}): choose another model.") from error
         if pretrained and (folder or state):  # says what is missing, unexpected or of another shape
             form = {k: v for k, v in options.items() if k != "img_size"} if state else {}
-            own = on_meta(timm.create_model, known, **form)
-            load_strictly(own, state or read_weights(name), "the file" if state else name, assign=True)
+            try:
+                own = on_meta(timm.create_model, known, **form)
+            except Exception:  # there is no such network
+                own = None
+            if own:
+                load_strictly(own, state or read_weights(name), "the file" if state else name, assign=True)
         raise UserError(f"--model {name} cannot be loaded ({reason}): check the name or the folder.") from error
     model.pretrained_cfg.pop("state_dict", None)
     return model
@@ -168,10 +172,10 @@ def initialise(mae: Method, source: str) -> str:
     model = as_timm(mae.encoder)
     try:
         if (folder / "config.json").is_file():  # the size that its tables are for
-            config = json.loads((folder / "config.json").read_text())
+            config = read_json(folder / "config.json")
             model.pretrained_cfg["input_size"] = config["pretrained_cfg"]["input_size"]
         encoder = fit(encoder, model)
-    except (KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"--init {source} does not hold a {type(model).__name__} ({error}): check --model.") from error
     load_strictly(model, encoder, source)
     if not decoder:

@@ -7,16 +7,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mimkit.checkpoint import State, replacing
+from mimkit.checkpoint import State, read_json, replacing
+from mimkit.errors import UserError
 
-MANIFEST = "manifest.json"
+MANIFEST, OWN = "manifest.json", "state.json"
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Of a run, the last one last."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    found = (run / "checkpoints").glob("step-*")
+    return sorted(folder for folder in found if folder.name.removeprefix("step-").isdecimal())
 
 
 def step_of(folder: Path) -> int:
@@ -54,11 +57,18 @@ def seal(folder: Path, states: dict[str, State], own: dict[str, Any]) -> None:
 
 
 def why_torn(folder: Path) -> str:
-    """What a checkpoint suffers from; empty where every file is what was written."""
+    """What a checkpoint suffers from; empty where every file is what was written, and none that is read was added."""
     try:
         hashes = dict(json.loads((folder / MANIFEST).read_text()))
-        changed = [name for name, known in hashes.items() if digest(folder / name) != known]
-    except (OSError, ValueError, TypeError) as error:
+        there = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+        read = {name for name in there if name == OWN or name.endswith(".safetensors")}
+        # a name that is not among the files, such as ../x, is not looked at
+        changed = [
+            name
+            for name in sorted(hashes.keys() | read)
+            if name not in there or name not in hashes or digest(there[name]) != hashes[name]
+        ]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         return str(error)
     return f"{', '.join(changed)}: not what was written" if changed else ""
 
@@ -66,12 +76,19 @@ def why_torn(folder: Path) -> str:
 def read(folder: Path) -> tuple[dict[str, State], dict[str, Any]]:
     """What `write` was given; in memory, as a mapped file could not be removed everywhere."""
     files = folder.glob("*.safetensors")
-    states = {file.stem: {name: tensor.clone() for name, tensor in load_file(file).items()} for file in files}
-    return states, json.loads((folder / "state.json").read_text())
+    try:
+        states = {file.stem: {name: tensor.clone() for name, tensor in load_file(file).items()} for file in files}
+    except SafetensorError as error:  # its hash was rewritten too
+        raise UserError(f"{folder} cannot be read ({error}): start anew with another --out.") from error
+    return states, read_json(folder / OWN)
 
 
 def trim(run: Path, done: int, keep: int) -> None:
-    """Remove checkpoints up to step `done`, but so many of the last ones, and those that stay."""
+    """Remove checkpoints up to step `done`, but so many of the last ones, and those that stay or cannot be read."""
     for old in [folder for folder in checkpoints(run) if step_of(folder) <= done][:-keep]:
-        if not json.loads((old / "state.json").read_text())["stays"]:
+        try:
+            stays = read_json(old / OWN).get("stays")
+        except (OSError, UserError):
+            continue
+        if not stays:
             shutil.rmtree(old, ignore_errors=True)
