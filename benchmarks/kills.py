@@ -1,0 +1,97 @@
+"""Kill a run again and again, at random moments, saving included, and see whether it ends as one that never was.
+
+python benchmarks/kills.py --kills 50
+python benchmarks/kills.py --kills 20 --engine zero2
+
+A short pre-training of hivit_nano on `sample` that saves every few steps is killed with SIGKILL, all of its processes at
+once, and resumed. Its weights are then held against those of the same run without kills: equal to the bit with one
+process, within 1e-6 under ZeRO-2 with two.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mimkit.errors import UserError, one_sentence
+from mimkit.options import PositiveInt, call
+
+ROOT = Path(__file__).parent.parent
+SHORT = "--epochs 0.5 --save-every 0.016 --knn-every 0 --batch-size 32 --workers 1 --precision fp32".split()
+
+
+def started(engine: str, out: Path, seed: int) -> subprocess.Popen[bytes]:
+    """The run, from where it is; in a group of its own."""
+    recipe = [str(ROOT / "recipes" / "mae_hivit.py"), "--config", "mae_hivit_small", *SHORT]
+    recipe += ["--out", str(out), "--seed", str(seed), "--resume", "auto"]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"recipes/accelerate/{engine}.yaml")]
+    command = [sys.executable, *([] if engine == "cpu" else [*launch, "--main_process_port", "0"]), *recipe]
+    with open(out.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def done(out: Path) -> int:
+    """Steps in the last checkpoint."""
+    return max((int(f.name[5:]) for f in (out / "checkpoints").glob("step-*") if f.name[5:].isdecimal()), default=0)
+
+
+def measure(kills: PositiveInt = 50, engine: str = "cpu", seed: int = 0, longest: float = 30.0) -> None:
+    """Kill, resume, compare.
+
+    Args:
+        kills: how many.
+        engine: cpu, or zero2 with two processes.
+        seed: of the run and of the moments.
+        longest: seconds after which a run is killed at the latest; from a start it is a moment between 0 and these.
+    """
+    if engine not in ("cpu", "zero2"):
+        raise UserError(f"--engine {engine} is not measured here: choose cpu or zero2.")
+    moments, torn, during = random.Random(seed), 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        begun = time.time()
+        if started(engine, whole, seed).wait():
+            raise UserError(f"the run without kills failed: {whole.with_suffix('.log').read_text()[-500:]}")
+        print(f"without kills: {done(whole)} steps in {time.time() - begun:.0f} s", flush=True)
+        for kill in range(1, kills + 1):
+            job = started(engine, killed, seed)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if job.wait(timeout=moments.uniform(0, longest)):
+                    raise UserError(f"it failed by itself: {killed.with_suffix('.log').read_text()[-500:]}")
+            ended = job.poll() is not None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+            saving = [*(killed / "checkpoints").glob(".step-*")] if (killed / "checkpoints").exists() else []
+            during += bool(saving)
+            print(f"kill {kill}: {done(killed)} steps are saved{', in a save' if saving else ''}", flush=True)
+            if ended:  # nothing was left to kill: from the start once more, which counts as well
+                torn += compare(whole, killed, engine)
+                subprocess.run(["rm", "-rf", str(killed)], check=True)
+        if started(engine, killed, seed).wait():
+            raise UserError(f"it failed by itself: {killed.with_suffix('.log').read_text()[-500:]}")
+        torn += compare(whole, killed, engine)
+    print(f"{kills} kills, {during} of them in a save: {'all ends equal' if not torn else f'{torn} ends differ'}")
+    if torn:
+        sys.exit(1)
+
+
+def compare(whole: Path, killed: Path, engine: str) -> int:
+    """0 where both ended with the same weights"""
+    a, b = (load_file(run / "encoder" / "model.safetensors") for run in (whole, killed))
+    difference = max(float((a[name] - b[name]).abs().max()) for name in a)
+    same = all(torch.equal(a[name], b[name]) for name in a) if engine == "cpu" else difference < 1e-6
+    print(f"an end: weights differ by {difference:.2g}: {'equal' if same else 'NOT EQUAL'}", flush=True)
+    return int(not same)
+
+
+if __name__ == "__main__":
+    one_sentence(call)(measure, "kills.py", sys.argv[1:])

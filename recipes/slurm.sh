@@ -1,0 +1,35 @@
+#!/bin/bash
+# A run on several machines under Slurm, which goes on by itself when its time is up. Not run on a cluster by us.
+#   sbatch recipes/slurm.sh ddp recipes/mae_hivit.py --model hivit_b --data /data/imagenet --out /shared/runs/b
+# The first word is an engine of recipes/accelerate/; --out and --data lie where all machines see them.
+#SBATCH --job-name=mimkit
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=96
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -u
+engine=$1
+shift
+gpus=${SLURM_GPUS_ON_NODE:-8}
+address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+stopped=
+# Three minutes before the end: every process saves its step (mimkit heeds SIGTERM), then the job is queued once more
+trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+
+srun --kill-on-bad-exit=1 bash -c '
+  exec accelerate launch --config_file "recipes/accelerate/$1.yaml" --num_machines "$SLURM_NNODES" \
+    --num_processes "$(("$2" * SLURM_NNODES))" --machine_rank "$SLURM_NODEID" --main_process_ip "$3" \
+    --main_process_port 29500 "${@:4}" --resume auto' mimkit "$engine" "$gpus" "$address" "$@" &
+wait $!
+code=$?
+if [ -n "$stopped" ]; then
+  wait # for srun, which the signal did not end
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+fi
+exit $code
