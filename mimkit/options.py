@@ -43,6 +43,13 @@ class HyphenParser(jsonargparse.ArgumentParser):
         ]
         return super().add_argument(*hyphened, **kwargs)
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """jsonargparse's, but no word may hold the character 0, which no name of a file can."""
+        values = super().parse_args(*args, **kwargs)
+        if nul := [name for name, value in values.items() if isinstance(value, str) and "\0" in value]:
+            self.error(f"{', '.join(nul)}: a NUL character is in it, which no name has")
+        return values
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """One sentence, and where to look."""
         first = " ".join(str(message).split())

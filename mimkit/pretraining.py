@@ -63,8 +63,14 @@ ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # timm's ways t
 def input_of(network: Any) -> tuple[int, Size, Normalise, float]:
     """What a network's weights are for: channels, size, colours and the share of the scaled image."""
     config = network.pretrained_cfg
-    channels, height, width = config["input_size"]
-    return channels, (height, width), Normalise(config["mean"], config["std"]), config.get("crop_pct") or 1.0
+    try:
+        channels, height, width = config["input_size"]
+        return channels, (height, width), Normalise(config["mean"], config["std"]), config.get("crop_pct") or 1.0
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # of a config.json that was changed
+        raise UserError(
+            f"The {type(network).__name__} does not say its input_size, mean and std as it should ({error!r}): get "
+            "another copy of its config.json."
+        ) from error
 
 
 def comes_with_weights(name: str) -> bool:

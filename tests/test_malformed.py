@@ -1,0 +1,355 @@
+"""Whatever is given to a command or a recipe: it ends, in a sentence where something is wrong, and leaves nothing half
+done."""
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from conftest import picture
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mimkit.recipes import (
+    detect,
+    finetune,
+    linear_probe,
+    mae_hivit,
+    mae_svit,
+    mae_vit,
+    segment,
+    simmim_svit,
+    simmim_swin,
+)
+from safetensors.torch import save_file
+
+from mimkit import cli
+from mimkit.checkpoint import write_decoder, write_model
+from mimkit.decoder import Decoder
+from mimkit.errors import UserError
+from mimkit.training import Run
+
+EXAMPLES = settings(
+    max_examples=int(os.environ.get("MALFORMED", 12)),
+    derandomize="MALFORMED" not in os.environ,  # more of other ones: MALFORMED=1000 pytest tests/test_malformed.py
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+PATHS = ("--config", "--data", "--images", "--model", "--init", "--resume", "--run", "--from", "--checkpoint", "--out")
+COMMANDS = [cli.models, cli.convert, cli.knn, cli.probe, cli.reconstruct, cli.predict, cli.export]
+RECIPES = [mae_hivit, mae_svit, mae_vit, simmim_svit, simmim_swin, finetune, linear_probe, segment, detect]
+TRAINS = "it would train"
+
+# Whole things, and a folder to work in --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A small model, a run, images; and things of each kind that are broken."""
+    root = tmp_path_factory.mktemp("root")
+    for i in range(12):
+        for place in (root / f"images/class{i % 2}/{i}.png", root / f"plain/{i}.png"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            picture(i, (16, 16)).save(place)
+    about = {"input_size": (3, 32, 32), "mean": [0.5] * 3, "std": [0.5] * 3}
+    write_model(timm.create_model("hivit_nano", num_classes=2, img_size=32), root / "model", **about)
+    encoder = timm.create_model("hivit_nano", num_classes=0, img_size=32, unit_form=True)
+    write_model(encoder, root / "run/encoder", **about)
+    decoder = Decoder(encoder.out_dim, encoder.unit_size, 3, 24, 1, 4)
+    write_decoder(decoder, root / "run/decoder", mask_ratio=0.75, norm_targets=True)
+    vit = timm.create_model("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2, num_classes=2, img_size=32)
+    write_model(vit, root / "vit", **about)
+
+    whole = (root / "model/model.safetensors").read_bytes()
+    torch.save({"model": {"a": torch.ones(3)}}, root / "whole.pth")
+    broken = {
+        "empty": b"",
+        "binary": bytes(range(256)) * 9,
+        "text": b"no weights, no images\n",
+        "torn.safetensors": whole[: len(whole) // 2],
+        "header.safetensors": b"\xff" * 8 + whole[8:],
+        "lies.safetensors": whole[:8] + whole[8:].replace(b'"F32"', b'"I64"', 1),
+        "deep.safetensors": (100_000).to_bytes(8, "little") + b"[" * 100_000,
+        "text.safetensors": b"text",
+        "pickle.safetensors": pickle.dumps({"a": 1}),
+        "pickle.pth": pickle.dumps({"a": print}),
+        "text.pth": b"text",
+        "empty.pth": b"",
+        "torn.pth": (root / "whole.pth").read_bytes()[:300],
+        "torn.png": (root / "plain/0.png").read_bytes()[:60],
+        "torn.parquet": b"PAR1 torn",
+        "torn.tar": b"torn" * 200,
+        "empty.npy": b"",
+        "classes.json": b'{"images": 1, "annotations": [], "categories": []}',
+        "no.yaml": b"model: [unclosed\n\t- }",
+        "list.yaml": b"- 1\n- 2\n",
+        "word.yaml": b"word",
+        "binary.yaml": b"\x80\x81",
+        "deep.yaml": b"[" * 3000,
+        "alias.yaml": b"model_args: &a {x: *a}\n",
+        "nul.yaml": b'data: "a\\0b"\nmodel: "a\\0b"\nout: "a\\0b"\n',
+        "unknown.yaml": b"colour: red\n",
+        "twice.yaml": b"config: twice.yaml\n",
+        "n\new\nlines.yaml": b"seed: [\n",
+        "\u00fcn\u00ef\u4e2d\U0001f600": b"",
+    }
+    for name, content in broken.items():
+        (root / name).write_bytes(content)
+    for name, value in (("list.pth", [1]), ("number.pth", 7), ("nested.pth", {"model": {"model": {}}})):
+        torch.save(value, root / name)
+    save_file({"a": torch.ones(2)}, root / "strange.safetensors")
+    for name in ("folder", "new\nline/torn", "torn/checkpoints/step-00000001", "torn/checkpoints/step-x"):
+        (root / name).mkdir(parents=True)
+    shutil.copy(root / "torn.png", root / "new\nline/torn/a.png")
+    (root / "torn/config.yaml").write_text("word")
+    (root / "dense").mkdir()
+    (root / "dense/segmenter.json").write_text('{"in_chans": 3}')
+    (root / "dense/model.safetensors").write_bytes(whole)
+    (root / "loop").symlink_to(root / "loop")
+    return root
+
+
+@contextlib.contextmanager
+def working(root):
+    """Inside, the folder to work in is empty, and no training begins."""
+    work, before = root / "work", Path.cwd()
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+
+    def prepare(*args, **kwargs):
+        raise UserError(f"Nothing is wrong: {TRAINS}.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "prepare", prepare)
+        patch.chdir(work)
+        yield
+    os.chdir(before)
+
+
+def files(root):
+    return {file for file in root.rglob("*") if not file.is_relative_to(root / "damaged")}
+
+
+def holds(root, main, *argv):
+    """`main` ends as it should. -> how"""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with working(root):
+        before = files(root)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["mimkit", *argv])
+            try:
+                main() if main is cli.main else main(list(argv))
+            except SystemExit as stop:
+                code = stop.code or 0
+            finally:
+                AcceleratorState._reset_state(reset_partial_state=True)
+                GradientState._reset_state()
+        lines = err.getvalue().splitlines()
+        assert "Traceback" not in err.getvalue() + out.getvalue()
+        if code:
+            assert code == 2
+            assert ": " in lines[-1]
+            if TRAINS not in lines[-1]:
+                assert files(root) == before
+        assert not [
+            file for file in files(root) - before if "mimkit-" in file.name or file.name.startswith(f".{os.getpid()}")
+        ]
+    return lines[-1] if code else ""
+
+
+# What is given ------------------------------------------------------------------------------------------------------
+
+WORDS = st.text(max_size=12).filter(lambda word: not word.startswith(("/", "~", "-")) and ".." not in word)
+ODD = [
+    *("", " ", ".", "..", "null", "true", "-1", "0", "1e400", "nan", "-inf", "1e30", "0x10", "9" * 30, "1.5", "[]"),
+    *("{}", "[1,2,3]", "[nan,1]", "{a: b}", "[[[[1]]]]", "[" * 2000, "a\0b", "a\nb", "\udc80", "\u202e", "x" * 5000),
+    *(
+        "*",
+        "?x[",
+        "folder/..",
+        "con:x",
+        "hf-hub:a/b",
+        "local-dir:a",
+        "a/b",
+        "a/b/c",
+        "resnet18",
+        "runs/x",
+        "hivit_nano",
+    ),
+    *("vit_tiny_patch16_224.no", "swin_tiny_patch4_window7_224", "fp16", "uppernet", "0x0", "32x64", "1x2x3", "\u00b2"),
+    *("x.onnx", "x.csv"),
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | WORDS | st.sampled_from(ODD),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def values(root):
+    """Of a flag: odd words, and paths of what is broken, is of another kind, or not there."""
+    paths = [str(file) for file in sorted(root.iterdir())]
+    paths += [f"{path}/" for path in paths] + [f"{path}/below" for path in paths]
+    return st.one_of(st.sampled_from(ODD), st.sampled_from(paths), WORDS, JSON.map(lambda value: json.dumps(value)))
+
+
+def argvs(root, flags):
+    """One to three flags, most of them known, in both ways to write them; now and then a stray word."""
+    often = [name for name in PATHS if name in flags]  # what is looked up before anything else
+    names = (
+        st.sampled_from(often or flags) | st.sampled_from(flags) | st.sampled_from(["--colour", "--", "-x", "--Out"])
+    )
+    pairs = st.tuples(names, values(root), st.booleans())
+    words = pairs.map(lambda pair: [f"{pair[0]}={pair[1]}"] if pair[2] else [pair[0], pair[1]])
+    stray = values(root).map(lambda word: [word])
+    return st.lists(words | words | words | stray, min_size=1, max_size=3).map(
+        lambda lists: [word for words in lists for word in words]
+    )
+
+
+def flag(name):
+    return f"--{name.rstrip('_').replace('_', '-')}"
+
+
+def base(root, program):
+    """Arguments of which nothing is wrong."""
+    model, images = ["--model", str(root / "model")], ["--data", str(root / "images")]
+    if program is cli.convert:
+        return ["--from", str(root / "vit"), "--no-checks", "--out", "out", "--depths", "1-1-0-0"]
+    if program is cli.models:
+        return ["--img-size", "30"]
+    if program in (cli.knn, cli.probe):
+        return [*model, *images]
+    if program is cli.reconstruct:
+        return ["--run", str(root / "run"), "--images", str(root / "plain")]
+    if program is cli.predict:
+        return [*model, "--images", str(root / "plain")]
+    if program is cli.export:
+        return [*model, "--out", "x.txt"]  # torch's export takes seconds
+    small = ["--batch-size", "4", "--workers", "0", "--out", "out", "--precision", "fp32", *images]
+    if program in (segment, detect, finetune, linear_probe):
+        return [*model, *small]
+    return small
+
+
+def options_of(program):
+    """Flags of a command or recipe."""
+    if program in COMMANDS:
+        return list(map(flag, inspect.signature(program).parameters))
+    return ["--config", *(flag(field.name) for field in dataclasses.fields(program.Options))]
+
+
+def run(root, program, *argv):
+    if program in COMMANDS:
+        return holds(root, cli.main, program.__name__, *argv)
+    return holds(root, program.main, *argv)
+
+
+def test_what_nothing_is_wrong_with_is_not_refused(root):
+    for program in RECIPES:
+        if program not in (segment, detect):
+            said = run(root, program, *base(root, program), "--epochs", "2", "--warmup-epochs", "0")
+            assert TRAINS in said or program is simmim_swin, said
+    for program in COMMANDS:
+        if program not in (cli.models, cli.export, cli.knn):
+            assert not run(root, program, *base(root, program))
+
+
+@pytest.mark.parametrize("program", [*COMMANDS, *RECIPES], ids=lambda program: program.__name__.split(".")[-1])
+def test_wrong_flags(program, root):
+    @EXAMPLES
+    @given(argvs(root, options_of(program)))
+    def malformed(argv):
+        run(root, program, *base(root, program), *argv)
+
+    malformed()
+
+
+@EXAMPLES
+@given(st.data())
+def test_wrong_words(root, data):
+    """Of the command itself."""
+    holds(root, cli.main, *data.draw(st.lists(values(root), max_size=3)))
+
+
+@EXAMPLES
+@given(st.data())
+def test_wrong_configs(root, data):
+    """YAML of odd values under names of options, and under others."""
+    program = data.draw(st.sampled_from(RECIPES))
+    names = [field.name for field in dataclasses.fields(program.Options)]
+    content = data.draw(st.dictionaries(st.sampled_from(names) | WORDS, JSON | values(root), max_size=3) | JSON)
+    try:
+        text = yaml.safe_dump(content, allow_unicode=data.draw(st.booleans()))
+        (root / "damaged.yaml").write_text(text)
+    except UnicodeEncodeError:
+        return
+    run(root, program, *base(root, program), "--config", str(root / "damaged.yaml"))
+
+
+@EXAMPLES
+@given(st.data())
+def test_damaged_descriptions(root, data):
+    """A config.json with another value somewhere, read by all that reads it."""
+    kind = data.draw(st.sampled_from(["model", "run", "vit"]))
+    shutil.rmtree(root / "damaged", ignore_errors=True)
+    shutil.copytree(root / kind, root / "damaged/whole")
+    folder = root / "damaged/whole"
+    file = data.draw(st.sampled_from(sorted(folder.rglob("config.json"))))
+    content = json.loads(file.read_text())
+    place, key = content, data.draw(st.sampled_from(sorted(content)))
+    while isinstance(place[key], dict) and place[key] and data.draw(st.integers(0, 2)):
+        place, key = place[key], data.draw(st.sampled_from(sorted(place[key])))
+    if data.draw(st.booleans()):
+        place[key] = data.draw(JSON)
+    else:
+        del place[key]
+    file.write_text(json.dumps(content))
+    images, model = str(root / "images"), str(folder / "encoder" if kind == "run" else folder)
+    small = ["--batch-size", "4", "--workers", "0", "--out", "out", "--data", images]
+    readers = [
+        [cli.knn, "--model", model, "--data", images],
+        [cli.predict, "--model", model, "--images", images],
+        [cli.convert, "--from", model, "--no-checks", "--dry-run"],
+        [finetune, *small, "--model", str(folder)],
+        [linear_probe, *small, "--model", str(folder)],
+        [segment, *small, "--model", str(folder)],
+    ]
+    if kind == "run":
+        readers += [
+            [mae_hivit, *small, "--init", str(folder)],
+            [cli.reconstruct, "--run", str(folder), "--images", images],
+        ]
+    run(root, *data.draw(st.sampled_from(readers)))
+
+
+@EXAMPLES
+@given(st.data())
+def test_damaged_weights(root, data):
+    """Bytes that are cut off, changed or put in between, also in the header of names and shapes."""
+    shutil.rmtree(root / "damaged", ignore_errors=True)
+    shutil.copytree(root / "vit", root / "damaged/vit")
+    for name in ("model.safetensors", "a.pth"):
+        file = root / "damaged/vit" / name
+        content = (root / "vit/model.safetensors" if name.startswith("model") else root / "whole.pth").read_bytes()
+        at = data.draw(st.integers(0, 1500) | st.integers(0, len(content)))
+        middle, gap = data.draw(st.binary(max_size=8)), data.draw(st.integers(0, 8) | st.just(len(content)))
+        file.write_bytes(content[:at] + middle + content[at + gap :])
+    model, weights = str(root / "damaged/vit"), str(root / "damaged/vit/a.pth")
+    readers = [
+        [cli.predict, "--model", model, "--images", str(root / "plain")],
+        [cli.convert, "--from", model, "--no-checks", "--dry-run", "--depths", "1-1-0-0"],
+        [cli.convert, "--from", "vit_tiny_patch16_224", "--checkpoint", weights, "--dry-run"],
+        [mae_hivit, *base(root, mae_hivit), "--init", model],
+    ]
+    run(root, *data.draw(st.sampled_from(readers)))
