@@ -409,7 +409,6 @@ def default_workers() -> int:
 def heed_parent_only(_: int) -> None:
     """In a data worker: schedulers signal every process of a job, but the one that trains still needs the others."""
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         Thread(target=_wait_for_parent, daemon=True).start()
 
 
@@ -427,7 +426,22 @@ class Loader(DataLoader[Any]):
         super().__init__(*args, **kwargs)
 
     def __iter__(self) -> Any:
-        return _alive(super().__iter__())
+        with _blocked():
+            batches = super().__iter__()
+        return _alive(batches)
+
+
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """Processes that begin inside do not get `STOPS`, nor do the threads that libraries start in them at once."""
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _alive(batches: Iterator[Any]) -> Iterator[Any]:
