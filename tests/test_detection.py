@@ -494,7 +494,7 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
         file.write_text(file.read_text().replace('"red"', '"green"'))
     assert "knows 2 classes (red, blue, ...)" in refused(capsys, *judged)
     (tmp_path / "a" / "last" / "detector.json").write_text("{")
-    assert "is torn" in refused(capsys, *judged)
+    assert "detector.json is not JSON" in refused(capsys, *judged)
 
 
 def test_wrong_words_are_one_sentence(data, tmp_path, capsys):

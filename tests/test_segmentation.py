@@ -426,7 +426,7 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
     (tmp_path / "a" / "last" / "segmenter.json").write_text("{")
     with pytest.raises(SystemExit):
         segment.main([*judged, "--model", str(tmp_path / "a" / "last")])
-    assert "is torn" in capsys.readouterr().err
+    assert "segmenter.json is not JSON" in capsys.readouterr().err
 
 
 @pytest.mark.slow
