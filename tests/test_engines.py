@@ -1,8 +1,5 @@
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -95,14 +92,3 @@ def test_a_checkpoint_of_another_engine(images, tmp_path):
     launched(2, "mae_hivit", *argv)
     job = launching("zero2", "mae_hivit", *argv, "--resume", "auto", "--epochs", "4")
     assert "was written by data-parallel, 2 processes, and this is ZeRO-2, 2 processes" in job.communicate()[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["cpu", "zero2"])
-def test_three_kills_change_nothing(engine, capfd):
-    """Its long form is the same script with its own defaults."""
-    kills = [ROOT / "benchmarks" / "kills.py", "--engine", engine, "--kills", "3", "--epochs", "0.1", "--longest", "16"]
-    subprocess.run([sys.executable, *map(str, kills)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    said = capfd.readouterr().out
-    assert "3 kills, " in said
-    assert "all ends equal" in said
