@@ -4,8 +4,8 @@ python benchmarks/kills.py --kills 50
 python benchmarks/kills.py --kills 20 --engine zero2
 
 A short pre-training of hivit_nano on 640 images of `sample` that saves every five steps is killed with SIGKILL, all of
-its processes at once, and resumed. Its weights are then held against those of the same run without kills: equal to the bit with one
-process, within 1e-6 under ZeRO-2 with two.
+its processes at once, and resumed. Its weights are then held against those of the same run without kills: equal to the
+bit with one process, within 1e-6 under ZeRO-2 with two.
 """
 
 import contextlib
