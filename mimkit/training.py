@@ -177,6 +177,8 @@ class Run:
         config = json.loads(json.dumps(dataclasses.asdict(self.options) | {"out": str(self.folder), "resume": None}))
         if self.options.resume and path.exists():
             before = yaml.safe_load(path.read_text())
+            if not isinstance(before, dict):
+                raise UserError(f"{path} holds no options: it is not what the run wrote; start a new run with --out.")
             changed = [k for k in config if k in before and before[k] != config[k] and k not in MAY_CHANGE]
             if changed:
                 raise UserError(
@@ -473,7 +475,8 @@ class Run:
         """What has been logged."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        # a killed run may leave half a line
+        return [json.loads(line) for line in lines if line.startswith('{"step"') and line.endswith("}")]
 
     def _trim_metrics(self, start: int) -> None:
         """Forget what was logged after the checkpoint that the run goes on from."""

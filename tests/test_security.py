@@ -247,8 +247,6 @@ def test_a_pickle_in_the_place_of_a_file_is_not_run(kind, resealed, protocol, ma
     """Its file in all checkpoints of a run at once, so that none is left to go on from."""
     if resealed and not (("checkpoints" in kind and "safetensors" in kind) or "state" in kind):
         pytest.skip("has no manifest")
-    if "config.yaml" in kind and not protocol:
-        pytest.xfail("Run.write_config takes whatever YAML it reads for options")
     root, canary = tmp_path / "made", tmp_path / "canary"
     shutil.copytree(made[0], root)
     calls, found = readers(root, made, monkeypatch), list(root.glob(kind))
