@@ -5,7 +5,6 @@ python recipes/mae_hivit.py --config mae_hivit_small --seed 1 --out runs/1
 python benchmarks/loss_bands.py --name mae_hivit_small --first runs/0 --second runs/1
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import yaml
 from mimkit.errors import UserError, one_sentence
 from mimkit.health import BY_CHANCE, FRACTIONS, losses, tolerance
 from mimkit.options import call
+from mimkit.saving import read_metrics
 
 
 def record(name: str, first: str, second: str) -> None:
@@ -27,8 +27,7 @@ def record(name: str, first: str, second: str) -> None:
     for folder in map(Path, (first, second)):
         config = yaml.safe_load((folder / "config.yaml").read_text())
         options.append({key: value for key, value in config.items() if key not in BY_CHANCE})
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if "loss" in line]
+        lines = [line for line in read_metrics(folder) if "loss" in line]
         runs.append(losses(lines, lines[-1]["step"] / lines[-1]["epoch"] * config["epochs"]))
     if options[0] != options[1]:
         raise UserError(

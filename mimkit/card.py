@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import yaml
 from safetensors import safe_open
 
+from mimkit.checkpoint import read_json
 from mimkit.errors import UserError
 from mimkit.hub import DENSE, WEIGHTS
+from mimkit.saving import read_metrics
 
 PARTS = ("encoder", "best", "last")  # of a run, that hold a network
 CHOSEN = ("top1", "miou", "box_ap")  # figures by which best/ was chosen
@@ -48,24 +50,19 @@ def find(source: str) -> Found:
     run = folder.resolve().parent if folder.resolve().name in PARTS else None
     run = run if run and (run / "config.yaml").is_file() else None
     file = next(folder / name for name in (*DENSE, "config.json") if (folder / name).is_file())
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}): get another copy of it.") from error
+    config = read_json(file)
     task = file.stem if file.name in DENSE else "classifier" if config.get("num_classes") else "encoder"
     return Found(folder, run, config, task)
 
 
-def figures(found: Found) -> list[tuple[str, float, int]]:
+def figures(found: Found) -> list[tuple[str, float, float]]:
     """(name, value, step) of what metrics.jsonl says of the weights that are pushed, the last of each until then."""
-    file = found.run / "metrics.jsonl" if found.run else None
-    text = file.read_text().splitlines() if file and file.is_file() else []
-    lines = [json.loads(line) for line in text if line.endswith("}")]
+    lines = read_metrics(found.run) if found.run else []
     end = math.inf
     if found.folder.resolve().name == "best":
         judged = [(line[name], line["step"]) for line in lines for name in CHOSEN if name in line]
         end = max(judged, key=lambda pair: pair[0])[1] if judged else end
-    latest: dict[str, tuple[float, int]] = {}
+    latest: dict[str, tuple[float, float]] = {}
     for line in lines:
         if line["step"] <= end:
             latest |= {name: (value, line["step"]) for name, value in line.items()}
@@ -136,7 +133,7 @@ def card(found: Found, to: str) -> str:
 
 def _report(folder: Path) -> dict[str, Any] | None:
     file = folder / "report.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def lay_out(found: Found, to: str, place: Path) -> None:
@@ -144,7 +141,7 @@ def lay_out(found: Found, to: str, place: Path) -> None:
     (place / "README.md").write_text(card(found, to))
     for name in ("config.json", *DENSE, "report.json"):
         if (found.folder / name).is_file():
-            content = json.loads((found.folder / name).read_text())
+            content = read_json(found.folder / name)
             told = content if name == "report.json" else {"mimkit"} & content.keys()  # of where it came from
             content |= {key: private(content[key]) for key in told}
             (place / name).write_text(json.dumps(content, indent=2))

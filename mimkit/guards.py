@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mimkit.checkpoint import State, replacing, replacing_file
+from mimkit.checkpoint import State, read_json, replacing, replacing_file
 from mimkit.data import Batch
 from mimkit.errors import UserError
 
@@ -58,36 +58,28 @@ class Guard:
 
     def read(self, accelerator: Accelerator) -> Bad | None:
         """The first bad step since the last reading, the same in all processes, which must all ask."""
-        bad: list[Bad] = []
-        for what, seen in (("loss", self.losses), ("gradient", self.gradients)):
-            if not seen:
-                continue
-            values = accelerator.reduce(torch.stack([value for _, value in seen]), "mean").tolist()
-            steps = [step for step, _ in seen]
-            bad += [
-                Bad(step, f"its {what} is not finite")
-                for step, value in zip(steps, values, strict=True)
-                if not math.isfinite(value)
-            ]
-            if what == "loss":
-                limit = self.usual * self.spike if self.spike else math.nan
-                bad += [
-                    Bad(step, f"its loss is {value:.4g}, {self.usual:.4g} before")
-                    for step, value in zip(steps, values, strict=True)
-                    if value > limit
-                ]
-                usual = sum(values) / len(values)
-        first = min(bad, key=lambda found: found.step, default=None)
-        if first is None and self.losses:
-            self.usual = usual
+        limit = self.usual * self.spike if self.spike else math.inf
+        losses, gradients = (self._means(accelerator, seen) for seen in (self.losses, self.gradients))
         self.losses, self.gradients = [], []
-        return first
+        bad = [Bad(step, "its loss is not finite") for step, loss in losses if not math.isfinite(loss)]
+        bad += [Bad(step, f"its loss is {loss:.4g}, {self.usual:.4g} before") for step, loss in losses if loss > limit]
+        bad += [Bad(step, "its gradient is not finite") for step, norm in gradients if not math.isfinite(norm)]
+        if losses and not bad:
+            self.usual = sum(loss for _, loss in losses) / len(losses)
+        return min(bad, key=lambda found: found.step, default=None)
+
+    def _means(self, accelerator: Accelerator, seen: list[tuple[int, Tensor]]) -> list[tuple[int, float]]:
+        """Over the processes, read from the device at once."""
+        if not seen:
+            return []
+        values = accelerator.reduce(torch.stack([value for _, value in seen]), "mean").tolist()
+        return [(step, value) for (step, _), value in zip(seen, values, strict=True)]
 
 
 def passed_by(run: Path) -> dict[int, str]:
     """Steps of a run that it does not make, and why."""
     return {
-        int(file.parent.name.removeprefix("step-")): json.loads(file.read_text())["reason"]
+        int(file.parent.name.removeprefix("step-")): read_json(file)["reason"]
         for file in sorted((run / "replay").glob("step-*/about.json"))
     }
 
@@ -143,10 +135,9 @@ def kept_batches(folder: Path) -> list[Batch]:
 
 def about(folder: Path) -> dict[str, Any]:
     """What is known of a step that was passed by: recipe, step, reason."""
-    try:
-        return dict(json.loads((folder / "about.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no step to replay: pass RUN/replay/step-N, which a run leaves.") from error
+    if not (folder / "about.json").is_file():
+        raise UserError(f"{folder} is no step to replay: pass RUN/replay/step-N, which a run leaves.")
+    return read_json(folder / "about.json")
 
 
 class Tracer:

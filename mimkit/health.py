@@ -5,7 +5,6 @@ options, at fractions of their steps. Their tolerance, a share of the loss, is w
 in 100, by Student's t: the spread between seeds is pooled over the fractions.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from typing import Any
 import yaml
 
 from mimkit.errors import UserError
+from mimkit.saving import read_metrics
+from mimkit.training import MAY_CHANGE
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 WINDOW = 0.1  # of a run, over which its loss is averaged
 # What a loss doesn't depend on, but by chance
-BY_CHANCE = {"out", "resume", "workers", "track", "save_every", "keep", "keep_every", "knn_every", "max_bad"}
-BY_CHANCE |= {"seed", "compile", "grad_checkpointing", "streaming", "dry_run"}
+BY_CHANCE = MAY_CHANGE | {"seed", "compile", "grad_checkpointing", "streaming", "dry_run"}
 MUCH_WAITING = 0.2  # share of the time
 
 
@@ -95,14 +95,10 @@ def expected(config: dict[str, Any]) -> str:
 
 def health(folder: Path) -> tuple[list[str], list[str]]:
     """What can be said of a run from its directory, and of that what is wrong, both as sentences."""
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        texts = (folder / "metrics.jsonl").read_text().splitlines()
-    except OSError as error:
-        raise UserError(
-            f"--run {folder} holds no config.yaml and metrics.jsonl: pass the directory of a run."
-        ) from error
-    lines = [line for line in (json.loads(text) for text in texts if text.endswith("}")) if "loss" in line]
+    if not all((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        raise UserError(f"--run {folder} holds no config.yaml and metrics.jsonl: pass the directory of a run.")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    lines = [line for line in read_metrics(folder) if "loss" in line]
     if not lines:
         return [f"{folder} has logged no loss yet."], []
     said, wrong = [], []

@@ -27,6 +27,13 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """What a run has logged, the lines of its metrics.jsonl; a killed run may leave half a line."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.startswith('{"step"') and line.endswith("}")]
+
+
 def digest(file: Path) -> str:
     """SHA-256 of what is on the disk, in hex"""
     with open(file, "rb") as opened:

@@ -39,7 +39,7 @@ from mimkit import engines, guards
 from mimkit.checkpoint import load_strictly, read_weights, replacing, replacing_file
 from mimkit.data import STOPS, Batch, Plan, cpu_count, guarded, restart
 from mimkit.errors import StoppedError, UserError, is_full
-from mimkit.saving import checkpoints, read, seal, step_of, trim, why_torn, write
+from mimkit.saving import checkpoints, read, read_metrics, seal, step_of, trim, why_torn, write
 
 REPLAYED: list[Path] = []  # the step that `replaying` is about
 LOG_EVERY = 20  # steps between readings of what is accumulated on the device
@@ -223,7 +223,7 @@ class Run:
                 "share them: leave it out, or launch with ddp.yaml or zero2.yaml."
             )
         clip, share = getattr(self.options, "clip_grad", None), self.data_plan.share
-        self.prepared, wrapped = engines.prepare(accelerator, model, optimizer, share, self.options.precision, clip)
+        prepared = engines.prepare(accelerator, model, optimizer, share, self.options.precision, clip)
         for module in beside.values():
             module.to(accelerator.device)
         self.guard.watch(optimizer)
@@ -233,7 +233,7 @@ class Run:
         elif not engines.own_files(accelerator):
             self.begun = self._state(0)
         self._trim_metrics(self.data_plan.start)
-        return self.prepared, wrapped
+        return prepared
 
     def whole(self, part: Any) -> Any:
         """A part of the network with all of its weights: itself, or a twin of it where processes share them.
@@ -292,9 +292,10 @@ class Run:
         load_strictly(self.model, read_weights(folder / "weights"), folder)
         self.step = self.data_plan.start
         self._seed()
-        self.bad = guards.Bad(self.step, guards.about(folder)["reason"])  # nothing is due
+        reason = guards.about(folder)["reason"]
+        self.bad = guards.Bad(self.step, reason)  # nothing is due
         yield self.step, (batch.to(self.accelerator.device) for batch in batches)
-        self.print(f"step {self.step}, of which it was said: {self.bad.reason if self.bad else ''}")
+        self.print(f"step {self.step}, of which it was said: {reason}")
         self.print(tracer.report([float(loss) for _, loss in self.guard.losses], batches))
         raise SystemExit(0)
 
@@ -473,10 +474,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, float]]:
         """What has been logged."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        # a killed run may leave half a line
-        return [json.loads(line) for line in lines if line.startswith('{"step"') and line.endswith("}")]
+        return read_metrics(self.folder)
 
     def _trim_metrics(self, start: int) -> None:
         """Forget what was logged after the checkpoint that the run goes on from."""
@@ -520,7 +518,8 @@ class Run:
         if engines.own_files(self.accelerator):
             self._save_parts(folder, self._averages(), self._own(step + 1))
         elif self.accelerator.is_main_process:
-            self.saving, self.begun = self.saver.submit(self._write, folder, *self._state(step + 1)), None
+            self.saving = self.saver.submit(self._write, folder, *self._state(step + 1))
+        self.begun = None
 
     def _own(self, done: int) -> dict[str, Any]:
         """What is known after so many steps, beside tensors."""

@@ -1,7 +1,9 @@
 import io
+import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +23,7 @@ from mimkit.data import Plan, Viewer, train_loader, train_transform
 
 ROOT = Path(__file__).parent.parent
 PLAIN = {"embed_dim": 32, "depth": 2, "num_heads": 2, "dynamic_img_size": True}
+RECIPES = [import_module(f"mimkit.recipes.{name}") for name in cli.recipes()]
 BACKBONES = {
     "hivit_nano": {},
     "hpvit": {"source_args": {"embed_dim": 32, "depth": 3, "num_heads": 2}, "depths": "1-1-1-0"},
@@ -146,6 +149,12 @@ def launched(engine, recipe, *argv):
     out, err = job.communicate()
     assert job.returncode == 0, err[-2000:]
     return out
+
+
+def losses(run):
+    """Those that a run has logged, by step"""
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def command(capsys, monkeypatch, *argv):

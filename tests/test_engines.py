@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, launched, launching
+from conftest import ROOT, launched, launching, losses
 from safetensors.torch import load_file
 
 ENGINES = {file.stem: file for file in sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))}
@@ -18,11 +18,6 @@ def probed(engine, recipe, out, *argv):
     """A recipe under an engine -> what its processes found, and its losses"""
     launched(engine, ROOT / "tests" / "engine_probe.py", out, recipe, "--out", out, *TINY, *argv)
     return [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(2)], losses(out)
-
-
-def losses(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def test_each_engine_is_a_file():

@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import command
+from conftest import command, losses
 from mimkit.recipes import finetune, mae_hivit
 from safetensors.torch import load_file
 
@@ -13,11 +13,6 @@ from mimkit.data import Batch
 from mimkit.training import Run
 
 TINY = ["--epochs", "8", "--batch-size", "8", "--decoder-dim", "24", "--workers", "0", "--knn-every", "0"]
-
-
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 @pytest.fixture

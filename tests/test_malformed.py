@@ -17,20 +17,10 @@ import timm
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from conftest import picture
+from conftest import RECIPES, picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mimkit.recipes import (
-    detect,
-    finetune,
-    linear_probe,
-    mae_hivit,
-    mae_svit,
-    mae_vit,
-    segment,
-    simmim_svit,
-    simmim_swin,
-)
+from mimkit.recipes import detect, finetune, linear_probe, mae_hivit, segment, simmim_swin
 from safetensors.torch import save_file
 
 from mimkit import cli
@@ -47,7 +37,6 @@ EXAMPLES = settings(
 )
 PATHS = ("--config", "--data", "--images", "--model", "--init", "--resume", "--run", "--from", "--checkpoint", "--out")
 COMMANDS = [cli.models, cli.convert, cli.knn, cli.probe, cli.reconstruct, cli.predict, cli.export]
-RECIPES = [mae_hivit, mae_svit, mae_vit, simmim_svit, simmim_swin, finetune, linear_probe, segment, detect]
 TRAINS = "it would train"
 
 # Whole things, and a folder to work in --------------------------------------------------------------------------------

@@ -10,18 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import command
-from mimkit.recipes import (
-    detect,
-    finetune,
-    linear_probe,
-    mae_hivit,
-    mae_svit,
-    mae_vit,
-    segment,
-    simmim_svit,
-    simmim_swin,
-)
+from conftest import RECIPES, command
+from mimkit.recipes import mae_hivit, mae_svit, mae_vit, simmim_svit, simmim_swin
 from PIL import Image
 
 from mimkit.options import presets
@@ -88,9 +78,6 @@ def test_wrong_words_are_one_sentence(capsys, monkeypatch, trained, tmp_path):
         assert message in err, (argv, err)
     assert command(capsys, monkeypatch, "--version")[1].startswith("mimkit 0.")
     assert "reconstruct" in command(capsys, monkeypatch)[1]
-
-
-RECIPES = [mae_hivit, mae_vit, mae_svit, simmim_svit, simmim_swin, finetune, linear_probe, segment, detect]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

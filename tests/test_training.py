@@ -17,7 +17,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import LoggerType
-from conftest import ROOT, launched, launching
+from conftest import ROOT, launched, launching, losses
 from mimkit.recipes import mae_hivit, mae_svit, mae_vit, simmim_svit, simmim_swin
 from PIL import Image
 from safetensors import SafetensorError
@@ -41,11 +41,6 @@ def run(recipe, *argv):
     recipe.main(list(argv))
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-def losses(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 @pytest.mark.parametrize("recipe", [mae_hivit, mae_vit], ids=["hivit", "vit"])
