@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,8 +23,11 @@ def count_gmacs(model: nn.Module, *shape: int) -> float:
 
 @torch.no_grad()
 def gmacs_of(model: nn.Module, *inputs: Tensor) -> float:
-    """GMACs of `model(*inputs)`, on the device and in the mode that it is in."""
-    with FlopCounterMode(display=False) as counter:
+    """GMACs of `model(*inputs)`, on the device and in the mode that it is in.
+
+    Attention is computed as the two matrix products that it is: torch 2.14 does not count its fused kernel on CPUs.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*inputs)
     return counter.get_total_flops() / 2e9
 
