@@ -28,13 +28,13 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
     if data.startswith(TIFF) and in_chans not in (1, 3):
         return to_tensor(tifffile.imread(io.BytesIO(data)), in_chans)
     try:
-        file = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         if data.startswith(TIFF):  # of a kind that PIL does not know, such as floating-point colours
             return to_tensor(tifffile.imread(io.BytesIO(data)), in_chans)
         raise ValueError("not an image of a known kind") from None
-    file.load()
-    image: Image.Image = ImageOps.exif_transpose(file)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
     if in_chans not in (1, 3):
         return to_tensor(np.asarray(image), in_chans)
     if image.mode.startswith(("I", "F")):  # 16-bit and floating-point grey, which PIL would clip to 8 bits
