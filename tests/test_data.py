@@ -319,6 +319,11 @@ def test_normalise_is_timms():
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     expected = (images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     assert torch.allclose(Normalise(mean, std)(images), expected)
+    floats = images / 255
+    kept = images.clone(), floats.clone()
+    assert torch.equal(Normalise(mean, std)(floats), Normalise(mean, std)(images))
+    assert torch.equal(images, kept[0])  # neither is written to
+    assert torch.equal(floats, kept[1])
 
 
 @given(w=st.integers(3, 60), h=st.integers(3, 60), size=st.tuples(st.integers(4, 32), st.integers(4, 32)))
