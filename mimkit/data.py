@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from numpy.random.mtrand import get_bit_generator, set_bit_generator
 from PIL import Image
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
@@ -53,29 +54,47 @@ def parse_size(size: int | str) -> Size:
 # One image -----------------------------------------------------------------------------------------------------------
 
 
+STAND_IN = np.random.MT19937(0)  # for numpy's own generator: setting that one back would cost .1 ms an image
+
+
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Inside, every usual generator is a function of the key alone; afterwards they are as they were."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Inside, every usual generator is a function of the key alone; afterwards they are as they were.
+
+    But for the second of a pair of normal numbers that `np.random.randn` may hold ready: NumPy lets go of it.
+    """
+    before = random.getstate(), get_bit_generator(), torch.get_rng_state()
     words = np.random.SeedSequence(key).generate_state(3)
     random.seed(int(words[0]))
+    set_bit_generator(STAND_IN)
     np.random.seed(words[1])
     torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed formats a traceback where CUDA is asleep
     try:
         yield
     finally:
         random.setstate(before[0])
-        np.random.set_state(before[1])
+        set_bit_generator(before[1])
         torch.set_rng_state(before[2])
 
 
+class CropTensor(v2.RandomResizedCrop):
+    """torchvision's, also for a PIL image -> (c H W): torch scales bytes faster than PIL (benchmarks/loader.md)."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Tensor:
+        """An image or (c h w), and the box -> (c H W)"""
+        part = v2.functional.crop(inpt, **params)
+        if isinstance(part, Image.Image):
+            part = v2.functional.pil_to_tensor(part)
+        return v2.functional.resize(part, self.size, self.interpolation, antialias=self.antialias)
+
+
 def train_transform(size: Size, scale: tuple[float, float] = (0.2, 1.0)) -> Transform:
-    """MAE's augmentation: a random resized crop, bicubic, and a flip (MAE, appendix A.1)."""
+    """MAE's augmentation: a random resized crop, bicubic, and a flip (MAE, appendix A.1): an image -> (c H W)."""
     if not 0 < scale[0] <= scale[1] <= 1:
         raise UserError(
             f"--crop-scale {list(scale)} is no range of shares: give two numbers between 0 and 1, like 0.2,1."
         )
-    crop = v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    crop = CropTensor(size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
@@ -106,10 +125,9 @@ def finetune_transform(
     here = Normalise(*normalise.values)  # the other one may be on a GPU, which workers have no part in
 
     def transform(image: Any) -> Tensor:
-        image = crop(image)
+        pixels = crop(image)
         if policy and isinstance(image, Image.Image):
-            image = policy(image)
-        pixels = v2.functional.pil_to_tensor(image) if isinstance(image, Image.Image) else image
+            pixels = v2.functional.pil_to_tensor(policy(v2.functional.to_pil_image(pixels)))
         return erasing(here(pixels))
 
     return transform
@@ -264,7 +282,9 @@ class Normalise(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(b c H W) -> (b c H W), float32"""
-        return ((images.float() / 255 if images.dtype == torch.uint8 else images) - self.mean) / self.std
+        if images.dtype == torch.uint8:  # one new tensor only: on a CPU, fetching memory costs more than the sums
+            return images.float().div_(255).sub_(self.mean).div_(self.std)
+        return (images - self.mean) / self.std
 
 
 class Rows(Dataset[View]):

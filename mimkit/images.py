@@ -32,16 +32,16 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
     if data.startswith(TIFF) and in_chans not in (1, 3):
         return read_tiff(data, in_chans)
     try:
-        file = open_image(data)
+        image: Image.Image = open_image(data)
     except UnidentifiedImageError:
         if data.startswith(TIFF):  # of a kind that PIL does not know, such as floating-point colours
             return read_tiff(data, in_chans)
         raise ValueError("not an image of a known kind" if data else "an empty file") from None
-    tags = getattr(file, "tag_v2", {})
-    if len(file.getbands()) > 1 and tags.get(PLANES) == 2 and max(tags[BITS]) > 8:  # PIL would misread them
+    tags = getattr(image, "tag_v2", {})
+    if len(image.getbands()) > 1 and tags.get(PLANES) == 2 and max(tags[BITS]) > 8:  # PIL would misread them
         return read_tiff(data, in_chans)
-    file.load()
-    image: Image.Image = ImageOps.exif_transpose(file)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
     if in_chans not in (1, 3):
         return to_tensor(np.asarray(image), in_chans)
     if image.mode.startswith(("I", "F")):  # 16-bit and floating-point grey, which PIL would clip to 8 bits

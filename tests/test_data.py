@@ -1,4 +1,5 @@
 import io
+import pickle
 import random
 
 import numpy as np
@@ -9,6 +10,7 @@ from conftest import batches, encoded, picture, viewer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import v2
 
 from mimkit.data import (
     Normalise,
@@ -89,6 +91,20 @@ def test_a_view_depends_on_seed_epoch_and_index_only(folder):
     for other in (viewer(source, seed=1)(row, 2, 3), viewer(source)(row, 1, 3), viewer(source)(row, 2, 4)):
         assert not torch.equal(first.noise, other.noise)
         assert not torch.equal(first.image, other.image)
+
+
+def test_seeding_is_numpys_own():
+    """What a key gives inside is what the usual calls give, so that older runs go on as they began."""
+    words = np.random.SeedSequence((1, 2, 3)).generate_state(3)
+    with seeded(1, 2, 3):
+        drawn = random.random(), np.random.rand(5), np.random.randn(3), torch.rand(1)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+    assert random.random() == drawn[0]
+    assert np.array_equal(np.random.rand(5), drawn[1])
+    assert np.array_equal(np.random.randn(3), drawn[2])
+    assert torch.equal(torch.rand(1), drawn[3])
 
 
 def test_seeding_leaves_other_generators_alone():
@@ -184,6 +200,69 @@ def test_exif_rotation_is_applied():
     assert decode(encoded(picture(), "JPEG", exif=exif)).size == (30, 40)
 
 
+def smooth(size, mode="RGB"):
+    """A picture with edges and slopes, not all of which are grey."""
+    return picture(1, (size[0] // 10, size[1] // 10)).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(100, 75), (75, 100), (40, 30)])
+def test_a_training_crop_is_torchvisions(size, mode):
+    """The same box and flip of the same draws, scaled as PIL does it but for roundings."""
+    image = smooth(size, mode)
+    theirs = v2.Compose(
+        [
+            v2.RandomResizedCrop((24, 32), scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+        ]
+    )
+    ours = pickle.loads(pickle.dumps(train_transform((24, 32))))  # as a spawned worker has it
+    apart = []
+    for key in range(40):
+        with seeded(key):
+            crop = ours(image)
+        with seeded(key):
+            expected = theirs(image)
+        assert (crop.shape, crop.dtype) == (expected.shape, torch.uint8)
+        apart.append((crop.float() - expected.float()).abs())
+        assert apart[-1].square().mean() < 255**2 / 10**4.8  # 48 dB
+    assert torch.stack(apart).le(1).float().mean() > 0.998
+    with seeded(40):  # another box is far off
+        assert (ours(image).float() - expected.float()).abs().mean() > 5
+
+
+def test_a_training_crop_of_arrays_is_torchvisions():
+    """Arrays of any channels never were pictures, and are cropped as they are."""
+    theirs = v2.RandomResizedCrop((16, 16), scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    flip = v2.RandomHorizontalFlip()
+    for array in (torch.rand(5, 30, 40), torch.randint(0, 256, (5, 30, 40), dtype=torch.uint8)):
+        for key in range(8):
+            with seeded(key):
+                crop = train_transform((16, 16))(array)
+            with seeded(key):
+                assert torch.equal(crop, flip(theirs(array)))
+
+
+def test_crops_of_all_kinds_of_files():
+    """Turned by EXIF, with 16 bits, grey or CMYK: what is cropped is what the picture shows."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colour, grey = smooth((100, 80)), smooth((100, 80), "L")
+    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    for file, shown in [
+        (encoded(colour, "PNG", exif=exif), colour.transpose(Image.Transpose.ROTATE_270)),
+        (encoded(sixteen), grey.convert("RGB")),
+        (encoded(grey), grey.convert("RGB")),
+        (encoded(colour.convert("CMYK"), "TIFF"), colour.convert("CMYK").convert("RGB")),
+    ]:
+        for key in range(4):
+            with seeded(key):
+                crop = train_transform((16, 16))(decode(file))
+            with seeded(key):
+                assert torch.equal(crop, train_transform((16, 16))(shown))
+
+
 def test_arrays():
     def npy(array):
         buffer = io.BytesIO()
@@ -240,6 +319,11 @@ def test_normalise_is_timms():
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     expected = (images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     assert torch.allclose(Normalise(mean, std)(images), expected)
+    floats = images / 255
+    kept = images.clone(), floats.clone()
+    assert torch.equal(Normalise(mean, std)(floats), Normalise(mean, std)(images))
+    assert torch.equal(images, kept[0])  # neither is written to
+    assert torch.equal(floats, kept[1])
 
 
 @given(w=st.integers(3, 60), h=st.integers(3, 60), size=st.tuples(st.integers(4, 32), st.integers(4, 32)))

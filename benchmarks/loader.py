@@ -1,0 +1,242 @@
+"""Images a second of our loader, of torchvision's ImageFolder with its transforms on PIL images, and of timm's loader.
+
+python benchmarks/loader.py --data CIFAR10 --out JPEGS --workers 0,1,2
+taskset -c 1 python benchmarks/loader.py --data CIFAR10 --out JPEGS --workers 0,1        on one core of several
+
+JPEGS is made if it is not there: pictures of 500x375 px, quality 90, 4:2:0, each of 4 x 3 images out of CIFAR10, scaled
+up bicubically, under noise with the spectrum of photographs (amplitude 1 / frequency, mostly grey), in class folders.
+
+All three cut out boxes of one law (area uniform in .2-1 of the picture, aspect log-uniform in 3/4-4/3), scale them to
+224 px bicubically with antialiasing, flip one in two, and end as float32 batches, normalised: by torchvision in its
+workers, by timm's prefetcher and by us in the process that trains. One process, interleaved, medians; a round starts a
+pipeline anew, lets a few batches pass, and times the rest of an epoch. Rows of uint8 are without the normalising, which
+a GPU does. CPU time is that of the process itself, without workers: it means something on a busy machine too.
+"""
+
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice, product
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_loader
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from mimkit.data import (
+    CropTensor,
+    Normalise,
+    Plan,
+    Viewer,
+    cpu_count,
+    read_cell,
+    seeded,
+    spread,
+    train_loader,
+    train_transform,
+)
+from mimkit.errors import one_sentence
+from mimkit.images import decode
+from mimkit.options import PositiveInt, call
+from mimkit.sources import open_source
+
+WIDE, HIGH, TILE, SIZE = 500, 375, 125, 224
+SCALE, BICUBIC = (0.2, 1.0), v2.InterpolationMode.BICUBIC
+STATISTICS = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+WARM = 4  # batches of a round before its clock starts
+
+
+def natural_noise(rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """(HIGH WIDE), of deviation 1, whose amplitude falls with the frequency"""
+    frequency = np.hypot(np.fft.fftfreq(HIGH, 1 / HIGH)[:, None], np.fft.rfftfreq(WIDE, 1 / WIDE))
+    frequency[0, 0] = np.inf
+    noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((HIGH, WIDE))) / frequency, (HIGH, WIDE))
+    return noise / noise.std()
+
+
+def make_pictures(data: str, out: Path, count: int) -> None:
+    """Write JPEGs into ten class folders."""
+    source = open_source(data)
+    tiles = [decode(read_cell(source.rows[i][source.image])) for i in spread(source.length, 4000)]
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        mosaic = Image.new("RGB", (WIDE, HIGH))
+        for y in range(0, HIGH, TILE):
+            for x in range(0, WIDE, TILE):
+                tile: Any = tiles[rng.integers(len(tiles))]
+                mosaic.paste(tile.resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
+        noise = 24 * natural_noise(rng)[..., None] + 6 * np.stack([natural_noise(rng) for _ in "rgb"], axis=-1)
+        pixels = (np.asarray(mosaic) + noise).clip(0, 255).astype(np.uint8)
+        folder = out / f"class{i % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{i:05}.jpg", quality=90, subsampling="4:2:0")
+
+
+def ours(data: str, batch_size: int, workers: int, turn: int, normalise: bool) -> Iterator[Any]:
+    """Batches of one epoch, as a recipe reads them."""
+    source = open_source(data)
+    viewer = Viewer(train_transform((SIZE, SIZE), SCALE), 3, 49, 0, (source.image, source.label))
+    epoch = source.length // batch_size
+    plan = Plan(source.length, batch_size, (turn + 1) * epoch, start=turn * epoch)
+    scaled = Normalise(*STATISTICS)
+    return ((scaled(b.images) if normalise else b.images) for b in train_loader(source, viewer, plan, workers))
+
+
+def torchvisions(data: str, batch_size: int, workers: int, turn: int) -> Iterable[Any]:
+    """ImageFolder, PIL's scaling, ToTensor and Normalize."""
+    torch.manual_seed(turn)
+    crop = transforms.RandomResizedCrop(SIZE, scale=SCALE, interpolation=BICUBIC)
+    rest = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*STATISTICS)]
+    files = ImageFolder(data, transforms.Compose([crop, *rest]))
+    return DataLoader(files, batch_size, shuffle=True, drop_last=True, num_workers=workers)
+
+
+def timms(data: str, batch_size: int, workers: int, turn: int, normalise: bool) -> Iterable[Any]:
+    """create_loader with its prefetcher, whose inner loader gives uint8."""
+    torch.manual_seed(turn)
+    files = create_dataset("", root=data, is_training=True)
+    loader: Any = create_loader(
+        files,
+        (3, SIZE, SIZE),
+        batch_size,
+        is_training=True,
+        scale=SCALE,
+        color_jitter=None,
+        interpolation="bicubic",
+        num_workers=workers,
+        device=torch.device("cpu"),
+        persistent_workers=False,
+    )
+    return loader if normalise else loader.loader
+
+
+PIPELINES: dict[str, Callable[..., Iterable[Any]]] = {
+    "ours": partial(ours, normalise=True),
+    "torchvision": torchvisions,
+    "timm": partial(timms, normalise=True),
+    "ours, uint8": partial(ours, normalise=False),
+    "timm, uint8": partial(timms, normalise=False),
+}
+
+
+def speed(batches: Iterable[Any], batch_size: int) -> tuple[float, float]:
+    """Images a second after the first batches, and as many a second of this process's CPU time."""
+    iterator = iter(batches)
+    first = next(islice(iterator, WARM - 1, None))
+    shape = (first if torch.is_tensor(first) else first[0]).shape
+    assert shape == (batch_size, 3, SIZE, SIZE), shape
+    start, start_cpu = time.perf_counter(), time.process_time()
+    count = batch_size * sum(1 for _ in iterator)
+    return count / (time.perf_counter() - start), count / (time.process_time() - start_cpu)
+
+
+def stages(files: list[Path]) -> dict[str, float]:
+    """CPU milliseconds an image of the parts of the work, and how near our crops are to PIL's."""
+    crop = v2.RandomResizedCrop(SIZE, scale=SCALE, interpolation=BICUBIC)
+    tensor = CropTensor((SIZE, SIZE), scale=SCALE, interpolation=BICUBIC)
+    source = open_source(str(files[0].parent.parent))
+    held = [file.read_bytes() for file in files]
+    pictures: list[Any] = [decode(data) for data in held]
+    boxes = [crop.make_params([picture]) for picture in pictures]
+    scaled = [tensor.transform(picture, box) for picture, box in zip(pictures, boxes, strict=True)]
+    floats, normalise = torch.rand(8, 3, SIZE, SIZE), Normalise(*STATISTICS)
+
+    def draw(i: int) -> None:
+        with seeded(0, 1, i):
+            pass
+
+    parts: dict[str, Callable[[int], Any]] = {
+        "the file read": lambda i: files[i].read_bytes(),
+        "a row of the table": lambda i: source.rows[i],
+        "decoding by PIL's libjpeg alone, which all share": lambda i: Image.open(io.BytesIO(held[i])).load(),
+        "`mimkit.images.decode`, that included": lambda i: decode(held[i]),
+        "the three generators set and set back": draw,
+        "the box drawn": lambda i: crop.make_params([pictures[i]]),
+        "crop and scaling by PIL (torchvision, timm)": lambda i: crop.transform(pictures[i], boxes[i]),
+        "crop and scaling by torch (ours)": lambda i: tensor.transform(pictures[i], boxes[i]),
+        "flip": lambda i: v2.functional.hflip(scaled[i]),
+        "stacking bytes": lambda i: torch.stack(scaled[i : i + 1]),
+        "stacking floats (torchvision)": lambda i: torch.stack([floats[i % 8]]),
+        "normalising from bytes (ours, timm)": lambda i: normalise(scaled[i].contiguous()[None]),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(5):
+        for name, part in parts.items():
+            start = time.process_time()
+            for i in range(len(files)):
+                part(i)
+            spent[name].append((time.process_time() - start) / len(files) * 1000)
+    by_pil = [v2.functional.pil_to_tensor(crop.transform(*pair)) for pair in zip(pictures, boxes, strict=True)]
+    apart = torch.stack(scaled).float() - torch.stack(by_pil).float()
+    psnr = 10 * torch.log10(255**2 / apart.square().mean((1, 2, 3)).clamp(min=1e-9))
+    share = (apart.abs() > 1).float().mean()
+    print(
+        f"\nCrops against PIL's: PSNR at least {psnr.min():.1f} dB over {len(files)}, median {psnr.median():.1f} dB;",
+        end="",
+    )
+    print(f" {share:.2%} of the values are more than 1 of 255 apart, none more than {apart.abs().max():.0f}\n")
+    return {name: median(times) for name, times in spent.items()}
+
+
+def measure(
+    data: str,
+    out: str,
+    images: PositiveInt = 1000,
+    batch_size: PositiveInt = 32,
+    workers: str = "0,1,2",
+    rounds: int = 5,
+) -> None:
+    """Compare the loaders.
+
+    Args:
+        data: small images that the pictures are made of: CIFAR-10, as parquet files.
+        out: folder of the pictures; used as it is when it is there.
+        images: how many are made.
+        workers: numbers of data workers, between commas.
+        rounds: of which the median is taken.
+    """
+    torch.set_num_threads(1)
+    if not Path(out).exists():
+        make_pictures(data, Path(out), images)
+    files = sorted(Path(out).glob("*/*.jpg"))
+    size = mean(file.stat().st_size for file in files) / 1000
+    counts = [int(count) for count in workers.split(",")]
+    print(f"{len(files)} JPEGs of {WIDE}x{HIGH} px, {size:.1f} kB on average; {cpu_count()} cores, batch {batch_size}")
+    print(f"load of the machine at the start: {os.getloadavg()[0]:.1f}", flush=True)
+    columns = [f"{count} workers" for count in counts] + ["CPU second, 0 workers"] * (0 in counts)
+    found: dict[str, dict[str, list[float]]] = {name: {column: [] for column in columns} for name in PIPELINES}
+    for turn in range(rounds):
+        for count, (name, pipeline) in product(counts, PIPELINES.items()):
+            by_clock, by_cpu = speed(pipeline(out, batch_size, count, turn), batch_size)
+            found[name][f"{count} workers"].append(by_clock)
+            if not count:
+                found[name][columns[-1]].append(by_cpu)
+        print(f"round {turn + 1} of {rounds}: load {os.getloadavg()[0]:.1f}", flush=True)
+    print(f"\n| images a second | {' | '.join(columns)} |\n" + "|---" * (len(columns) + 1) + "|")
+    for name, speeds in found.items():
+        print(f"| {name} | {' | '.join(f'{median(speeds[column]):,.0f}' for column in columns)} |")
+    for us, others in (("ours", ("torchvision", "timm")), ("ours, uint8", ("timm, uint8",))):
+        cells = []
+        for column in columns:  # by round, each of which had its own neighbours on the machine
+            theirs = [max(speeds) for speeds in zip(*(found[other][column] for other in others), strict=True)]
+            ratios = [mine / best for mine, best in zip(found[us][column], theirs, strict=True)]
+            cells.append(f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+        print(f"| {us} / the better other, a round | {' | '.join(cells)} |")
+    parts = stages(files[:: max(1, len(files) // 200)])
+    print("| part | CPU ms an image |\n|---|---|")
+    for name, spent in parts.items():
+        print(f"| {name} | {spent:.3f} |")
+
+
+if __name__ == "__main__":
+    one_sentence(call)(measure, "loader.py", sys.argv[1:])
