@@ -48,7 +48,7 @@ def done(out: Path) -> int:
 
 
 def measure(
-    kills: PositiveInt = 50, engine: str = "cpu", seed: int = 0, longest: float = 30.0, epochs: float = 0.5
+    kills: PositiveInt = 50, engine: str = "cpu", seed: int = 0, longest: float = 1.0, epochs: float = 2.0
 ) -> None:
     """Kill, resume, compare.
 
@@ -56,7 +56,8 @@ def measure(
         kills: how many.
         engine: cpu, or zero2 with two processes.
         seed: of the run and of the moments.
-        longest: seconds after which a run is killed at the latest; from a start it is a moment between 0 and these.
+        longest: when a run is killed at the latest, counted in what the whole run takes; from a start it is any moment
+            up to there.
         epochs: of the run, a quarter between checkpoints.
     """
     if engine not in ("cpu", "zero2"):
@@ -72,11 +73,12 @@ def measure(
         begun = time.time()
         if started(engine, whole, seed, epochs).wait():
             raise UserError(f"the run without kills failed: {whole.with_suffix('.log').read_text()[-500:]}")
-        print(f"without kills: {done(whole)} steps in {time.time() - begun:.0f} s", flush=True)
+        took = time.time() - begun
+        print(f"without kills: {done(whole)} steps in {took:.0f} s", flush=True)
         for kill in range(1, kills + 1):
             job = started(engine, killed, seed, epochs)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                if job.wait(timeout=moments.uniform(0, longest)):
+                if job.wait(timeout=moments.uniform(0, longest * took)):
                     raise UserError(f"it failed by itself: {killed.with_suffix('.log').read_text()[-500:]}")
             ended = job.poll() is not None
             with contextlib.suppress(ProcessLookupError):

@@ -200,7 +200,7 @@ class Machine:
 
     def words(self) -> str:
         """On the machine and the software."""
-        cpu = f"{torch.get_num_threads()} threads, bf16 instructions: {multiplies_bf16()}"
+        cpu = f"{torch.get_num_threads()} threads, faster in bf16: {multiplies_bf16()}"
         return f"{torch.cuda.get_device_name() if self.device == 'cuda' else cpu}; torch {torch.__version__}"
 
 

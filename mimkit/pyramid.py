@@ -29,7 +29,7 @@ class Pyramid(nn.Module):
         maps: the ends of the backbone's own stages; one that ends at 1/16 is pooled to 1/32.
         pyramid: the simple feature pyramid of a plain ViT (Li et al., "Exploring plain vision transformer backbones for
             object detection", ECCV 2022): deconvolutions of the 1/16 map, the map itself, and the map pooled.
-        both: that, and finer stages added through 1 x 1 convolutions.
+        both: that, and finer stages added through 1 x 1 convolutions, which start at 0: at the start it is the pyramid.
     By default a plain ViT has a pyramid; an HPViT, whose stages are as wide as its last one, both; others have maps.
 
     Images are padded at the right and bottom with zeros, the mean of what a network takes, to a multiple of `multiple`.
@@ -85,6 +85,8 @@ class Pyramid(nn.Module):
             self.side.extend(
                 nn.Conv2d(d, c, 1) for d, c in zip(widths[:-1], self.channels[: len(widths) - 1], strict=True)
             )
+            for parameter in self.side.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(b c H W) -> 4 x (b d h w), of the padded image"""

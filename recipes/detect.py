@@ -171,20 +171,21 @@ def main(argv: list[str] | None = None) -> None:
     transform = train_objects(size, short, long, options.scales, normalise.values[0])
     fields = (data.image, data.label)
     viewer = Viewer(transform, options.in_chans, 0, options.seed, fields, read_objects(options.masks))
-    if options.dry_run:
-        show_groups(groups, options.lr, run.console)
-        task.rehearse(network.to(run.accelerator.device), viewer, data)
-        return
-    plan = run.plan(data.length, options.batch_size, options.epochs)
-    loader = train_loader(data, viewer, plan, options.workers, collate_list)
-    run.write_config()
-    run.print(f"{start}; {len(truth.names)} classes; {data.length:,} + {test.length:,} images; {network.pyramid.neck}")
+    length = max(data.length, options.batch_size) if options.dry_run else data.length  # a few images rehearse a set
+    plan = run.plan(length, options.batch_size, options.epochs)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
     warmup, per_epoch = round(options.warmup_epochs * plan.steps_per_epoch), plan.steps_per_epoch
     if options.schedule == "steps":
         schedule: Any = drops(optimizer, plan.steps, warmup, [round(e * per_epoch) for e in options.drop_epochs])
     else:
         schedule = (poly if options.schedule == "poly" else cosine)(optimizer, plan.steps, warmup)
+    if options.dry_run:
+        show_groups(groups, options.lr, run.console)
+        task.rehearse(network.to(run.accelerator.device), viewer, data)
+        return
+    loader = train_loader(data, viewer, plan, options.workers, collate_list)
+    run.write_config()
+    run.print(f"{start}; {len(truth.names)} classes; {data.length:,} + {test.length:,} images; {network.pyramid.neck}")
     ema = ModelEmaV3(network, options.model_ema_decay, use_warmup=True) if options.model_ema_decay else None
     if options.compile:
         network.rcnn.backbone.compile()

@@ -174,24 +174,25 @@ def main(argv: list[str] | None = None) -> None:
     )
     transform = train_pairs(size, short, options.scales, normalise.values[0])
     viewer = Viewer(transform, options.in_chans, 0, options.seed, (data.image, data.mask), classes)
-    if options.dry_run:
-        show_groups(groups, options.lr, run.console)
-        task.rehearse(network.to(run.accelerator.device), viewer, data)
-        return
-    plan = run.plan(data.length, options.batch_size, options.epochs)
+    length = max(data.length, options.batch_size) if options.dry_run else data.length  # a few images rehearse a set
+    plan = run.plan(length, options.batch_size, options.epochs)
     if options.decoder == "upernet" and plan.share < 2:  # it normalises one number for an image over a batch
         raise UserError(
             "UPerNet needs 2 images or more in each part of a step on each process: choose a larger --batch-size, "
             "fewer --grad-accum-steps, or --decoder fpn."
         )
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
+    warmup = round(options.warmup_epochs * plan.steps_per_epoch)
+    schedule = (poly if options.schedule == "poly" else cosine)(optimizer, plan.steps, warmup)
+    if options.dry_run:
+        show_groups(groups, options.lr, run.console)
+        task.rehearse(network.to(run.accelerator.device), viewer, data)
+        return
     loader = train_loader(data, viewer, plan, options.workers)
     run.write_config()
     run.print(
         f"{start}; {len(classes.names)} classes; {data.length:,} + {test.length:,} images; {network.pyramid.neck}"
     )
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
-    warmup = round(options.warmup_epochs * plan.steps_per_epoch)
-    schedule = (poly if options.schedule == "poly" else cosine)(optimizer, plan.steps, warmup)
     ema = ModelEmaV3(network, options.model_ema_decay, use_warmup=True) if options.model_ema_decay else None
     if options.compile:
         network.compile()

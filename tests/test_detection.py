@@ -502,6 +502,7 @@ def test_wrong_words_are_one_sentence(data, tmp_path, capsys):
     assert "--schedule x is unknown" in refused(capsys, *argv, "--schedule", "x")
     assert "is no range" in refused(capsys, *argv, "--scales", "[2,1]")
     assert "is above --long-side 80" in refused(capsys, *argv, "--short-side", "90")
+    assert "give rising --drop-epochs" in refused(capsys, *argv, "--schedule", "steps", "--drop-epochs", "[2,1]")
     assert "which follows from an option" in refused(capsys, *argv, "--model-args.in_chans", "3")
     assert "is no run of recipes/detect.py" in refused(capsys, *argv, "--eval-only")
     assert "is no folder" in refused(capsys, *SMALL, "--data", str(tmp_path / "nowhere"))

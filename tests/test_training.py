@@ -30,7 +30,7 @@ from mimkit.data import Normalise
 from mimkit.optim import adamw, cosine
 from mimkit.pretraining import load_run
 from mimkit.saving import checkpoints
-from mimkit.training import Run, resolve_precision
+from mimkit.training import Run, resolve_precision, seconds_of
 from mimkit.units import serialize
 from mimkit.visualize import reconstruct
 
@@ -399,8 +399,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(error, images, tmp_path, capsys,
 def test_precision_is_what_the_device_does_well(monkeypatch):
     assert resolve_precision("bf16") == "bf16"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for flags, expected in [("avx512f avx512_bf16", "bf16"), ("avx2 avx512f", "fp32")]:
-        monkeypatch.setattr(Path, "read_text", lambda self, flags=flags: f"flags : {flags}\n")
+    assert 0 < seconds_of(torch.bfloat16) < 1
+    for bf16, expected in [(1, "bf16"), (3, "fp32")]:
+        monkeypatch.setattr(mimkit.training, "seconds_of", {torch.float32: 2, torch.bfloat16: bf16}.get)
         assert resolve_precision("auto") == expected
     for cuda, capability, expected in [(False, None, "fp32"), (True, (7, 5), "fp16"), (True, (9, 0), "bf16")]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)

@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_abs_pos_embed_nhwc, to_2tuple
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg, register_model
@@ -141,19 +141,19 @@ class Pool(nn.Module):
         self.weight.copy_(self.start())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(... 2 2 d) -> (... d)"""
-        weight = self.weight
-        if self.kind == "dw":
-            return (x * rearrange(weight, "d 1 p q -> p q d")).sum((-3, -2))
-        return F.linear(x.flatten(-3), rearrange(weight, "o d p q -> o (p q d)"))
+        """(b 2h 2w d) -> (b h w d)"""
+        with torch.autocast(x.device.type, enabled=False):  # tokens stay in the precision of the source's own stream
+            x = rearrange(x, "b h w d -> b d h w")
+            x = F.conv2d(x, self.weight.to(x.dtype), stride=2, groups=x.shape[1] // self.weight.shape[1])
+        return rearrange(x, "b d h w -> b h w d")
 
 
 class Mean(nn.Module):
     """Four neighbouring tokens become their mean."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(... 2 2 d) -> (... d)"""
-        return x.mean((-3, -2))
+        """(b 2h 2w d) -> (b h w d)"""
+        return reduce(x, "b (h p) (w q) d -> b h w d", "mean", p=2, q=2)
 
 
 class HPViT(nn.Module):
@@ -337,17 +337,22 @@ class HPViT(nn.Module):
             x = self.blocks[i](x, **arguments)
         return out_of_windows(x.flatten(1, 2) if self.sam else x, grid, sides, k)
 
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (b k+n d) -> (b k d), (b n d): by one split: each slice would have a gradient of all tokens"""
+        return x.split([self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens], dim=1)
+
     def merge(self, x: Tensor, stage: int, grid: Grid) -> tuple[Tensor, Grid]:
         """Tokens (b*sides^2 k+n d) at the end of a stage -> pooled 2x2 into a quarter of the sub-grids, or the last of
         them into a coarser one; the new grid"""
         pool, side = self.pools[stage], SIDE >> stage
         n = max(side // 2, 1)
-        prefix, maps = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        prefix, maps = self.apart(x)
         maps = unfold(maps, side, grid, self.attention)
         odd = (0, maps.shape[2] % 2, 0, maps.shape[1] % 2)  # only ever at 1/16: the finer maps are multiples of 4
-        maps = pool(rearrange(F.pad(maps, (0, 0, *odd)), "b (h p) (w q) d -> b h w p q d", p=2, q=2))
+        maps = pool(F.pad(maps, (0, 0, *odd)) if any(odd) else maps)
         if side > 1:
-            prefix = pool(rearrange(prefix, "(b n p k q) t d -> (b n k) t p q d", n=n, p=2, k=n, q=2))
+            prefix = pool(rearrange(prefix, "(b n k) t d -> (b t) n k d", n=side, k=side))
+            prefix = rearrange(prefix, "(b t) n k d -> (b n k) t d", b=len(maps))
         elif any(odd):  # the mean is over the tokens that there are
             valid = F.avg_pool2d(F.pad(x.new_ones(1, *grid), odd), 2)
             maps = maps / rearrange(valid, "1 h w -> h w 1")
@@ -416,7 +421,7 @@ class HPViT(nn.Module):
         for i in take:
             tokens, grid = outputs[i]
             tokens = self.source.norm(tokens) if norm and not self.sam else tokens
-            tokens = unfold(tokens[:, self.num_prefix_tokens :], max(SIDE >> i, 1), grid, self.attention)
+            tokens = unfold(self.apart(tokens)[1], max(SIDE >> i, 1), grid, self.attention)
             maps.append(rearrange(tokens, "b h w d -> b d h w"))
         if norm and self.sam:
             maps = [self.source.neck(m) for m in maps]
