@@ -30,14 +30,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import InterpolationMode, v2
 
-from mimkit.errors import UserError
+from mimkit.errors import STOPS, UserError
 from mimkit.images import decode
 from mimkit.sources import Source
 
 Size = tuple[int, int]
 Index = int | tuple[int, int]  # of an image: its row, or (shard, row) in a stream
 Transform = Callable[..., Any]
-STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # sent before a kill
 WAIT = 100  # seconds after which a worker that gives nothing is stuck
 STRIP = 20  # times as long as wide
 WINDOW = 2048  # rows among which a stream is shuffled, beside the shuffle of its shards

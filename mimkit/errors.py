@@ -4,14 +4,17 @@ import errno
 import functools
 import json
 import re
+import signal
 import sys
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import yaml
 from safetensors import SafetensorError
 
 REQUEUE = 75  # sysexits.h: a temporary failure, try again
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # sent before a kill
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -30,13 +33,32 @@ def is_full(error: Exception) -> bool:
     return int(number) in (errno.ENOSPC, errno.EDQUOT)
 
 
+def stop(number: int, *_: Any) -> None:
+    """What a signal to stop does outside of training, which has a checkpoint to write first."""
+    name = signal.Signals(number).name
+    raise StoppedError(f"Stopped by {name} outside of training steps: start it as before, a run with --resume auto.")
+
+
+@contextmanager
+def heeding(handlers: dict[Any, Any]) -> Iterator[None]:
+    """Inside, these are what signals call."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
-    """Decorate an entry point: a wrong file, flag, shape or a full disk ends it with a sentence and exit code 2."""
+    """Decorate an entry point: a wrong file, flag, shape or a full disk ends it with a sentence and exit code 2,
+    a signal to stop with `REQUEUE`."""
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return main(*args, **kwargs)
+            with heeding(dict.fromkeys(STOPS, stop)):
+                return main(*args, **kwargs)
         except UserError as error:
             message, code = str(error), 2
         except StoppedError as stopped:

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from mimkit import engines, guards
 from mimkit.checkpoint import load_strictly, read_weights, replacing, replacing_file
-from mimkit.data import STOPS, Batch, Plan, cpu_count, guarded, restart
-from mimkit.errors import StoppedError, UserError, is_full
+from mimkit.data import Batch, Plan, cpu_count, guarded, restart
+from mimkit.errors import STOPS, StoppedError, UserError, heeding, is_full
 from mimkit.saving import checkpoints, read, read_metrics, seal, step_of, trim, why_torn, write
 
 REPLAYED: list[Path] = []  # the step that `replaying` is about
@@ -267,28 +267,24 @@ class Run:
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), plan.start
         text = "{task.fields[text]}"
         columns = TextColumn("training"), BarColumn(), TextColumn(text)
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self.bar:
+        own = {signal.SIGINT: self._interrupt} | dict.fromkeys(STOPS, self._tell)
+        progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        with progress as self.bar, heeding(own):
             self.task = self.bar.add_task("", total=plan.steps, completed=plan.start, text="")
-            own: dict[int, Any] = {signal.SIGINT: self._interrupt} | dict.fromkeys(STOPS, self._tell)
-            before = {number: signal.signal(number, handler) for number, handler in own.items()}
             self.step = plan.start
-            try:
-                while self.step < plan.steps:
-                    self._seed()
-                    if not self.count:  # what was done since the last reading, such as a checkpoint, is not training
-                        self.since, self.waited = time.perf_counter(), 0.0
-                    parts = self._parts(batches)
-                    yield self.step, iter(()) if self._pass_by(parts) else parts
-                    if self.bad:
-                        batches = self._batches(loader, self._go_back(self.bad))
-                        continue
-                    if self._asked() and self.step + 1 < plan.steps:
-                        self._stop()
-                    self.step += 1
-                self._finish_saving()
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+            while self.step < plan.steps:
+                self._seed()
+                if not self.count:  # what was done since the last reading, such as a checkpoint, is not training
+                    self.since, self.waited = time.perf_counter(), 0.0
+                parts = self._parts(batches)
+                yield self.step, iter(()) if self._pass_by(parts) else parts
+                if self.bad:
+                    batches = self._batches(loader, self._go_back(self.bad))
+                    continue
+                if self._asked() and self.step + 1 < plan.steps:
+                    self._stop()
+                self.step += 1
+            self._finish_saving()
 
     def _replay(self, folder: Path) -> Iterator[tuple[int, Iterator[Batch]]]:
         """The step that was passed by, once more, and where its numbers stop being finite; then the end."""

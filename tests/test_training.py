@@ -338,6 +338,23 @@ def test_a_scheduler_stops_a_run_which_goes_on_as_if_it_had_not(name, images, tm
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.parametrize("where", ["preflight", "finish"])
+def test_a_run_that_is_stopped_before_or_after_its_steps_can_be_queued_again(
+    where, images, tmp_path, capsys, monkeypatch
+):
+    argv = ["--data", images, "--out", str(tmp_path / "run"), *TINY]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(mae_hivit, where, lambda *_: signal.raise_signal(signal.SIGTERM))
+        mae_hivit.main(argv)
+    assert caught.value.code == 75
+    assert "Stopped by SIGTERM outside of training steps: start it as before" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    run(mae_hivit, *argv, "--resume", "auto")
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()
+
+
 def until_it_trains(job, run):
     """Wait for its first loss."""
     metrics = run / "metrics.jsonl"
