@@ -593,12 +593,15 @@ class Run:
     def load(self, folder: Path) -> None:
         """Weights, optimiser and scaler from a checkpoint; the rest of a run's state is a function of its step."""
         (states, own), engine = read(folder), engines.describe(self.accelerator)
-        if engine != own["engine"] and (engines.own_files(self.accelerator) or "optimizer" not in states):
+        if engine != own.get("engine") and (engines.own_files(self.accelerator) or "optimizer" not in states):
             raise UserError(
-                f"{folder} was written by {own['engine']}, and this is {engine}: launch the same, or start a new run "
+                f"{folder} was written by {own.get('engine')}, and this is {engine}: launch the same, or start a new run "
                 "from its weights with --init."
             )
-        self._restore(states, own, folder)
+        try:
+            self._restore(states, own, folder)
+        except (KeyError, TypeError, AttributeError) as error:  # its hash was rewritten too
+            raise UserError(f"{folder} is not what a run wrote ({error!r}): start anew with another --out.") from error
         if engines.own_files(self.accelerator):
             self.accelerator.load_state(str(folder))
         self.print(f"going on from {folder}")

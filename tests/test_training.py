@@ -29,7 +29,7 @@ from mimkit.checkpoint import read_weights
 from mimkit.data import Normalise
 from mimkit.optim import adamw, cosine
 from mimkit.pretraining import load_run
-from mimkit.saving import checkpoints
+from mimkit.saving import checkpoints, digest
 from mimkit.training import Run, resolve_precision, seconds_of
 from mimkit.units import serialize
 from mimkit.visualize import reconstruct
@@ -336,6 +336,19 @@ def test_a_scheduler_stops_a_run_which_goes_on_as_if_it_had_not(name, images, tm
     assert read[0] == read[1]
     a, b = (load_file(tmp_path / f / "checkpoints/step-00000016/model.safetensors") for f in ("whole", "run"))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("missing", ["sums", "param_groups", "count"])
+def test_a_checkpoint_that_lacks_a_part_is_one_sentence(missing, images, tmp_path, capsys):
+    argv = ["--data", images, "--out", str(tmp_path / "run"), *TINY]
+    run(mae_hivit, *argv)
+    checkpoint = checkpoints(tmp_path / "run")[-1]
+    own = json.loads((checkpoint / "state.json").read_text())
+    own.pop(missing)
+    (checkpoint / "state.json").write_text(json.dumps(own))
+    hashes = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps(hashes | {"state.json": digest(checkpoint / "state.json")}))
+    assert "start anew with another --out" in fails(capsys, *argv, "--resume", "auto")
 
 
 @pytest.mark.parametrize("where", ["preflight", "finish"])
