@@ -29,7 +29,8 @@ class Pyramid(nn.Module):
         maps: the ends of the backbone's own stages; one that ends at 1/16 is pooled to 1/32.
         pyramid: the simple feature pyramid of a plain ViT (Li et al., "Exploring plain vision transformer backbones for
             object detection", ECCV 2022): deconvolutions of the 1/16 map, the map itself, and the map pooled.
-        both: that, and finer stages added through 1 x 1 convolutions, which start at 0: at the start it is the pyramid.
+        both: that, and finer stages added through 1 x 1 convolutions, which start at 0: an HPViT's maps start as the
+            pyramid of its plain ViT.
     By default a plain ViT has a pyramid; an HPViT, whose stages are as wide as its last one, both; others have maps.
 
     Images are padded at the right and bottom with zeros, the mean of what a network takes, to a multiple of `multiple`.

@@ -595,8 +595,8 @@ class Run:
         (states, own), engine = read(folder), engines.describe(self.accelerator)
         if engine != own.get("engine") and (engines.own_files(self.accelerator) or "optimizer" not in states):
             raise UserError(
-                f"{folder} was written by {own.get('engine')}, and this is {engine}: launch the same, or start a new run "
-                "from its weights with --init."
+                f"{folder} was written by {own.get('engine')}, and this is {engine}: launch the same, or start a new "
+                "run from its weights with --init."
             )
         try:
             self._restore(states, own, folder)

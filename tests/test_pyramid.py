@@ -42,6 +42,8 @@ def test_every_backbone_is_a_pyramid_and_all_of_it_learns(name):
                 Pyramid(backbone(name), neck)
             continue
         pyramid = Pyramid(backbone(name), neck)
+        for side in pyramid.side:
+            torch.nn.init.normal_(side.weight)  # for what is before them; they start at 0
         x = torch.randn(2, 3, 90, 64)
         maps = pyramid(x)
         high, wide = (side + -side % pyramid.multiple for side in x.shape[-2:])
@@ -52,6 +54,25 @@ def test_every_backbone_is_a_pyramid_and_all_of_it_learns(name):
         ]
         sum((m * torch.randn_like(m)).sum() for m in maps).backward()
         assert not [n for n, p in pyramid.named_parameters() if p.grad is None or not p.grad.any()], neck
+
+
+def test_an_hpvit_starts_as_the_plain_networks_pyramid():
+    """With its finer maps added: nothing is lost by them before training, and they learn from the first step on."""
+    net = fill(timm.create_model("hpvit", **DEEP["hpvit"]))
+    for pool in net.pools[:2]:
+        pool.reset_parameters()
+    plain = hpvit.plain_vit("vit_base_patch16_224", 16, any_grid=True, **DEEP["hpvit"]["source_args"])
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("pools.")})
+    theirs, ours = Pyramid(plain).double().eval(), Pyramid(net).double().eval()
+    assert (theirs.neck, ours.neck) == ("pyramid", "both")
+    ours.up.load_state_dict(theirs.up.state_dict())
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    for a, b in zip(ours(x), theirs(x), strict=True):
+        assert difference(a, b) < 1e-12
+    ours(x)[0].sum().backward()
+    assert ours.side[0].weight.grad.any()
+    torch.nn.init.normal_(ours.side[0].weight)
+    assert difference(ours(x)[0], theirs(x)[0]) > 1e-3
 
 
 @pytest.mark.parametrize("name", [n for n in (*BACKBONES, *DEEP) if n != "resnet18"])
