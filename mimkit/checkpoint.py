@@ -225,6 +225,8 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 def replacing_file(file: str | Path) -> Iterator[Path]:
     """A temporary file beside `file`, with the same ending, that takes its place at the end, or vanishes."""
     file = Path(file)
+    if file.exists() and not file.is_file():  # a device, or a folder, would be gone
+        raise UserError(f"{file} is no file that can be replaced: choose another name.")
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{os.getpid()}-{file.name}")
     try:

@@ -390,7 +390,7 @@ class Stream(IterableDataset[Batch]):
         while window:
             yield _released(heapq.heappop(window))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         plan, info = self.plan, get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         made = 0
@@ -401,6 +401,7 @@ class Stream(IterableDataset[Batch]):
                 for _ in range(plan.parts):
                     chunks = [list(islice(rows, plan.share)) for _ in range(plan.world)]
                     if step < plan.start:
+                        yield None  # reading up to here may take longer than `WAIT`; all workers say it as often
                         continue
                     chunk = chunks[plan.rank]
                     if len(chunk) < plan.share:
@@ -438,7 +439,7 @@ def _wait_for_parent() -> None:
 
 
 class Loader(DataLoader[Any]):
-    """torch's, whose workers heed their parent only, and end the run with a sentence where they are stuck or dead."""
+    """torch's, whose workers heed their parent only, and are given up when stuck; `None` is a sign of life."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs |= {"worker_init_fn": heed_parent_only, "timeout": WAIT if kwargs["num_workers"] else 0}
@@ -447,7 +448,7 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Any:
         with _blocked():
             batches = super().__iter__()
-        return _alive(batches)
+        return (batch for batch in batches if batch is not None)
 
 
 @contextmanager
@@ -461,19 +462,6 @@ def _blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _alive(batches: Iterator[Any]) -> Iterator[Any]:
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"A data worker is stuck or dead ({reason}): check memory and the disk of --data, then go on with --resume "
-            "auto."
-        ) from error
 
 
 def train_loader(

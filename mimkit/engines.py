@@ -37,7 +37,8 @@ def asked_for() -> DistributedType:
         return DistributedType.DEEPSPEED
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return DistributedType.FSDP
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if many or int(os.environ.get("LOCAL_RANK", -1)) >= 0:  # one that is launched as many are
         return DistributedType.MULTI_CPU if on_cpu() else DistributedType.MULTI_GPU
     return DistributedType.NO
 
@@ -47,6 +48,10 @@ def start(precision: str, grad_accum_steps: int, track: str | None) -> Accelerat
     engine, cpu = asked_for(), on_cpu()
     deepspeed = engine is DistributedType.DEEPSPEED  # which accelerate leaves out where it is told of a CPU
     gloo = cpu and "RANK" in os.environ
+    if deepspeed and precision == "fp16":
+        raise UserError(
+            "--precision fp16 has no guard under DeepSpeed, which drops steps by itself: choose bf16 or fp32."
+        )
     try:
         accelerator = Accelerator(
             cpu=cpu and not deepspeed,  # or several processes on CPUs would be so many runs of one
@@ -105,6 +110,9 @@ def prepare(
         plugin = accelerator.state.fsdp_plugin
         plugin.transformer_cls_names_to_wrap = sorted(kind.__name__ for kind in blocks)
         plugin.set_auto_wrap_policy(model)
+        plugin.mixed_precision_policy = None  # it would round the inputs, the noise that chooses units among them
+        if precision in DTYPES:
+            model.forward = torch.autocast(accelerator.device.type, getattr(torch, DTYPES[precision]))(model.forward)
     if accelerator.distributed_type is not DistributedType.DEEPSPEED:
         return accelerator.prepare(model, optimizer)
     config = accelerator.state.deepspeed_plugin.deepspeed_config

@@ -15,6 +15,17 @@ from safetensors import SafetensorError
 
 REQUEUE = 75  # sysexits.h: a temporary failure, try again
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # sent before a kill
+WORKER = "A data worker is stuck or dead ({}): check memory and the disk of --data, then go on with --resume auto."
+PEER = "Another process of this run ended or cannot be reached ({}): see what it said, then go on with --resume auto."
+MEMORY = "Out of memory ({}): choose a smaller --batch-size, more --grad-accum-steps, or --grad-checkpointing true."
+TORCHS = {  # errors that torch raises in whatever line a process has come to, by a part of their first line
+    "DataLoader timed out": WORKER,
+    "DataLoader worker (pid": WORKER,
+    "gloo/": PEER,
+    "NCCL": PEER,
+    "out of memory": MEMORY,
+    "can't allocate memory": MEMORY,
+}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -23,14 +34,17 @@ class UserError(ValueError):
     """Something the user gave does not fit. The message names the value, what was expected, and what to do."""
 
 
-class StoppedError(Exception):
-    """A scheduler told a run to end, and it did so in good order; it can be resumed. Exit code `REQUEUE`."""
+class StoppedError(BaseException):
+    """A scheduler told a run to end, and it did so in good order; it can be resumed. Exit code `REQUEUE`.
+
+    No `Exception`: a signal comes anywhere, and nothing on its way may take it for a bad image or file.
+    """
 
 
 def is_full(error: Exception) -> bool:
-    """Whether a disk or a quota is; safetensors says the number of the system's error in words alone."""
+    """Whether a disk or a quota is; safetensors says the number of the system's error in words alone, torch none."""
     number = getattr(error, "errno", None) or next(iter(re.findall(r"os error (\d+)", str(error))), 0)
-    return int(number) in (errno.ENOSPC, errno.EDQUOT)
+    return int(number) in (errno.ENOSPC, errno.EDQUOT) or "inline_container" in str(error)
 
 
 def stop(number: int, *_: Any) -> None:
@@ -86,6 +100,12 @@ def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
             message, code = f"{error.filename or 'writing'}: {hint}.", 2
         except (UnicodeError, yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
             message, code = f"A file or a name is not text, YAML or JSON as it should be ({error}): mend it.", 2
+        except RuntimeError as error:
+            reason = next(iter(str(error).splitlines()), "")
+            advice = next((words for part, words in TORCHS.items() if part in reason), None)
+            if advice is None:
+                raise
+            message, code = advice.format(reason), 2
         except SafetensorError as error:  # its own kind, also where the system's would do
             if not is_full(error):
                 raise

@@ -33,12 +33,12 @@ class Guard:
     """Sees the loss of every step and the gradients that are applied.
 
     Args:
-        spike: a step's loss beyond so many times the mean of the steps read before is bad too; None for any.
+        spike: a step's loss beyond so many times the mean of the steps logged before is bad too; None for any.
     """
 
     def __init__(self, spike: float | None = None):
         self.spike, self.step = spike, 0
-        self.usual = math.nan  # mean loss of the steps that were read last
+        self.usual = math.nan  # mean loss of the steps that were logged last
         self.losses: list[tuple[int, Tensor]] = []
         self.gradients: list[tuple[int, Tensor]] = []
 
@@ -49,6 +49,10 @@ class Guard:
     def see(self, loss: Tensor) -> None:
         """Of a part of the step."""
         self.losses.append((self.step, loss.detach().float()))
+
+    def see_gradient(self, norm: float | Tensor, device: torch.device) -> None:
+        """Of all gradients of the step, where an engine knows it."""
+        self.gradients.append((self.step, torch.as_tensor(norm, dtype=torch.float32, device=device)))
 
     def _see_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -64,8 +68,6 @@ class Guard:
         bad = [Bad(step, "its loss is not finite") for step, loss in losses if not math.isfinite(loss)]
         bad += [Bad(step, f"its loss is {loss:.4g}, {self.usual:.4g} before") for step, loss in losses if loss > limit]
         bad += [Bad(step, "its gradient is not finite") for step, norm in gradients if not math.isfinite(norm)]
-        if losses and not bad:
-            self.usual = sum(loss for _, loss in losses) / len(losses)
         return min(bad, key=lambda found: found.step, default=None)
 
     def _means(self, accelerator: Accelerator, seen: list[tuple[int, Tensor]]) -> list[tuple[int, float]]:
@@ -90,7 +92,7 @@ def diagnose(steps: dict[int, str], folder: Path, lr: float, precision: str) -> 
     hint = "--precision fp32 or bf16" if precision == "fp16" else "--precision fp32" if precision == "bf16" else ""
     return UserError(
         f"{len(steps)} bad steps among {WINDOW} ({named}), at a learning rate of {lr:.3g} in {precision}: look at one "
-        f"with mimkit replay {folder}/replay/step-N, then try a smaller --lr, a longer warm-up"
+        f"with mimkit replay {folder}/replay/step-{min(steps):08d}, then try a smaller --lr, a longer warm-up"
         f"{f', {hint}' if hint else ''}, or other data."
     )
 

@@ -47,8 +47,6 @@ def write(folder: Path, states: dict[str, State], own: dict[str, Any]) -> None:
     Args:
         own: with `stays`, whether `trim` never removes it.
     """
-    for left in folder.parent.glob(".step-*"):  # what a process that was killed had begun: there is one writer
-        shutil.rmtree(left, ignore_errors=True)
     with replacing(folder) as temporary:
         seal(temporary, states, own)
 
@@ -61,6 +59,7 @@ def seal(folder: Path, states: dict[str, State], own: dict[str, Any]) -> None:
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     hashes = {file.relative_to(folder).as_posix(): digest(file) for file in files}
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))
+    digest(folder / MANIFEST)  # which is on the disk then, as the others are
 
 
 def why_torn(folder: Path) -> str:
@@ -88,6 +87,12 @@ def read(folder: Path) -> tuple[dict[str, State], dict[str, Any]]:
     except SafetensorError as error:  # its hash was rewritten too
         raise UserError(f"{folder} cannot be read ({error}): start anew with another --out.") from error
     return states, read_json(folder / OWN)
+
+
+def sweep(run: Path) -> None:
+    """Remove what a process that was killed had begun to write: there is one writer."""
+    for left in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def trim(run: Path, done: int, keep: int) -> None:

@@ -39,7 +39,7 @@ from mimkit import engines, guards
 from mimkit.checkpoint import load_strictly, read_weights, replacing, replacing_file
 from mimkit.data import Batch, Plan, cpu_count, guarded, restart
 from mimkit.errors import STOPS, StoppedError, UserError, heeding, is_full
-from mimkit.saving import checkpoints, read, read_metrics, seal, step_of, trim, why_torn, write
+from mimkit.saving import checkpoints, read, read_metrics, seal, step_of, sweep, trim, why_torn, write
 
 REPLAYED: list[Path] = []  # the step that `replaying` is about
 LOG_EVERY = 20  # steps between readings of what is accumulated on the device
@@ -114,9 +114,9 @@ class Run:
 
     def __init__(self, name: str, options: Any):
         self.options, self.name = options, name
-        options.precision = resolve_precision(options.precision)
-        cpu = engines.on_cpu()
         self.folder = Path(options.out or f"runs/{name}")
+        options.precision = resolve_precision(self._precision_before() or options.precision)
+        cpu = engines.on_cpu()
         if options.track and options.track not in map(str, get_available_trackers()):
             raise UserError(f"--track {options.track} is not installed: pip install mimkit[track], or leave it out.")
         self.accelerator = engines.start(options.precision, options.grad_accum_steps, options.track)
@@ -174,6 +174,14 @@ class Run:
         if not options.resume and (folder / "metrics.jsonl").exists():
             raise UserError(f"--out {folder} holds a run already: pass --resume auto to go on, or another folder.")
         return folder
+
+    def _precision_before(self) -> str | None:
+        """What 'auto' was to the run that is resumed, whose next machine may do something else well."""
+        if self.options.precision != "auto" or not self.options.resume:
+            return None
+        config = self._free_folder(self.name) / "config.yaml"
+        before = yaml.safe_load(config.read_text()) if config.exists() else None
+        return before.get("precision") if isinstance(before, dict) else None
 
     def write_config(self) -> None:
         """config.yaml: every option as it was resolved. A resumed run must have the same ones."""
@@ -236,7 +244,9 @@ class Run:
             self.load(self.saved)
         elif not engines.own_files(accelerator):
             self.begun = self._state(0)
-        self._trim_metrics(self.data_plan.start)
+        elif not REPLAYED:
+            self.save(-1)  # so that there is something to go back to
+        self._trim_metrics(self.data_plan.start or -1)
         return prepared
 
     def whole(self, part: Any) -> Any:
@@ -289,6 +299,7 @@ class Run:
     def _replay(self, folder: Path) -> Iterator[tuple[int, Iterator[Batch]]]:
         """The step that was passed by, once more, and where its numbers stop being finite; then the end."""
         batches, tracer = guards.kept_batches(folder), guards.Tracer(self.model, self.optimizer)
+        self.accelerator.gradient_accumulation_steps = len(batches)  # those of all processes make one step here
         load_strictly(self.model, read_weights(folder / "weights"), folder)
         self.step = self.data_plan.start
         self._seed()
@@ -402,6 +413,9 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.count += 1
         self.guard.see(values["loss"])
+        engine = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
+        if engine and self.accelerator.sync_gradients:  # where they are not finite it leaves the optimiser out
+            self.guard.see_gradient(engine.engine.get_global_grad_norm(), self.accelerator.device)
 
     def total(self, *counts: Tensor) -> list[Tensor]:
         """Each added up over all processes."""
@@ -420,6 +434,7 @@ class Run:
         if self.bad or not self.count:  # all of them may have been passed by
             return
         means = {k: self.accelerator.reduce(v / self.count, "mean").item() for k, v in self.sums.items()}
+        self.guard.usual = means["loss"]
         now = time.perf_counter()
         elapsed, steps = now - self.since, done - self.since_step
         rate = steps * plan.batch_size / elapsed
@@ -479,7 +494,7 @@ class Run:
     def _trim_metrics(self, start: int) -> None:
         """Forget what was logged after the checkpoint that the run goes on from."""
         if self.accelerator.is_main_process:
-            kept = [line for line in self.metrics() if line["step"] <= start and start]
+            kept = [line for line in self.metrics() if line["step"] <= start]
             with replacing_file(self.folder / "metrics.jsonl") as file:
                 file.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
@@ -515,6 +530,8 @@ class Run:
         """
         self._finish_saving()
         folder = self._checkpoint(step)
+        if self.accelerator.is_main_process:
+            sweep(self.folder)
         if engines.own_files(self.accelerator):
             self._save_parts(folder, self._averages(), self._own(step + 1))
         elif self.accelerator.is_main_process:
@@ -526,7 +543,7 @@ class Run:
         every = self.options.keep_every * max(1, round(self.options.save_every * self.data_plan.steps_per_epoch))
         return {
             "step": done,
-            "stays": bool(every) and done % every == 0,
+            "stays": bool(every) and done > 0 and done % every == 0,
             "count": self.count,
             "sums": {k: v.item() for k, v in self.sums.items()},
             "usual": self.guard.usual,
@@ -580,7 +597,7 @@ class Run:
         """A sentence where the disk is full."""
         try:
             yield
-        except (OSError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             if not is_full(error):
                 raise
             left = (

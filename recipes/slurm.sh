@@ -17,6 +17,7 @@ shift
 gpus=${SLURM_GPUS_ON_NODE:-8}
 address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-} # srun does not inherit it since Slurm 22.05
 stopped=
 # Three minutes before the end: every process saves its step (mimkit heeds SIGTERM), then the job is queued once more
 trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1

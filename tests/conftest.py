@@ -6,6 +6,9 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # side by side: each on a core of its own, or threads would wait
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 

@@ -5,6 +5,7 @@ engine_probe.py FOUND RECIPE ARGS...
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,9 @@ def prepared(run, model, optimizer, **beside):
     plugin = getattr(run.accelerator.state, "deepspeed_plugin", None)
     if plugin and plugin.zero_stage == 3:  # or tensors as small as these would stay whole all the time
         plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if spoiled := os.environ.get("SPOILED"):  # the gradient of a step, not its loss
+        first = next(p for p in model.parameters() if p.requires_grad)
+        first.register_hook(lambda grad: grad + float("inf") if run.step == int(spoiled) else grad)
     out = prepare(run, model, optimizer, **beside)
     optimised = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     facts = {

@@ -338,6 +338,16 @@ def test_a_scheduler_stops_a_run_which_goes_on_as_if_it_had_not(name, images, tm
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_resumed_run_keeps_its_precision(images, tmp_path, monkeypatch):
+    argv = ["--data", images, "--out", str(tmp_path / "run"), *TINY, "--precision", "auto"]
+    for bf16 in (3, 1):  # the second machine is another one
+        monkeypatch.setattr(mimkit.training, "seconds_of", {torch.float32: 2, torch.bfloat16: bf16}.get)
+        run(mae_hivit, *argv, "--resume", "auto")
+        assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["precision"] == "fp32"
+    with pytest.raises(SystemExit):
+        run(mae_hivit, *argv, "--resume", "auto", "--precision", "bf16")
+
+
 @pytest.mark.parametrize("missing", ["sums", "param_groups", "count"])
 def test_a_checkpoint_that_lacks_a_part_is_one_sentence(missing, images, tmp_path, capsys):
     argv = ["--data", images, "--out", str(tmp_path / "run"), *TINY]
