@@ -13,7 +13,7 @@ from safetensors import safe_open
 from mimkit.checkpoint import read_json
 from mimkit.errors import UserError
 from mimkit.hub import DENSE, WEIGHTS
-from mimkit.saving import read_metrics
+from mimkit.saving import read_metrics, read_options
 
 PARTS = ("encoder", "best", "last")  # of a run, that hold a network
 CHOSEN = ("top1", "miou", "box_ap")  # figures by which best/ was chosen
@@ -125,7 +125,7 @@ def card(found: Found, to: str) -> str:
     pictures = [name for name in ("curves", "reconstructions") if found.run and (found.run / f"{name}.png").is_file()]
     text += [line for name in pictures for line in (f"![{name}]({name}.png)", "")]
     if found.run:
-        options = yaml.safe_load((found.run / "config.yaml").read_text())
+        options = read_options(found.run)
         kept = {key: private(value) for key, value in options.items() if key not in PLACES and value is not None}
         text += ["## Options", "", "```yaml", yaml.safe_dump(kept, sort_keys=False).strip(), "```", ""]
     return "\n".join(text)

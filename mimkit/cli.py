@@ -139,6 +139,8 @@ def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.pn
     batch = look(open_source(images), (size[0], size[1]), in_chans, count)
     if not len(batch.images):
         raise UserError(f"--images {images}: none can be decoded, such as {' ('.join(batch.bad[0])}).")
+    for name, reason in batch.bad:
+        print(f"skipped {name}, which cannot be used ({reason})")
     normalise = Normalise(config["mean"], config["std"])
     reconstructions(mae, normalise(batch.images), normalise, Path(out))
     print(f"wrote {out}")
@@ -329,9 +331,10 @@ def recipes() -> list[str]:
 def doctor(*words: str) -> None:
     """Say whether a recipe is ready to run (doctor RECIPE FLAGS), or a run is healthy (doctor --run DIR).
 
-    Of a recipe with its own flags, such as `mimkit doctor mae_hivit --data DIR --batch-size 256`, it looks at images,
-    colours, units, steps, speed, memory and disk, trains nothing and writes nothing. Exit code 1: something would spoil
-    the run, or the run is not healthy; 2: the recipe refuses the flags.
+    Of a recipe of pre-training with its own flags, such as `mimkit doctor mae_hivit --data DIR --batch-size 256`, it
+    looks at images, colours, units, steps, speed, memory and disk; of another one it does what --dry-run does there. It
+    trains nothing and writes nothing. Exit code 1: something would spoil the run, or the run is not healthy; 2: the
+    recipe refuses the flags.
     """
     known = recipes()
     first, *flags = words or ("--help",)

@@ -107,9 +107,8 @@ def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
                 raise
             message, code = advice.format(reason), 2
         except SafetensorError as error:  # its own kind, also where the system's would do
-            if not is_full(error):
-                raise
-            message, code = "writing a checkpoint: the disk is full: free some space, or choose another place.", 2
+            full = "writing a checkpoint: the disk is full: free some space, or choose another place."
+            message, code = full if is_full(error) else f"Weights cannot be read ({error}): get another copy.", 2
         print(f"mimkit: {' '.join(message.split())}", file=sys.stderr)  # names and reasons may have lines
         sys.exit(code)
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mimkit.errors import UserError
-from mimkit.saving import read_metrics
+from mimkit.saving import read_metrics, read_options
 from mimkit.training import MAY_CHANGE
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
@@ -97,8 +97,10 @@ def health(folder: Path) -> tuple[list[str], list[str]]:
     """What can be said of a run from its directory, and of that what is wrong, both as sentences."""
     if not all((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise UserError(f"--run {folder} holds no config.yaml and metrics.jsonl: pass the directory of a run.")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    lines = [line for line in read_metrics(folder) if "loss" in line]
+    config = read_options(folder)
+    if "epochs" not in config:
+        raise UserError(f"{folder}/config.yaml has no epochs: pass the directory of a run.")
+    lines = [line for line in read_metrics(folder) if {"loss", "epoch", "waiting"} <= line.keys()]
     if not lines:
         return [f"{folder} has logged no loss yet."], []
     said, wrong = [], []

@@ -2,12 +2,14 @@
 
 import json
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError
+import yaml
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
 from mimkit.errors import UserError
@@ -83,7 +85,7 @@ def _refuse_code(name: str, folder: Path, tags: list[str]) -> None:
             asked += [f"{key} in {file.name}" for key in CODE if content.get(key)]
             if file.name == "config.json" and (named := re.findall(r'"([^"]*\.py)"', file.read_text())):
                 asked.append(f"{', '.join(named)} in config.json")
-    if re.search(r"^\s*-\s*custom_code\s*$", _header(folder), re.MULTILINE):
+    if "custom_code" in _tags(folder):
         asked.append("the tag custom_code in README.md")
     if asked:
         raise UserError(
@@ -91,10 +93,14 @@ def _refuse_code(name: str, folder: Path, tags: list[str]) -> None:
         )
 
 
-def _header(folder: Path) -> str:
+def _tags(folder: Path) -> list[str]:
+    """Those in the header of a model card."""
     card = folder / "README.md"
     text = card.read_text(errors="replace") if card.is_file() else ""
-    return text.split("\n---")[0] if text.startswith("---") else ""
+    with suppress(yaml.YAMLError):
+        header = yaml.safe_load(text.split("\n---")[0]) if text.startswith("---") else None
+        return list(map(str, header.get("tags") or [])) if isinstance(header, dict) else []
+    return []
 
 
 def _check_name(repository: str, given: str) -> None:
@@ -122,6 +128,8 @@ def upload(folder: Path, to: str, private: bool) -> str:
     disable_progress_bars()
     api, ours = huggingface_hub.HfApi(), list(PUSHED)
     try:
+        with suppress(RepositoryNotFoundError):  # which ends in time where a network swallows what is sent
+            api.model_info(to, timeout=TIMEOUT)
         url = api.create_repo(to, private=private or None, exist_ok=True)
         api.upload_folder(
             repo_id=to, folder_path=folder, commit_message="Pushed by mimkit", allow_patterns=ours, delete_patterns=ours

@@ -27,6 +27,7 @@ else:  # the same with a range, which jsonargparse checks
     from jsonargparse.typing import PositiveFloat as PositiveFloat
     from jsonargparse.typing import PositiveInt as PositiveInt
 
+jsonargparse.set_parsing_settings(import_path_denylist=["*"])  # a class_path in a config is never imported
 T = TypeVar("T", bound="DataclassInstance")
 
 

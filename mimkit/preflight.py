@@ -118,10 +118,11 @@ def look(source: Source, viewer: Viewer, options: Any, count: int, report: Repor
             copies.append(f"{view.name} of {first}")
         kinds[kind_of(data)] += 1
         sizes.append(tuple(view.image.shape[-2:]))
-        pixels = view.image.double() / (255 if view.image.dtype == torch.uint8 else 1)
+        step = max(1, min(view.image.shape[1:]) // 256)  # colours of a photograph need no more of its pixels
+        pixels = view.image[:, ::step, ::step].double() / (255 if view.image.dtype == torch.uint8 else 1)
         moments.append(torch.stack([pixels.mean((1, 2)), pixels.square().mean((1, 2))]))
     report.lines["data"] = f"{source.length:,} images; of {looked:,} looked at {len(bad)} cannot be read"
-    report.lines["data"] += f", {len(copies)} are copies of another{_named(copies)}"
+    report.lines["data"] += f", {len(copies)} are copies of another of these{_named(copies)}"
     if len(bad) > options.max_bad * looked:
         report.problems.append(
             f"{len(bad)} of {looked} images cannot be read, more than --max-bad {options.max_bad:g} allows"
@@ -233,10 +234,11 @@ class Network:
         return batch / median(times), batch
 
     def kept(self, batch: int) -> int:
-        """Bytes that a forward pass of so many images keeps for the backward pass, counted on 2 and 4."""
+        """Bytes that a forward pass of so many images keeps for the backward pass, counted on 4 at most."""
         tensors = [*self.method.parameters(), *self.method.buffers()]
-        two, four = (kept_bytes(partial(self.loss, images), [*tensors, images]) for images in map(self.images, (2, 4)))
-        return max(0, round(four + (batch - 4) * (four - two) / 2))
+        few, more = (min(count, batch) for count in (2, 4))
+        found = {n: kept_bytes(partial(self.loss, x := self.images(n)), [*tensors, x]) for n in {few, more}}
+        return max(0, round(found[more] + (batch - more) * (found[more] - found[few]) / 2))
 
     def states(self) -> dict[str, int]:
         """Bytes of weights with buffers, gradients and the optimiser's state; after a step."""
@@ -246,16 +248,16 @@ class Network:
 
 
 def loader_speed(source: Source, viewer: Viewer, plan: Plan, workers: int, seconds: float) -> float:
-    """Images a second of one process's loader alone, from when each worker has given a batch."""
+    """Images a second of one process's loader alone, over whole rounds of its workers, whose batches come at once."""
     batch = min(32, plan.share, source.length)
     own = Plan(source.length, batch, steps=1_000_000, seed=plan.seed)
-    loader, times = iter(train_loader(source, viewer, own, workers)), []
+    loader, times, turn = iter(train_loader(source, viewer, own, workers)), [], max(1, workers)
     begun = time.perf_counter()
     for _ in loader:
         times.append(time.perf_counter())
-        if len(times) > workers + 1 and times[-1] - begun > seconds:
+        if len(times) > 2 * turn and len(times) % turn == 1 % turn and times[-1] - begun > seconds:
             break
-    return batch * (len(times) - 1 - workers) / (times[-1] - times[workers])
+    return batch * (len(times) - 1 - turn) / (times[-1] - times[turn])
 
 
 def about_steps(network: Network, plan: Plan, options: Any, report: Report) -> None:
@@ -302,7 +304,8 @@ def about_time(network: float, batch: int, loader: float | None, run: Run, repor
     rate = network
     if loader:
         report.lines["speed"] = bottleneck(loader, network, options.workers)
-        rate = together(loader, network, options.workers, cpu_count() if on_cpu else None)
+        cores = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        rate = together(loader, network, options.workers, max(1, cores) if on_cpu else None)
     seconds = (plan.steps - plan.start) * plan.batch_size / (rate * plan.world)
     hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
     spent = f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds % 60)} s"
@@ -335,8 +338,9 @@ def about_memory(network: Network, plan: Plan, run: Run, report: Report) -> None
     words = ", ".join(f"{name} {_size(number)}" for name, number in parts.items())
     report.lines["memory"] = f"at least {_size(need)} of {_size(there)}: {words}"
     if need > there:
-        halves = next((2**k for k in range(1, 30) if need - parts["kept for backward"] * (1 - 2.0**-k) < there), None)
-        more = f"pass --grad-accum-steps {plan.parts * halves}" if halves else "choose a smaller --model"
+        ways = [k for k in range(2, plan.share + 1) if not plan.share % k]  # to divide its images
+        k = next((k for k in ways if need - parts["kept for backward"] * (1 - 1 / k) < there), None)
+        more = f"pass --grad-accum-steps {plan.parts * k}" if k else "choose a smaller --model"
         report.problems.append(
             f"A step of {plan.share} images takes {_size(need)} of memory, and there are {_size(there)}: {more}, or "
             "--grad-checkpointing."
@@ -356,8 +360,8 @@ def about_disk(network: Network, plan: Plan, folder: Path, options: Any, report:
     report.lines["disk"] = f"{most} checkpoints of {_size(one)} and the encoder: {_size(need)} of {_size(free)} free"
     if need > free:
         report.problems.append(
-            f"{most} checkpoints take {_size(need)} and {place} has {_size(free)} free: choose a lower --keep, a "
-            "higher --keep-every or another --out."
+            f"{most} checkpoints take {_size(need)} and {place} has {_size(free)} free: choose a lower --keep, "
+            "--keep-every 0 or another --out."
         )
 
 

@@ -214,9 +214,12 @@ def load_run(name: str | Path) -> tuple[Method, dict[str, Any]]:
         raise UserError(f"--run {name} holds no encoder/: pass the directory of a run that has saved a checkpoint.")
     decoder, method = read_decoder(folder / "decoder")
     model = create(str(encoder_of(folder)))
-    if isinstance(decoder, PixelHead):
-        return SimMIM(as_map_encoder(model), decoder, method["mask_ratio"]).eval(), model.pretrained_cfg
-    return MAE(as_unit_encoder(model), decoder, **method).eval(), model.pretrained_cfg
+    try:
+        if isinstance(decoder, PixelHead):
+            return SimMIM(as_map_encoder(model), decoder, method["mask_ratio"]).eval(), model.pretrained_cfg
+        return MAE(as_unit_encoder(model), decoder, **method).eval(), model.pretrained_cfg
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}/decoder/config.json fits no method ({error!r}): get another copy of it.") from error
 
 
 class Watch:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +26,14 @@ def checkpoints(run: Path) -> list[Path]:
 def step_of(folder: Path) -> int:
     """How many steps were done."""
     return int(folder.name.removeprefix("step-"))
+
+
+def read_options(run: Path) -> dict[str, Any]:
+    """What a run was started with, its config.yaml."""
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    if not isinstance(content, dict):
+        raise UserError(f"{run}/config.yaml holds no options: get another copy of it, or pass another run.")
+    return content
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:

@@ -39,7 +39,7 @@ from mimkit import engines, guards
 from mimkit.checkpoint import load_strictly, read_weights, replacing, replacing_file
 from mimkit.data import Batch, Plan, cpu_count, guarded, restart
 from mimkit.errors import STOPS, StoppedError, UserError, heeding, is_full
-from mimkit.saving import checkpoints, read, read_metrics, seal, step_of, sweep, trim, why_torn, write
+from mimkit.saving import checkpoints, read, read_metrics, read_options, seal, step_of, sweep, trim, why_torn, write
 
 REPLAYED: list[Path] = []  # the step that `replaying` is about
 LOG_EVERY = 20  # steps between readings of what is accumulated on the device
@@ -179,18 +179,15 @@ class Run:
         """What 'auto' was to the run that is resumed, whose next machine may do something else well."""
         if self.options.precision != "auto" or not self.options.resume:
             return None
-        config = self._free_folder(self.name) / "config.yaml"
-        before = yaml.safe_load(config.read_text()) if config.exists() else None
-        return before.get("precision") if isinstance(before, dict) else None
+        folder = self._free_folder(self.name)
+        return read_options(folder).get("precision") if (folder / "config.yaml").exists() else None
 
     def write_config(self) -> None:
         """config.yaml: every option as it was resolved. A resumed run must have the same ones."""
         path = self.folder / "config.yaml"
         config = json.loads(json.dumps(dataclasses.asdict(self.options) | {"out": str(self.folder), "resume": None}))
         if self.options.resume and path.exists():
-            before = yaml.safe_load(path.read_text())
-            if not isinstance(before, dict):
-                raise UserError(f"{path} holds no options: it is not what the run wrote; start a new run with --out.")
+            before = read_options(self.folder)
             changed = [k for k in config if k in before and before[k] != config[k] and k not in MAY_CHANGE]
             if changed:
                 raise UserError(

@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         limits: dict[str, Any] = {"workers": options.workers, "max_bad": options.max_bad, "log": run.print_once}
         features = extract_parts(network, (data, test), size, normalise, **limits)
         found = linear_probe(features[0], features[1])
-        run.print(f"{found.accuracy:.2f} % of {test.length} test images; decay {found.weight_decay:g}")
+        run.print(f"{found.accuracy:.2f} % of {len(features[1].y)} test images; decay {found.weight_decay:g}")
         return
 
     plan = run.plan(data.length, options.batch_size, options.epochs)

@@ -182,6 +182,8 @@ def readers(root, made, monkeypatch):
     return {
         "run": [lambda: mae_vit.main([*pretrain, *again[0]])],
         "init": [lambda: mae_vit.main([*pretrain, *new, "--init", str(run)])],
+        "doctor": [mimkit("doctor", "--run", run)],
+        "push": [mimkit("push", run, "--to", "OWNER/NAME", "--dry-run")],
         "reconstruct": [mimkit("reconstruct", "--run", run, "--images", images, "--out", picture)],
         "encoder": [
             lambda: finetune.main([*tune, *new, "--model", str(run), "--dry-run"]),
@@ -207,10 +209,10 @@ def readers(root, made, monkeypatch):
 
 
 READ_AT = {  # files -> what reads them
-    "run/config.yaml": ["run", "config"],
-    "run/metrics.jsonl": ["run"],
-    "run/encoder/config.json": ["encoder", "init", "reconstruct"],
-    "run/encoder/model.safetensors": ["encoder", "init", "reconstruct"],
+    "run/config.yaml": ["run", "config", "doctor", "push"],
+    "run/metrics.jsonl": ["run", "doctor", "push"],
+    "run/encoder/config.json": ["encoder", "init", "reconstruct", "push"],
+    "run/encoder/model.safetensors": ["encoder", "init", "reconstruct", "push"],
     "run/decoder/config.json": ["reconstruct"],
     "run/decoder/model.safetensors": ["init", "reconstruct"],
     "run/checkpoints/*/model.safetensors": ["weights", "run"],
@@ -357,6 +359,25 @@ def test_a_config_calls_nothing(tag, key, tmp_path, capsys):
             assert ends(capsys, lambda main=main, flag=flag: main([flag, tag, "--out", str(tmp_path / "new")]))
     assert not canary.exists()
     assert not (tmp_path / "new").exists()
+
+
+def test_a_config_imports_nothing(tmp_path, capsys, monkeypatch):
+    """jsonargparse imports what a `class_path` names, while it parses, wherever anything may stand."""
+    (tmp_path / "named.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'canary')!r}).touch()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    given = {"class_path": "named.Thing", "init_args": {}}
+    (tmp_path / "a.yaml").write_text(json.dumps({"model_args": {"x": given}}))
+    for main in (mae_vit.main, finetune.main):
+        assert ends(
+            capsys, lambda main=main: main(["--config", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "new")])
+        )
+    convert = ["mimkit", "convert", "--from", "vit_tiny_patch16_224", "--source-args", json.dumps({"x": given})]
+    monkeypatch.setattr(sys, "argv", [*convert, "--dry-run"])
+    assert ends(capsys, cli.main)
+    assert not (tmp_path / "canary").exists()
+    import named  # noqa: F401  it would have
+
+    assert (tmp_path / "canary").exists()
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
