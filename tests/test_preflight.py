@@ -59,7 +59,7 @@ def test_numbers_are_right(doctor, images):
     code, lines, said = doctor("--data", images, "--mask-ratio", "0.7", "--decode-ratio", "0.5", "--lr", "0.01")
     assert code == 0, said
     assert "nothing found that would spoil the run" in said
-    assert lines["data"] == "37 images; of 37 looked at 0 cannot be read, 0 are copies of another"
+    assert lines["data"] == "37 images; of 37 looked at 0 cannot be read, 0 are copies of another of these"
     assert lines["images"].startswith("20x24 to 20x25 px (height x width), L (100%), read as 3 channels")
     # 32 px, units of 4: 64, of which floor(64 x .3) = 19 are visible, and half of 45 predicted
     assert lines["units"] == "8 x 8 of 4 px = 64: 19 visible, 45 masked, 22 of them predicted"

@@ -8,6 +8,7 @@ code runs on them unchanged, and each pool starts as one tap, on the sub-grid th
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -142,7 +143,9 @@ class Pool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b 2h 2w d) -> (b h w d)"""
-        with torch.autocast(x.device.type, enabled=False):  # tokens stay in the precision of the source's own stream
+        kind = x.device.type
+        casts = torch.amp.is_autocast_available(kind)  # as it is but on meta devices
+        with torch.autocast(kind, enabled=False) if casts else nullcontext():  # tokens keep the source's precision
             x = rearrange(x, "b h w d -> b d h w")
             x = F.conv2d(x, self.weight.to(x.dtype), stride=2, groups=x.shape[1] // self.weight.shape[1])
         return rearrange(x, "b d h w -> b h w d")
