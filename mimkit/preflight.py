@@ -22,6 +22,7 @@ from shutil import disk_usage
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from PIL import Image
@@ -78,7 +79,7 @@ def examine(
 ) -> Report:
     """Look at the data, then at what a step costs."""
     options, plan, report = run.options, run.data_plan, Report()
-    look(source, viewer, options, effort.images, report)
+    look(source, viewer, options, effort, report)
     network = Network(run, *copy.deepcopy((method, optimizer)), viewer.in_chans, parse_size(options.img_size))
     about_steps(network, plan, options, report)
     most = min(plan.share, source.length)
@@ -98,29 +99,33 @@ def examine(
 # The data ------------------------------------------------------------------------------------------------------------
 
 
-def look(source: Source, viewer: Viewer, options: Any, count: int, report: Report) -> None:
-    """Sizes, kinds, colours, copies and damage of images spread over the set, or the first of a stream."""
-    places = spread(source.length, count)
+def look(source: Source, viewer: Viewer, options: Any, effort: Effort, report: Report) -> None:
+    """Sizes, kinds, colours, copies and damage of images spread over the set, or the first of a stream, in some time."""
+    count, until = effort.images, time.perf_counter() + 5 * effort.seconds
+    places = np.random.default_rng(0).permutation(spread(source.length, count)).tolist()  # a part of them is spread too
+    places = list(range(count)) if source.streaming else places
     rows = source.rows.take(count) if source.streaming else (source.rows[i] for i in places)
     whole = dataclasses.replace(viewer, transform=lambda image: image, units=0)
-    bad, copies, sizes, moments = [], [], [], []
-    seen: dict[bytes, str] = {}
+    unread, sizes, moments = [], [], []
+    seen: dict[bytes, list[tuple[int, str]]] = {}
     kinds, looked = Counter[str](), 0
     for index, content in zip(places, rows, strict=False):
         looked += 1
         view = whole(content, 0, index)
         if view.image is None:
-            bad.append(f"{view.name} ({view.bad})")
+            unread.append((index, f"{view.name} ({view.bad})"))
             continue
         data = read_cell(content[source.image])
-        first = seen.setdefault(hashlib.sha256(data).digest(), view.name)
-        if first != view.name:
-            copies.append(f"{view.name} of {first}")
+        seen.setdefault(hashlib.sha256(data).digest(), []).append((index, view.name))
         kinds[kind_of(data)] += 1
         sizes.append(tuple(view.image.shape[-2:]))
         step = max(1, min(view.image.shape[1:]) // 256)  # colours of a photograph need no more of its pixels
         pixels = view.image[:, ::step, ::step].double() / (255 if view.image.dtype == torch.uint8 else 1)
         moments.append(torch.stack([pixels.mean((1, 2)), pixels.square().mean((1, 2))]))
+        if time.perf_counter() > until:
+            break
+    bad = [named for _, named in sorted(unread)]
+    copies = [f"{name} of {same[0][1]}" for same in sorted(map(sorted, seen.values())) for _, name in same[1:]]
     report.lines["data"] = f"{source.length:,} images; of {looked:,} looked at {len(bad)} cannot be read"
     report.lines["data"] += f", {len(copies)} are copies of another of these{_named(copies)}"
     if len(bad) > options.max_bad * looked:
