@@ -100,7 +100,7 @@ def examine(
 
 
 def look(source: Source, viewer: Viewer, options: Any, effort: Effort, report: Report) -> None:
-    """Sizes, kinds, colours, copies and damage of images spread over the set, or the first of a stream, in some time."""
+    """Sizes, kinds, colours, copies, damage of images spread over the set or the first of a stream, in some time."""
     count, until = effort.images, time.perf_counter() + 5 * effort.seconds
     places = np.random.default_rng(0).permutation(spread(source.length, count)).tolist()  # a part of them is spread too
     places = list(range(count)) if source.streaming else places
