@@ -129,7 +129,7 @@ def upload(folder: Path, to: str, private: bool) -> str:
     api, ours = huggingface_hub.HfApi(), list(PUSHED)
     try:
         with suppress(RepositoryNotFoundError):  # which ends in time where a network swallows what is sent
-            api.model_info(to, timeout=TIMEOUT)
+            api.model_info(to, revision=None, timeout=TIMEOUT)
         url = api.create_repo(to, private=private or None, exist_ok=True)
         api.upload_folder(
             repo_id=to, folder_path=folder, commit_message="Pushed by mimkit", allow_patterns=ours, delete_patterns=ours

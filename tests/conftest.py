@@ -9,6 +9,7 @@ from pathlib import Path
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # side by side: each on a core of its own, or threads would wait
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    sys.argv[0] = "pytest"  # as it is without workers; messages of parsers begin with it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
