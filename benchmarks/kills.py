@@ -56,8 +56,8 @@ def measure(
         kills: how many.
         engine: cpu, or zero2 with two processes.
         seed: of the run and of the moments.
-        longest: when a run is killed at the latest, counted in what the whole run takes; from a start it is any moment
-            up to there.
+        longest: when a run is killed at the latest, counted in what the shortest whole one took; from a start it is any
+            moment up to there.
         epochs: of the run, a quarter between checkpoints.
     """
     if engine not in ("cpu", "zero2"):
@@ -75,21 +75,24 @@ def measure(
             raise UserError(f"the run without kills failed: {whole.with_suffix('.log').read_text()[-500:]}")
         took = time.time() - begun
         print(f"without kills: {done(whole)} steps in {took:.0f} s", flush=True)
-        for kill in range(1, kills + 1):
-            job = started(engine, killed, seed, epochs)
+        kill, fresh = 0, True
+        while kill < kills:
+            job, begun = started(engine, killed, seed, epochs), time.time()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if job.wait(timeout=moments.uniform(0, longest * took)):
                     raise UserError(f"it failed by itself: {killed.with_suffix('.log').read_text()[-500:]}")
-            ended = job.poll() is not None
+                took = min(took, time.time() - begun) if fresh else took
+                wrong += compare(whole, killed, engine)  # nothing was left to kill: from the start once more
+                shutil.rmtree(killed)
+                fresh = True
+                continue
+            fresh, kill = False, kill + 1
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(job.pid, signal.SIGKILL)
             job.wait()
             saving = [*(killed / "checkpoints").glob(".step-*")] if (killed / "checkpoints").exists() else []
             during += bool(saving)
             print(f"kill {kill}: {done(killed)} steps are saved{', in a save' if saving else ''}", flush=True)
-            if ended:  # nothing was left to kill: from the start once more, which counts as well
-                wrong += compare(whole, killed, engine)
-                shutil.rmtree(killed)
         if started(engine, killed, seed, epochs).wait():
             raise UserError(f"it failed by itself: {killed.with_suffix('.log').read_text()[-500:]}")
         wrong += compare(whole, killed, engine)
