@@ -4,11 +4,11 @@ python benchmarks/kills.py --kills 50
 python benchmarks/kills.py --kills 20 --engine zero2
 
 A short pre-training of hivit_nano on 640 images of `sample` that saves every five steps is killed with SIGKILL, all of
-its processes at once, and resumed. Its weights are then held against those of the same run without kills: equal to the
-bit with one process, within 1e-6 under ZeRO-2 with two.
+its processes at once, and resumed: in turn at a moment drawn evenly over what a whole run takes and within 30 ms of the
+beginning of a save. Its weights are then held against those of the same run without kills: equal to the bit with one
+process, within 1e-6 under ZeRO-2 with two. A run that ends before its moment is compared too, and begun anew.
 """
 
-import contextlib
 import os
 import random
 import shutil
@@ -47,17 +47,36 @@ def done(out: Path) -> int:
     return max((int(f.name[5:]) for f in (out / "checkpoints").glob("step-*") if f.name[5:].isdecimal()), default=0)
 
 
-def measure(
-    kills: PositiveInt = 50, engine: str = "cpu", seed: int = 0, longest: float = 1.0, epochs: float = 2.0
-) -> None:
+def saving(out: Path) -> bool:
+    """Whether a checkpoint is being written, or was when the run was killed."""
+    return any((out / "checkpoints").glob(".step-*"))
+
+
+def outlives(job: subprocess.Popen[bytes], out: Path, last: float | None, moments: random.Random) -> bool:
+    """Wait for the moment to kill `job`; whether it came before the run's end.
+
+    Args:
+        last: seconds from now until the last such moment, or None: that of the next save.
+    """
+    end = time.time() + (moments.uniform(0, last) if last else 600)
+    left = {f.name for f in (out / "checkpoints").glob(".step-*")}  # by the kill before; the run removes it
+    while job.poll() is None and time.time() < end:
+        now = {f.name for f in (out / "checkpoints").glob(".step-*")}
+        if last is None and now - left:
+            time.sleep(moments.uniform(0, 0.03))
+            return job.poll() is None
+        left &= now
+        time.sleep(0.001)
+    return job.poll() is None
+
+
+def measure(kills: PositiveInt = 50, engine: str = "cpu", seed: int = 0, epochs: float = 2.0) -> None:
     """Kill, resume, compare.
 
     Args:
         kills: how many.
         engine: cpu, or zero2 with two processes.
         seed: of the run and of the moments.
-        longest: when a run is killed at the latest, counted in what the shortest whole one took; from a start it is any
-            moment up to there.
         epochs: of the run, a quarter between checkpoints.
     """
     if engine not in ("cpu", "zero2"):
@@ -75,24 +94,20 @@ def measure(
             raise UserError(f"the run without kills failed: {whole.with_suffix('.log').read_text()[-500:]}")
         took = time.time() - begun
         print(f"without kills: {done(whole)} steps in {took:.0f} s", flush=True)
-        kill, fresh = 0, True
+        kill = 0
         while kill < kills:
-            job, begun = started(engine, killed, seed, epochs), time.time()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if job.wait(timeout=moments.uniform(0, longest * took)):
+            job = started(engine, killed, seed, epochs)
+            if not outlives(job, killed, took if kill % 2 else None, moments):
+                if job.wait():
                     raise UserError(f"it failed by itself: {killed.with_suffix('.log').read_text()[-500:]}")
-                took = min(took, time.time() - begun) if fresh else took
-                wrong += compare(whole, killed, engine)  # nothing was left to kill: from the start once more
+                wrong += compare(whole, killed, engine)
                 shutil.rmtree(killed)
-                fresh = True
                 continue
-            fresh, kill = False, kill + 1
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(job.pid, signal.SIGKILL)
+            os.killpg(job.pid, signal.SIGKILL)
             job.wait()
-            saving = [*(killed / "checkpoints").glob(".step-*")] if (killed / "checkpoints").exists() else []
-            during += bool(saving)
-            print(f"kill {kill}: {done(killed)} steps are saved{', in a save' if saving else ''}", flush=True)
+            kill += 1
+            during += saving(killed)
+            print(f"kill {kill}: {done(killed)} steps saved{', in a save' if saving(killed) else ''}", flush=True)
         if started(engine, killed, seed, epochs).wait():
             raise UserError(f"it failed by itself: {killed.with_suffix('.log').read_text()[-500:]}")
         wrong += compare(whole, killed, engine)
