@@ -47,24 +47,26 @@ def done(out: Path) -> int:
     return max((int(f.name[5:]) for f in (out / "checkpoints").glob("step-*") if f.name[5:].isdecimal()), default=0)
 
 
-def saving(out: Path) -> bool:
-    """Whether a checkpoint is being written, or was when the run was killed."""
-    return any((out / "checkpoints").glob(".step-*"))
+def saving(out: Path) -> set[str]:
+    """Checkpoints that are being written, or were when the run was killed."""
+    return {folder.name for folder in (out / "checkpoints").glob(".step-*")}
 
 
-def outlives(job: subprocess.Popen[bytes], out: Path, last: float | None, moments: random.Random) -> bool:
+def outlives(
+    job: subprocess.Popen[bytes], out: Path, left: set[str], last: float | None, moments: random.Random
+) -> bool:
     """Wait for the moment to kill `job`; whether it came before the run's end.
 
     Args:
+        left: by the kill before, of `saving`; what the run removes is taken out.
         last: seconds from now until the last such moment, or None: that of the next save.
     """
     end = time.time() + (moments.uniform(0, last) if last else 600)
-    left = {f.name for f in (out / "checkpoints").glob(".step-*")}  # by the kill before; the run removes it
     while job.poll() is None and time.time() < end:
-        now = {f.name for f in (out / "checkpoints").glob(".step-*")}
+        now = saving(out)
         if last is None and now - left:
             time.sleep(moments.uniform(0, 0.03))
-            return job.poll() is None
+            break
         left &= now
         time.sleep(0.001)
     return job.poll() is None
@@ -96,8 +98,8 @@ def measure(kills: PositiveInt = 50, engine: str = "cpu", seed: int = 0, epochs:
         print(f"without kills: {done(whole)} steps in {took:.0f} s", flush=True)
         kill = 0
         while kill < kills:
-            job = started(engine, killed, seed, epochs)
-            if not outlives(job, killed, took if kill % 2 else None, moments):
+            left, job = saving(killed), started(engine, killed, seed, epochs)
+            if not outlives(job, killed, left, took if kill % 2 else None, moments):
                 if job.wait():
                     raise UserError(f"it failed by itself: {killed.with_suffix('.log').read_text()[-500:]}")
                 wrong += compare(whole, killed, engine)
@@ -106,8 +108,9 @@ def measure(kills: PositiveInt = 50, engine: str = "cpu", seed: int = 0, epochs:
             os.killpg(job.pid, signal.SIGKILL)
             job.wait()
             kill += 1
-            during += saving(killed)
-            print(f"kill {kill}: {done(killed)} steps saved{', in a save' if saving(killed) else ''}", flush=True)
+            hit = bool(saving(killed) - left)
+            during += hit
+            print(f"kill {kill}: {done(killed)} steps saved{', in a save' if hit else ''}", flush=True)
         if started(engine, killed, seed, epochs).wait():
             raise UserError(f"it failed by itself: {killed.with_suffix('.log').read_text()[-500:]}")
         wrong += compare(whole, killed, engine)

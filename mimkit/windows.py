@@ -52,7 +52,7 @@ def into_windows(x: Tensor, grid: Grid, sides: Grid, prefix: int = 0) -> tuple[T
     if not (grid[0] % sides[0] or grid[1] % sides[1]):
         return tokens, None
     padding = F.pad(1 - cut(x.new_ones(1, *grid, 1), sides)[0, :, :, 0], (prefix, 0))
-    return tokens, repeat(padding, "m n -> (b m) 1 1 n", b=len(x)) * torch.finfo(x.dtype).min
+    return tokens, repeat(padding, "m n -> (b m) 1 1 n", b=x.shape[0]) * torch.finfo(x.dtype).min
 
 
 def out_of_windows(x: Tensor, grid: Grid, sides: Grid, prefix: int = 0) -> Tensor:

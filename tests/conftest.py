@@ -65,6 +65,13 @@ def fill(model):
     return model
 
 
+def joined(pyramid):
+    """Its finer maps count: what they are joined by starts at 0."""
+    for side in pyramid.side:
+        torch.nn.init.normal_(side.weight)
+    return pyramid
+
+
 def learns(model, steps=30):
     """Train on four smooth images under one mask -> the last loss by the first; every parameter got a gradient"""
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)

@@ -5,7 +5,9 @@ import io
 import resource
 import struct
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
@@ -185,11 +187,7 @@ def memory(megabytes):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured through /proc")
-
-
-@needs_proc
-def test_a_strip_takes_no_more_than_its_middle():
+def strips():
     wide = Image.new("RGB", (20_000, 3), "red")
     wide.paste((0, 255, 0), (9_995, 0, 10_005, 3))
     for image in (wide, wide.rotate(90, expand=True)):
@@ -204,21 +202,28 @@ def test_a_strip_takes_no_more_than_its_middle():
     assert far(eval_transform((32, 32))(ordinary), expected) == 0
 
 
-@needs_proc
-def test_bombs_are_not_unpacked():
+def bombs():
     pixels = np.broadcast_to(np.zeros((), np.uint8), (5, 14_000, 14_000))
-    bombs = [
+    files = [
         (png(20_000, 20_000, 1, 0, bytes(20_000 * 2_501)), 3, "400000000 pixels"),
         (png(20_000, 20_000, 1, 0, bytes(20_000 * 2_501)), 5, "400000000 pixels"),
         (tiff(pixels[0], compression="zlib", rowsperstrip=500), 3, "196000000 pixels"),
         (tiff(pixels, compression="zlib", rowsperstrip=500, photometric="minisblack"), 5, "is more than 178956970"),
     ]
-    for data, in_chans, reason in bombs:
+    for data, in_chans, reason in files:
         assert len(data) < 4e6
         with memory(100), pytest.raises(Exception, match=reason):
             decode(data, in_chans)
     with memory(100), pytest.raises(MemoryError):
         np.zeros(400_000_000, np.uint8)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured through /proc")
+@pytest.mark.parametrize("check", [strips, bombs])
+def test_no_more_is_unpacked_than_what_is_needed(check):
+    """In a fresh process: what other tests have given back would serve without asking for more."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        alone.submit(check).result()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import command, launched
+from conftest import command, joined, launched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mimkit.recipes import detect
@@ -288,6 +288,7 @@ def test_a_box_is_around_its_mask(seed):
 def test_all_of_a_detector_learns_and_it_finds_in_pixels_of_the_image(name, masks, data):
     train, *_ = open_boxes(str(data), masks=masks)
     model = detector(name, masks=masks)
+    joined(model.rcnn.backbone.pyramid)
     transform = train_objects(None, 64, 96, (0.8, 1.0), [0.5] * 3)
     viewer = Viewer(transform, 3, 0, 0, ("image", "objects"), read_objects(masks))
     batch = collate_list([viewer(train.rows[i], 0, i) for i in range(3)])  # the first is without objects

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import BACKBONES, PLAIN, backbone, fill
+from conftest import BACKBONES, PLAIN, backbone, fill, joined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ DEEP = {  # of 8 blocks, so that there are some between the last ones of the qua
 def deep(name, window=0):
     """A pyramid of a filled network in double precision; the same for any window."""
     torch.manual_seed(0)
-    return Pyramid(fill(timm.create_model(name.split()[0], **DEEP[name])), window=window).double().eval()
+    return joined(Pyramid(fill(timm.create_model(name.split()[0], **DEEP[name])), window=window)).double().eval()
 
 
 # The pyramid ---------------------------------------------------------------------------------------------------------
@@ -41,9 +41,7 @@ def test_every_backbone_is_a_pyramid_and_all_of_it_learns(name):
             with pytest.raises(UserError, match="needs maps at 4, 8 and 16 px; vit_tiny"):
                 Pyramid(backbone(name), neck)
             continue
-        pyramid = Pyramid(backbone(name), neck)
-        for side in pyramid.side:
-            torch.nn.init.normal_(side.weight)  # for what is before them; they start at 0
+        pyramid = joined(Pyramid(backbone(name), neck))
         x = torch.randn(2, 3, 90, 64)
         maps = pyramid(x)
         high, wide = (side + -side % pyramid.multiple for side in x.shape[-2:])

@@ -355,7 +355,7 @@ class HPViT(nn.Module):
         maps = pool(F.pad(maps, (0, 0, *odd)) if any(odd) else maps)
         if side > 1:
             prefix = pool(rearrange(prefix, "(b n k) t d -> (b t) n k d", n=side, k=side))
-            prefix = rearrange(prefix, "(b t) n k d -> (b n k) t d", b=len(maps))
+            prefix = rearrange(prefix, "(b t) n k d -> (b n k) t d", b=maps.shape[0])
         elif any(odd):  # the mean is over the tokens that there are
             valid = F.avg_pool2d(F.pad(x.new_ones(1, *grid), odd), 2)
             maps = maps / rearrange(valid, "1 h w -> h w 1")

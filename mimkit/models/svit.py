@@ -52,7 +52,7 @@ class Places(NamedTuple):
         if self.visible is None or not self.skip:
             return x
         (gh, gw), k = self.grid, x.shape[2]
-        blank = wide(x).mean(dim=(1, 2, 3)).to(x.dtype) if average else x.new_zeros(len(x), *x.shape[4:])
+        blank = wide(x).mean(dim=(1, 2, 3)).to(x.dtype) if average else x.new_zeros(x.shape[0], *x.shape[4:])
         blank = blank[:, None, None, None, None].expand(-1, gh, k, gw, k, *x.shape[4:]).clone()
         blank[self.where()] = x
         return blank.flatten(3, 4).flatten(1, 2)

@@ -61,7 +61,7 @@ class UnitViT(nn.Module):
         empty = x.new_zeros(1, *grid, x.shape[-1])
         table = vit._pos_embed(empty if vit.dynamic_img_size else empty.flatten(1, 2))
         k = self.num_prefix_tokens
-        x = torch.cat([table[:, :k].expand(len(x), -1, -1), x + gather(table[:, k:], index)], dim=1)
+        x = torch.cat([table[:, :k].expand(x.shape[0], -1, -1), x + gather(table[:, k:], index)], dim=1)
         x = vit.norm_pre(x)
         x = checkpoint_seq(vit.blocks, x) if vit.grad_checkpointing and vit.training else vit.blocks(x)
         return vit.norm(x)
