@@ -57,14 +57,14 @@ def measure(rounds: PositiveInt = 5) -> None:
             print(f"| {kind} | {seconds:.1f} | {peaks:.2f} |", flush=True)
     plain = count_gmacs(on_meta(timm.create_model, "vit_base_patch16_224"), 1, 3, 224, 224)
     print(f"\n| ViT-B at 224 px | GMACs | times plain |\n|---|---|---|\n| plain | {plain:.2f} | 1 |")
-    for depths in ("light", "fine", "0-2-8-2", "1-1-8-2", "even", "swin"):
+    for depths in ("coarse", "light", "fine", "0-2-8-2", "1-1-8-2", "even", "swin"):
         net = on_meta(timm.create_model, "hpvit_b", depths=depths)
         gmacs = count_gmacs(net, 1, 3, 224, 224)
         print(f"| {depths}: {'-'.join(map(str, net.depths))} | {gmacs:.2f} | {gmacs / plain:.2f} |")
     for window in (0, 16):
         net = on_meta(timm.create_model, "hpvit_b", window=window)
         gmacs = count_gmacs(net, 1, 3, 1024, 1024)
-        print(f"| light at 1024 px, {f'windows of {window}' if window else 'no windows'} | {gmacs:.0f} | |")
+        print(f"| coarse at 1024 px, {f'windows of {window}' if window else 'no windows'} | {gmacs:.0f} | |")
 
 
 if __name__ == "__main__":

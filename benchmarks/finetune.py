@@ -31,7 +31,7 @@ from mimkit.errors import UserError, one_sentence
 from mimkit.finetuning import load
 from mimkit.macs import count_gmacs
 from mimkit.options import PositiveInt, call, parse_recipe
-from mimkit.pretraining import create, load_run
+from mimkit.pretraining import load_run
 from mimkit.sources import open_labelled
 from mimkit.training import keep_freed_memory, resolve_precision
 
@@ -132,9 +132,9 @@ def labels(data: str, run: str, epochs: float = 10.0, seeds: PositiveInt = 3, ar
 
 ARMS: list[tuple[str, str | None, list[object]]] = [  # name, layout, flags
     ("plain, kernel at 16", None, ["--model-args.patch_size", 16]),
-    ("hpvit, light (the default)", "light", []),
+    ("hpvit, light", "light", []),
     ("plain, its own patch", None, []),
-    ("hpvit, 0-0-{0}-0", "0-0-{0}-0", []),
+    ("hpvit, coarse (the default)", "coarse", []),
     ("hpvit, fine", "fine", []),
     ("light, pools at the base rate", "light", ["--pool-scale", 1]),
     ("light, pools fixed", "light", ["--pool-scale", 0]),
@@ -165,16 +165,15 @@ def pyramid(
         lr: learning rate of all arms; picked for each by default.
         times: measure a training step of each, in turn, instead.
     """
-    blocks = len(create(plain, weights=False).blocks)
     with tempfile.TemporaryDirectory() as folder:
         built = {}
         for i in map(int, arms.split(",")):
             name, layout, flags = ARMS[i]
             where = Path(folder) / f"arm{i}" if layout else Path(plain).resolve()
             if layout:
-                convert(plain, "hpvit", where, depths=layout.format(blocks), checks=False)
+                convert(plain, "hpvit", where, depths=layout, checks=False)
             px = own_side if name.endswith("own patch") else side
-            built[name.format(blocks)] = ["--model", where, "--img-size", px, *PLAIN, *VIT, *flags]
+            built[name] = ["--model", where, "--img-size", px, *PLAIN, *VIT, *flags]
         if times:
             show_times(built)
             return

@@ -29,15 +29,17 @@ from mimkit.sources import open_labelled
 from mimkit.training import keep_freed_memory
 
 NAME = "vit_small_patch14_dinov2"
+LIGHT: dict[str, Any] = {"depths": "light"}
 FINE: dict[str, Any] = {"depths": "fine"}
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [
-    ("default (light, aligned, sub-grids)", {}),
-    ("pools start half aligned", {"pool_init": 0.5}),
-    ("pools start as average", {"pool_init": "average"}),
-    ("padding [0,12]", {"padding": [0, 12]}),
-    ("padding [8,4]", {"padding": [8, 4]}),
-    ("prefix tokens dropped", {"prefix": "drop"}),
-    ("local windows", {"attention": "local"}),
+    ("coarse, aligned, sub-grids: the default", {}),
+    ("light", LIGHT),
+    ("light, pools start half aligned", {**LIGHT, "pool_init": 0.5}),
+    ("light, pools start as average", {**LIGHT, "pool_init": "average"}),
+    ("light, padding [0,12]", {**LIGHT, "padding": [0, 12]}),
+    ("light, padding [8,4]", {**LIGHT, "padding": [8, 4]}),
+    ("light, prefix tokens dropped", {**LIGHT, "prefix": "drop"}),
+    ("light, local windows", {**LIGHT, "attention": "local"}),
     ("fine", FINE),
     ("fine, half aligned", {**FINE, "pool_init": 0.5}),
     ("fine, average", {**FINE, "pool_init": "average"}),

@@ -175,7 +175,7 @@ def convert(
         layout: the checkpoint's family, such as mae, hf, timm, dinov2; an alias has its own.
         weights: which of several states in a file: ema, teacher, student or model.
         source_args: arguments of the source's network in timm, where its name does not say.
-        depths: blocks in each stage, such as 0-1-11-0, or light, fine, even, swin.
+        depths: blocks in each stage, such as 0-1-11-0, or coarse, light, fine, even, swin.
         pool: between stages: dw, conv or avg.
         pool_init: what pools start as: aligned, average, or the share of the aligned tap, from 0 to 1.
         attention: subgrid, or local for comparison.

@@ -414,7 +414,7 @@ def test_depths(total, data):
             resolve_depths(split, total)
     else:
         assert resolve_depths(split, total) == resolve_depths("-".join(map(str, split)), total) == split
-    assert sum(resolve_depths("light", total)) == total
+    assert sum(resolve_depths("light", total)) == sum(resolve_depths("coarse", total)) == total
     with pytest.raises(UserError, match="0-1-"):
         resolve_depths("cheap", total)
 

@@ -34,6 +34,7 @@ from mimkit.windows import cut, global_blocks, into_windows, out_of_windows, win
 PATCH, STRIDE = 16, 4
 SIDE = PATCH // STRIDE  # sub-grids along a side of the stride-4 map
 DEPTHS: dict[str, tuple[int | None, ...]] = {  # blocks in each stage; None: all the others
+    "coarse": (0, 0, None, 0),
     "light": (0, 1, None, 0),
     "fine": (1, 1, None, 0),
     "even": (3, 3, None, 0),
@@ -191,7 +192,7 @@ class HPViT(nn.Module):
         self,
         source: str = "vit_base_patch16_224",
         source_args: dict[str, Any] | None = None,
-        depths: str | Sequence[int] = "light",
+        depths: str | Sequence[int] = "coarse",
         pool: str = "dw",
         pool_init: str | float = "aligned",
         attention: str = "subgrid",
