@@ -92,7 +92,7 @@ def test_dry_run_and_no_checks(capsys, monkeypatch, file, tmp_path):
     assert (code, "NOT CHECKED" in out) == (0, True)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["mimkit"]["checks"] == "NOT CHECKED"
     assert "NOT CHECKED" in (tmp_path / "out" / "report.md").read_text()
-    assert timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).depths == (0, 1, 3, 0)
+    assert timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).depths == (0, 0, 4, 0)
 
 
 def test_options_reach_the_network(capsys, monkeypatch, file, tmp_path):

@@ -338,7 +338,7 @@ def test_config_holds_the_defaults_of_its_day(tmp_path):
     write_model(net, tmp_path / "model")
     said = json.loads((tmp_path / "model" / "config.json").read_text())["model_args"]
     assert said["source"] == "vit_tiny_patch16_224"
-    assert (said["depths"], said["padding"], said["pool"], said["prefix"]) == ([0, 1, 3, 0], [4, 8], "dw", "keep")
+    assert (said["depths"], said["padding"], said["pool"], said["prefix"]) == ([0, 0, 4, 0], [4, 8], "dw", "keep")
 
 
 def test_small_grids_have_no_rope_after_the_third_pool():
