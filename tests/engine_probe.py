@@ -7,7 +7,10 @@ import importlib
 import json
 import os
 import sys
+from functools import partialmethod
 from pathlib import Path
+
+from torch import nn
 
 from mimkit.training import Run
 
@@ -37,4 +40,5 @@ def prepared(run, model, optimizer, **beside):
 
 
 Run.prepare = prepared
+nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # inductor would take minutes
 importlib.import_module(f"mimkit.recipes.{recipe}").main(argv)

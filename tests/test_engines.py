@@ -62,9 +62,9 @@ class Canary:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_what_zero_goes_with(engine, images, tmp_path):
-    options = ["--precision", "bf16", "--grad-accum-steps", "2", "--grad-checkpointing", "true"]
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_what_engines_go_with(engine, images, tmp_path):
+    options = ["--precision", "bf16", "--grad-accum-steps", "2", "--grad-checkpointing", "true", "--compile", "true"]
     _, curve = probed(engine, "mae_hivit", tmp_path / "mixed", "--data", images, *options)
     _, exact = probed("ddp", "mae_hivit", tmp_path / "ddp", "--data", images)
     assert curve == pytest.approx(exact, abs=0.03)
