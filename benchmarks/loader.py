@@ -34,7 +34,6 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from mimkit.data import (
-    CropTensor,
     Normalise,
     Plan,
     Viewer,
@@ -46,7 +45,7 @@ from mimkit.data import (
     train_transform,
 )
 from mimkit.errors import one_sentence
-from mimkit.images import decode
+from mimkit.images import decode, decode_pixels
 from mimkit.options import PositiveInt, call
 from mimkit.sources import open_source
 
@@ -85,7 +84,7 @@ def make_pictures(data: str, out: Path, count: int) -> None:
 def ours(data: str, batch_size: int, workers: int, turn: int, normalise: bool) -> Iterator[Any]:
     """Batches of one epoch, as a recipe reads them."""
     source = open_source(data)
-    viewer = Viewer(train_transform((SIZE, SIZE), SCALE), 3, 49, 0, (source.image, source.label))
+    viewer = Viewer(train_transform((SIZE, SIZE), SCALE), 3, 49, 0, (source.image, source.label), pixels=True)
     epoch = source.length // batch_size
     plan = Plan(source.length, batch_size, (turn + 1) * epoch, start=turn * epoch)
     scaled = Normalise(*STATISTICS)
@@ -143,12 +142,12 @@ def speed(batches: Iterable[Any], batch_size: int) -> tuple[float, float]:
 def stages(files: list[Path]) -> dict[str, float]:
     """CPU milliseconds an image of the parts of the work, and how near our crops are to PIL's."""
     crop = v2.RandomResizedCrop(SIZE, scale=SCALE, interpolation=BICUBIC)
-    tensor = CropTensor((SIZE, SIZE), scale=SCALE, interpolation=BICUBIC)
     source = open_source(str(files[0].parent.parent))
     held = [file.read_bytes() for file in files]
     pictures: list[Any] = [decode(data) for data in held]
+    arrays = [decode_pixels(data) for data in held]
     boxes = [crop.make_params([picture]) for picture in pictures]
-    scaled = [tensor.transform(picture, box) for picture, box in zip(pictures, boxes, strict=True)]
+    scaled = [crop.transform(array, box) for array, box in zip(arrays, boxes, strict=True)]
     floats, normalise = torch.rand(8, 3, SIZE, SIZE), Normalise(*STATISTICS)
 
     def draw(i: int) -> None:
@@ -158,12 +157,12 @@ def stages(files: list[Path]) -> dict[str, float]:
     parts: dict[str, Callable[[int], Any]] = {
         "the file read": lambda i: files[i].read_bytes(),
         "a row of the table": lambda i: source.rows[i],
-        "decoding by PIL's libjpeg alone, which all share": lambda i: Image.open(io.BytesIO(held[i])).load(),
-        "`mimkit.images.decode`, that included": lambda i: decode(held[i]),
+        "decoding by PIL (torchvision, timm)": lambda i: Image.open(io.BytesIO(held[i])).convert("RGB"),
+        "`mimkit.images.decode_pixels` (ours)": lambda i: decode_pixels(held[i]),
         "the three generators set and set back": draw,
         "the box drawn": lambda i: crop.make_params([pictures[i]]),
         "crop and scaling by PIL (torchvision, timm)": lambda i: crop.transform(pictures[i], boxes[i]),
-        "crop and scaling by torch (ours)": lambda i: tensor.transform(pictures[i], boxes[i]),
+        "crop and scaling by torch (ours)": lambda i: crop.transform(arrays[i], boxes[i]),
         "flip": lambda i: v2.functional.hflip(scaled[i]),
         "stacking bytes": lambda i: torch.stack(scaled[i : i + 1]),
         "stacking floats (torchvision)": lambda i: torch.stack([floats[i % 8]]),

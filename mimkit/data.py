@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.errors import STOPS, UserError
-from mimkit.images import decode
+from mimkit.images import decode, decode_pixels
 from mimkit.sources import Source
 
 Size = tuple[int, int]
@@ -76,24 +76,16 @@ def seeded(*key: int) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-class CropTensor(v2.RandomResizedCrop):
-    """torchvision's, also for a PIL image -> (c H W): torch scales bytes faster than PIL (benchmarks/loader.md)."""
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Tensor:
-        """An image or (c h w), and the box -> (c H W)"""
-        part = v2.functional.crop(inpt, **params)
-        if isinstance(part, Image.Image):
-            part = v2.functional.pil_to_tensor(part)
-        return v2.functional.resize(part, self.size, self.interpolation, antialias=self.antialias)
-
-
 def train_transform(size: Size, scale: tuple[float, float] = (0.2, 1.0)) -> Transform:
-    """MAE's augmentation: a random resized crop, bicubic, and a flip (MAE, appendix A.1): an image -> (c H W)."""
+    """MAE's augmentation: a random resized crop, bicubic, and a flip (MAE, appendix A.1): (c h w) -> (c H W).
+
+    It takes PIL images too, but torch scales bytes faster than PIL does (benchmarks/loader.md).
+    """
     if not 0 < scale[0] <= scale[1] <= 1:
         raise UserError(
             f"--crop-scale {list(scale)} is no range of shares: give two numbers between 0 and 1, like 0.2,1."
         )
-    crop = CropTensor(size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    crop = v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
@@ -123,9 +115,9 @@ def finetune_transform(
     erasing = RandomErasing(erase, mode="pixel", device="cpu")
     here = Normalise(*normalise.values)  # the other one may be on a GPU, which workers have no part in
 
-    def transform(image: Any) -> Tensor:
+    def transform(image: Tensor) -> Tensor:
         pixels = crop(image)
-        if policy and isinstance(image, Image.Image):
+        if policy and pixels.dtype == torch.uint8 and len(pixels) in (1, 3):  # what PIL knows
             pixels = v2.functional.pil_to_tensor(policy(v2.functional.to_pil_image(pixels)))
         return erasing(here(pixels))
 
@@ -180,6 +172,7 @@ class Viewer:
         fields: names of the image and the label column.
         target: reads what the label column holds, if that is no class; the transform takes it along with the image,
             and gives back both.
+        pixels: whether the transform takes (c H W) of any image, and not pictures as PIL's.
         part: of the data, named where a row has no file to name.
     """
 
@@ -190,6 +183,7 @@ class Viewer:
     fields: tuple[str, str | None]
     target: Callable[[Any], Any] | None = None
     part: str = ""
+    pixels: bool = False
 
     def __call__(self, row: dict[str, Any], epoch: int, index: Index) -> View:
         file = row[self.fields[0]] or {"bytes": None, "path": None}
@@ -201,7 +195,7 @@ class Viewer:
         with seeded(self.seed, epoch, *key):
             noise = torch.rand(self.units)
             try:
-                image = decode(read_cell(file), self.in_chans)
+                image = (decode_pixels if self.pixels else decode)(read_cell(file), self.in_chans)
                 if self.target:
                     image, label = self.transform(image, self.target(label))
                 else:

@@ -1,6 +1,7 @@
 """One image file of any kind -> a picture or an array of the channels asked for."""
 
 import io
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,12 @@ import tifffile
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 LARGEST = 178_956_970  # pixels: what PIL refuses to unpack above
-NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+JPEG, NPY, TIFF = b"\xff\xd8", b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+ORIENTATION = 274  # of a camera; 1 is upright
 BITS, PLANES = 258, 284  # of a TIFF: bits of each sample, and 2 where each channel is a plane of its own
 EXTENSIONS = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {".npy"}
 
@@ -54,6 +58,19 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("L" if in_chans == 1 else "RGB")
+
+
+def decode_pixels(data: bytes, in_chans: int = 3) -> Tensor:
+    """The same as (c H W). An ordinary JPEG is unpacked by torchvision, to the same bytes as by PIL, but faster."""
+    if data.startswith(JPEG) and in_chans in (1, 3):
+        with suppress(UnidentifiedImageError, RuntimeError):  # below PIL says what is wrong with it
+            header = open_image(data)
+            upright = header.getexif().get(ORIENTATION, 1) == 1
+            if upright and header.mode in ("L", "RGB")[:in_chans] and header.width * header.height <= LARGEST:
+                mode = ImageReadMode.GRAY if in_chans == 1 else ImageReadMode.RGB
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+    image = decode(data, in_chans)
+    return image if torch.is_tensor(image) else pil_to_tensor(image)
 
 
 def read_tiff(data: bytes, in_chans: int) -> Tensor:

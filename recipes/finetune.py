@@ -180,7 +180,7 @@ def train(options: Options) -> tuple[Run, float | None]:
     run.print(f"{start}; {data.length:,} images, lr {options.lr:.3g}")
 
     transform = finetune_transform(size, options.crop_scale, options.aa, options.reprob, normalise)
-    viewer = Viewer(transform, options.in_chans, 0, options.seed, (data.image, data.label))
+    viewer = Viewer(transform, options.in_chans, 0, options.seed, (data.image, data.label), pixels=True)
     loader = train_loader(data, viewer, plan, options.workers)
     mix = mixing(len(names), plan.share, options.mixup, options.cutmix, options.smoothing)
     criterion = SoftTargetCrossEntropy()

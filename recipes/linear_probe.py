@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     run.write_config()
     probe = FrozenProbe(network, len(names), attentive)
     transform = train_transform(size, options.crop_scale)
-    viewer = Viewer(transform, in_chans, 0, options.seed, (data.image, data.label))
+    viewer = Viewer(transform, in_chans, 0, options.seed, (data.image, data.label), pixels=True)
     loader = train_loader(data, viewer, plan, options.workers)
     optimizer: torch.optim.Optimizer
     if attentive:

@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         run.print(initialise(simmim, options.init))
 
     transform = train_transform(size, options.crop_scale)
-    viewer = Viewer(transform, options.in_chans, units, options.seed, (source.image, None))
+    viewer = Viewer(transform, options.in_chans, units, options.seed, (source.image, None), pixels=True)
     loader = train_loader(source, viewer, plan, options.workers)
     optimizer = adamw(simmim, options.lr, options.weight_decay, options.betas)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))

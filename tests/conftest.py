@@ -134,7 +134,7 @@ def parquet(tmp_path):
 
 
 def viewer(source, seed=0, size=(16, 16), in_chans=3):
-    return Viewer(train_transform(size), in_chans, 16, seed, (source.image, source.label))
+    return Viewer(train_transform(size), in_chans, 16, seed, (source.image, source.label), pixels=True)
 
 
 def batches(source, workers=0, **plan):

@@ -25,7 +25,7 @@ from mimkit.data import (
     train_transform,
 )
 from mimkit.errors import UserError
-from mimkit.images import decode
+from mimkit.images import decode, decode_pixels
 from mimkit.sources import open_source
 
 
@@ -221,7 +221,7 @@ def test_a_training_crop_is_torchvisions(size, mode):
     apart = []
     for key in range(40):
         with seeded(key):
-            crop = ours(image)
+            crop = ours(v2.functional.pil_to_tensor(image))
         with seeded(key):
             expected = theirs(image)
         assert (crop.shape, crop.dtype) == (expected.shape, torch.uint8)
@@ -229,7 +229,7 @@ def test_a_training_crop_is_torchvisions(size, mode):
         assert apart[-1].square().mean() < 255**2 / 10**4.8  # 48 dB
     assert torch.stack(apart).le(1).float().mean() > 0.998
     with seeded(40):  # another box is far off
-        assert (ours(image).float() - expected.float()).abs().mean() > 5
+        assert (ours(v2.functional.pil_to_tensor(image)).float() - expected.float()).abs().mean() > 5
 
 
 def test_a_training_crop_of_arrays_is_torchvisions():
@@ -256,11 +256,28 @@ def test_crops_of_all_kinds_of_files():
         (encoded(grey), grey.convert("RGB")),
         (encoded(colour.convert("CMYK"), "TIFF"), colour.convert("CMYK").convert("RGB")),
     ]:
-        for key in range(4):
-            with seeded(key):
-                crop = train_transform((16, 16))(decode(file))
-            with seeded(key):
-                assert torch.equal(crop, train_transform((16, 16))(shown))
+        assert torch.equal(decode_pixels(file), v2.functional.pil_to_tensor(shown))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from(["RGB", "L", "CMYK"]), st.data())
+def test_pixels_of_a_jpeg_are_those_of_pil(wide, high, mode, data):
+    """By whichever library: of all subsamplings, progressive, turned, cut short, and too large."""
+    options = {"quality": data.draw(st.integers(1, 100)), "progressive": data.draw(st.booleans())}
+    options["subsampling"] = data.draw(st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]))
+    exif = Image.Exif()
+    exif[0x0112] = data.draw(st.integers(1, 8))
+    file = encoded(smooth((wide, high)).convert(mode), "JPEG", exif=exif, **options)
+    for in_chans in (1, 3):
+        expected = v2.functional.pil_to_tensor(decode(file, in_chans)).int()
+        assert (decode_pixels(file, in_chans).int() - expected).abs().max() <= 1
+    for broken in (file[: len(file) // 2], file[:3]):
+        errors = []
+        for read in (decode, decode_pixels):
+            with pytest.raises((OSError, ValueError, SyntaxError)) as error:
+                read(broken)
+            errors.append((type(error.value), str(error.value)))
+        assert errors[0] == errors[1]
 
 
 def test_arrays():

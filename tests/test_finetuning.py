@@ -18,6 +18,7 @@ from mimkit.recipes import finetune, linear_probe, mae_hivit, mae_svit, mae_vit,
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_svit import released, shaken
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mimkit import export as exporting
 from mimkit.checkpoint import read_weights, write_model
@@ -302,7 +303,7 @@ def test_a_file_loads_completely_or_is_refused_by_name(kind, tmp_path):
 def test_augmentation_is_a_function_of_seed_epoch_and_image():
     transform = finetune_transform((24, 32), (0.3, 1.0), "rand-m9-mstd0.5-inc1", 1.0, Normalise([0.5] * 3, [0.25] * 3))
     row = {"image": {"bytes": None, "path": None}, "label": 1}
-    viewer = Viewer(transform, 3, 0, 5, ("image", "label"))
+    viewer = Viewer(transform, 3, 0, 5, ("image", "label"), pixels=True)
     row["image"]["bytes"] = encoded(picture())
     views = {(e, i): viewer(row, e, i).image for e in (0, 1) for i in (0, 1)}
     np.random.seed(99)
@@ -316,12 +317,12 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image():
 
 def test_augmentation_of_other_channels_and_of_none():
     plain = finetune_transform((16, 16), (1.0, 1.0), None, 0.0, Normalise([0.5], [0.25]))
-    x = plain(picture(size=(16, 16)).convert("L"))
+    x = plain(pil_to_tensor(picture(size=(16, 16)).convert("L")))
     assert x.shape == (1, 16, 16)
     assert -2 <= x.min() < -1.5
     assert 1.5 < x.max() <= 2
     grey = finetune_transform((16, 16), (1.0, 1.0), "rand-m9-mstd0.5", 1.0, Normalise([0.5], [0.25]))
-    assert grey(picture().convert("L")).shape == (1, 16, 16)
+    assert grey(pil_to_tensor(picture().convert("L"))).shape == (1, 16, 16)
     five = finetune_transform((16, 16), (1.0, 1.0), "rand-m9-mstd0.5", 1.0, Normalise([0.5] * 5, [0.25] * 5))
     assert five(torch.rand(5, 20, 20)).shape == (5, 16, 16)
     with pytest.raises(UserError, match="--aa dance"):
