@@ -100,7 +100,7 @@ def card(found: Found, to: str) -> str:
     if (found.folder.parent / "decoder").is_dir() and found.task == "encoder" and found.run:
         how = "pre-trained by masked image modelling with mimkit; the decoder is in `decoder/`"
     elif report:
-        how = f"converted from {private(report['source'])} by `mimkit convert`"
+        how = f"converted from {private(report.get('source', 'another network'))} by `mimkit convert`"
     elif found.run:
         how = "trained with mimkit"
     text = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", f"# {to.split('/')[1]}", ""]

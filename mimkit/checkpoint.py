@@ -67,14 +67,17 @@ def open_weights(path: str | Path, which: str | None = None) -> tuple[State, str
     return strip(state), parts[0][1]
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """An object of JSON, or a sentence."""
+def read_json(file: Path, **needed: type) -> dict[str, Any]:
+    """An object of JSON with what is needed, of these types, or a sentence."""
     try:
         content = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error}): get another copy of it.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object: get another copy of it.")
+    for name, kind in needed.items():
+        if not isinstance(content.get(name), kind):
+            raise UserError(f"{file} has no {name} that is {kind.__name__}: get another copy of it.")
     return content
 
 

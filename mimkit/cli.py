@@ -315,7 +315,7 @@ def replay(step: str, /) -> None:
         step: RUN/replay/step-N, which a run leaves: its batch, the weights before it, the names of its images.
     """
     folder = Path(step)
-    recipe, config = guards.about(folder).get("recipe"), folder.parent.parent / "config.yaml"
+    recipe, config = guards.about(folder)["recipe"], folder.parent.parent / "config.yaml"
     if recipe not in recipes() or not config.is_file():
         raise UserError(f"{step} is not in the run that left it: pass RUN/replay/step-N, beside RUN/config.yaml.")
     with tempfile.TemporaryDirectory() as place, replaying(folder):

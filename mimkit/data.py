@@ -13,7 +13,6 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Thread
@@ -37,6 +36,7 @@ from mimkit.sources import Source
 Size = tuple[int, int]
 Index = int | tuple[int, int]  # of an image: its row, or (shard, row) in a stream
 Transform = Callable[..., Any]
+TRIES = 100  # images that may stand in for one that is bad
 WAIT = 100  # seconds after which a worker that gives nothing is stuck
 STRIP = 20  # times as long as wide
 WINDOW = 2048  # rows among which a stream is shuffled, beside the shuffle of its shards
@@ -160,7 +160,7 @@ class View(NamedTuple):
     noise: Tensor  # (n) for the mask
     label: Any  # its class, or what `Viewer.target` gave, as the transform left it
     name: str  # its file, or its place
-    bad: str = ""  # why it cannot be decoded
+    bad: tuple[str, str] | None = None  # what cannot be decoded, and why: this image, or the one it stands in for
 
 
 @dataclass
@@ -204,8 +204,17 @@ class Viewer:
                     image = v2.functional.pil_to_tensor(image)
             except Exception as error:  # readers raise whatever they like on a broken file
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                return View(None, noise, -1, name, reason)
+                return View(None, noise, -1, name, (name, reason))
         return View(image, noise, label if self.target else -1 if label is None else int(label), name)
+
+
+def first_good(views: Iterator[View]) -> View:
+    """The first of them; where it is bad, the next good one of a hundred stands in for it, under its noise."""
+    wanted = next(views)
+    if not wanted.bad:
+        return wanted
+    good = next((view for view in islice(views, TRIES) if not view.bad), wanted)
+    return good._replace(noise=wanted.noise, bad=wanted.bad)
 
 
 def read_cell(file: dict[str, Any]) -> bytes:
@@ -217,13 +226,13 @@ def read_cell(file: dict[str, Any]) -> bytes:
 
 
 class Batch(NamedTuple):
-    """Views, stacked. The place of a bad image is taken by a good one of the same batch."""
+    """Views, stacked, but for those without an image."""
 
     images: Any  # (b c H W), uint8 or float32; or a list of (c H W)
     noise: Tensor  # (b n)
     labels: Any  # (b), -1 without; or masks (b H W); or a list of what each image has
     names: list[str]
-    bad: list[tuple[str, str]]  # images that could not be decoded, and why
+    bad: list[tuple[str, str]]  # images that could not be decoded, also those that others stand in for, and why
 
     def to(self, device: torch.device) -> "Batch":
         """Move what the network needs."""
@@ -232,20 +241,19 @@ class Batch(NamedTuple):
 
 
 def collate_list(views: list[View]) -> Batch:
-    """Images of any sizes, and what each has, as lists; as many as views, or none when all are bad"""
+    """Views -> a batch whose images and labels are lists"""
     good = [view for view in views if view.image is not None]
-    filled = [v if v.image is not None else good[i % len(good)] for i, v in enumerate(views) if good]
     return Batch(
-        [view.image for view in filled],
-        torch.stack([view.noise for view in views]),
-        [view.label for view in filled],
-        [view.name for view in filled],
-        [(view.name, view.bad) for view in views if view.bad],
+        [view.image for view in good],
+        torch.stack([view.noise for view in good]) if good else torch.empty(0),
+        [view.label for view in good],
+        [view.name for view in good],
+        [view.bad for view in views if view.bad],
     )
 
 
 def collate(views: list[View]) -> Batch:
-    """[(c H W), ...] -> (b c H W), with as many images as views, or none when all are bad"""
+    """[(c H W), ...] -> (b c H W)"""
     batch = collate_list(views)
     images = batch.images
     if len({image.dtype for image in images}) > 1:  # arrays of several kinds
@@ -253,12 +261,6 @@ def collate(views: list[View]) -> Batch:
     labels = [torch.as_tensor(label) for label in batch.labels]
     stacked = (torch.stack(x) if x else torch.empty(0) for x in (images, labels))
     return batch._replace(images=next(stacked), labels=next(stacked))
-
-
-def collate_good(views: list[View], collate: Callable[[list[View]], Batch] = collate) -> Batch:
-    """The same without bad images, of which nothing is to be counted."""
-    batch = collate([view for view in views if view.image is not None] or views)
-    return batch._replace(bad=[(view.name, view.bad) for view in views if view.bad])
 
 
 class Normalise(nn.Module):
@@ -281,14 +283,15 @@ class Normalise(nn.Module):
 
 
 class Rows(Dataset[View]):
-    """(epoch, index) -> view, of a source with rows by index."""
+    """(epoch, index) -> view, of a source with rows by index; with `filled` the next good one in the place of a bad."""
 
-    def __init__(self, source: Source, viewer: Viewer):
-        self.source, self.viewer = source, viewer
+    def __init__(self, source: Source, viewer: Viewer, filled: bool = False):
+        self.source, self.viewer, self.filled = source, viewer, filled
 
     def __getitem__(self, place: tuple[int, int]) -> View:
         epoch, index = place
-        return self.viewer(self.source.rows[index], epoch, index)
+        places = ((index + i) % self.source.length for i in range(self.source.length if self.filled else 1))
+        return first_good(self.viewer(self.source.rows[i], epoch, i) for i in places)
 
 
 @dataclass(frozen=True)
@@ -362,7 +365,8 @@ class Stream(IterableDataset[Batch]):
     """Batches for one process from rows that come in order.
 
     Shards are permuted by (seed, epoch). Inside, a row moves back by up to `WINDOW` places, a number drawn from (seed,
-    epoch, shard, row), so the order is a pure function as well. Every worker reads all rows and decodes only its own.
+    epoch, shard, row), so the order is a pure function as well. Every worker reads all rows and decodes only its own;
+    in the place of a bad one stands the next good one of its step.
     """
 
     def __init__(self, source: Source, viewer: Viewer, plan: Plan):
@@ -390,19 +394,24 @@ class Stream(IterableDataset[Batch]):
         made = 0
         for epoch in range(plan.start // plan.steps_per_epoch, -(-plan.steps // plan.steps_per_epoch)):
             rows = self.shuffled(epoch)
-            first = epoch * plan.steps_per_epoch
-            for step in range(first, min(plan.steps, first + plan.steps_per_epoch)):
-                for _ in range(plan.parts):
-                    chunks = [list(islice(rows, plan.share)) for _ in range(plan.world)]
-                    if step < plan.start:
-                        yield None  # reading up to here may take longer than `WAIT`; all workers say it as often
-                        continue
-                    chunk = chunks[plan.rank]
-                    if len(chunk) < plan.share:
-                        return  # shorter than it said: the run tells
+            begin = epoch * plan.steps_per_epoch
+            for step in range(begin, min(plan.steps, begin + plan.steps_per_epoch)):
+                together = list(islice(rows, plan.batch_size))
+                if step < plan.start:
+                    yield None  # reading up to here may take longer than `WAIT`; all workers say it as often
+                    continue
+                if len(together) < plan.batch_size:
+                    return  # shorter than it said: the run tells
+                for part in range(plan.parts):
+                    first = (part * plan.world + plan.rank) * plan.share
                     if made % workers == worker:
-                        yield collate([self.viewer(row, epoch, index) for index, row in chunk])
+                        yield collate([self.view(together, i, epoch) for i in range(first, first + plan.share)])
                     made += 1
+
+    def view(self, together: list[tuple[Index, dict[str, Any]]], place: int, epoch: int) -> View:
+        """Of a row among those of a step."""
+        rows = (together[(place + i) % len(together)] for i in range(len(together)))
+        return first_good(self.viewer(row, epoch, index) for index, row in rows)
 
 
 def _released(item: tuple[float, int, int, dict[str, Any]]) -> tuple[Index, dict[str, Any]]:
@@ -442,7 +451,15 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Any:
         with _blocked():
             batches = super().__iter__()
-        return (batch for batch in batches if batch is not None)
+        return self._heard(batches)
+
+    def _heard(self, batches: Any) -> Iterator[Any]:
+        try:
+            yield from (batch for batch in batches if batch is not None)
+        except RuntimeError:  # of a worker that is stuck, and may not hear a signal that it could catch
+            for worker in getattr(batches, "_workers", ()):
+                worker.kill()
+            raise
 
 
 @contextmanager
@@ -465,7 +482,7 @@ def train_loader(
     common: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
     if source.streaming:
         return Loader(Stream(source, viewer, plan), batch_size=None, **common)
-    return Loader(Rows(source, viewer), batch_sampler=Order(plan), collate_fn=collate, **common)
+    return Loader(Rows(source, viewer, filled=True), batch_sampler=Order(plan), collate_fn=collate, **common)
 
 
 def restart(loader: DataLoader[Any], step: int) -> None:
@@ -479,8 +496,7 @@ def one_by_one(
 ) -> DataLoader[Any]:
     """Batches of one image, as large as it is; none in a batch whose image is bad."""
     sampler: Any = [(0, i) for i in places]
-    gather = partial(collate_good, collate=collate)
-    return Loader(Rows(source, viewer), 1, sampler=sampler, collate_fn=gather, num_workers=workers)
+    return Loader(Rows(source, viewer), 1, sampler=sampler, collate_fn=collate, num_workers=workers)
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -502,7 +518,7 @@ def eval_loader(
     viewer = Viewer(eval_transform(size, crop_pct), in_chans, 0, 0, (source.image, source.label), part=source.part)
     rank, world = share
     places: Any = [(0, i) for i in spread(source.length, images or source.length)[rank::world]]
-    return Loader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate_good, num_workers=workers)
+    return Loader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate, num_workers=workers)
 
 
 def look(source: Source, size: Size, in_chans: int, count: int) -> Batch:
@@ -512,9 +528,15 @@ def look(source: Source, size: Size, in_chans: int, count: int) -> Batch:
     return collate([viewer(row, 0, i) for i, row in enumerate(rows)])
 
 
-def guarded(batches: Iterable[Batch], limit: float, log: Callable[[str], None]) -> Iterator[Batch]:
-    """Pass batches on, name each bad image once, and stop when there are more than `limit` of them."""
-    bad: dict[str, str] = {}
+def guarded(
+    batches: Iterable[Batch], limit: float, log: Callable[[str], None], bad: dict[str, str] | None = None
+) -> Iterator[Batch]:
+    """Pass batches on, name each bad image once, and stop when there are more than `limit` of them.
+
+    Args:
+        bad: those that are known, and why; new ones are added.
+    """
+    bad = {} if bad is None else bad
     for batch in batches:
         for image, reason in batch.bad:
             if image not in bad:

@@ -252,7 +252,7 @@ class Detection:
             views = [look(part.rows[i], 0, i) for i in spread(part.length, 50)]
             for view in views:
                 if view.bad:
-                    raise UserError(f"{view.name} cannot be used ({view.bad}): mend or remove it.")
+                    raise UserError(f"{view.name} cannot be used ({view.bad[1]}): mend or remove it.")
             labels = torch.cat([view.label["labels"] for view in views]).bincount(minlength=1 + len(self.truth.names))
             seen = [f"{name} {n}" for name, n in zip(self.truth.names, labels[1:].tolist(), strict=True) if n]
             empty = [view.name for view in views if not len(view.label["labels"])]

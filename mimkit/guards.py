@@ -81,7 +81,7 @@ class Guard:
 def passed_by(run: Path) -> dict[int, str]:
     """Steps of a run that it does not make, and why."""
     return {
-        int(file.parent.name.removeprefix("step-")): read_json(file)["reason"]
+        int(file.parent.name.removeprefix("step-")): read_json(file, reason=str)["reason"]
         for file in sorted((run / "replay").glob("step-*/about.json"))
     }
 
@@ -120,16 +120,17 @@ def keep_weights(folder: Path, model: nn.Module, recipe: str, step: int, reason:
         file.write_text(json.dumps(about, indent=1))
 
 
-def kept_batches(folder: Path) -> list[Batch]:
-    """Those of all processes."""
+def kept_batches(folder: Path) -> list[tuple[int, Batch]]:
+    """(process, batch) of all processes."""
     batches = []
-    for rank in sorted(folder.glob("rank-*"), key=lambda path: int(path.name.removeprefix("rank-"))):
-        tensors = load_file(rank / "batch.safetensors")
-        for i, about in enumerate(json.loads((rank / "names.json").read_text())):
+    for rank, kept in sorted((int(path.name.removeprefix("rank-")), path) for path in folder.glob("rank-*")):
+        tensors = load_file(kept / "batch.safetensors")
+        for i, about in enumerate(json.loads((kept / "names.json").read_text())):
             images, noise, labels = (tensors.get(f"{i}.{name}") for name in ("images", "noise", "labels"))
             if images is None or noise is None or labels is None:
                 raise UserError(f"{folder} holds images of several sizes, which cannot be replayed: look at its names.")
-            batches.append(Batch(images, noise, labels, about["names"], [tuple(bad) for bad in about["bad"]]))
+            bad = [tuple(found) for found in about["bad"]]
+            batches.append((rank, Batch(images, noise, labels, about["names"], bad)))
     if not batches:
         raise UserError(f"{folder} holds no batch to replay: pass RUN/replay/step-N, which a run leaves on a bad step.")
     return batches
@@ -139,7 +140,7 @@ def about(folder: Path) -> dict[str, Any]:
     """What is known of a step that was passed by: recipe, step, reason."""
     if not (folder / "about.json").is_file():
         raise UserError(f"{folder} is no step to replay: pass RUN/replay/step-N, which a run leaves.")
-    return read_json(folder / "about.json")
+    return read_json(folder / "about.json", recipe=str, step=int, reason=str)
 
 
 class Tracer:

@@ -98,9 +98,11 @@ def health(folder: Path) -> tuple[list[str], list[str]]:
     if not all((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise UserError(f"--run {folder} holds no config.yaml and metrics.jsonl: pass the directory of a run.")
     config = read_options(folder)
-    if "epochs" not in config:
+    if not isinstance(config.get("epochs"), int | float):
         raise UserError(f"{folder}/config.yaml has no epochs: pass the directory of a run.")
-    lines = [line for line in read_metrics(folder) if {"loss", "epoch", "waiting"} <= line.keys()]
+    names = "loss", "step", "epoch", "waiting"
+    lines = [line for line in read_metrics(folder) if all(isinstance(line.get(n), int | float) for n in names)]
+    lines = [line for line in lines if line["epoch"] > 0]
     if not lines:
         return [f"{folder} has logged no loss yet."], []
     said, wrong = [], []

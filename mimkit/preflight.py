@@ -113,7 +113,7 @@ def look(source: Source, viewer: Viewer, options: Any, effort: Effort, report: R
         looked += 1
         view = whole(content, 0, index)
         if view.image is None:
-            unread.append((index, f"{view.name} ({view.bad})"))
+            unread.append((index, " (".join(view.bad or ()) + ")"))
             continue
         data = read_cell(content[source.image])
         seen.setdefault(hashlib.sha256(data).digest(), []).append((index, view.name))

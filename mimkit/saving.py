@@ -76,7 +76,7 @@ def why_torn(folder: Path) -> str:
     try:
         hashes = dict(json.loads((folder / MANIFEST).read_text()))
         there = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
-        read = {name for name in there if name == OWN or name.endswith(".safetensors")}
+        read = {name for name in there if name != MANIFEST and not Path(name).name.startswith(".")}  # an engine's too
         # a name that is not among the files, such as ../x, is not looked at
         changed = [
             name

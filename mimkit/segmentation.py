@@ -233,7 +233,7 @@ class Segmentation:
             views = [look(part.rows[i], 0, i) for i in places]
             for view in views:
                 if view.bad:
-                    raise UserError(f"{view.name} cannot be used ({view.bad}): mend or remove it.")
+                    raise UserError(f"{view.name} cannot be used ({view.bad[1]}): mend or remove it.")
             counts = torch.stack(
                 [torch.bincount(torch.as_tensor(view.label).flatten(), minlength=IGNORE + 1) for view in views]
             ).sum(0)

@@ -45,7 +45,7 @@ REPLAYED: list[Path] = []  # the step that `replaying` is about
 LOG_EVERY = 20  # steps between readings of what is accumulated on the device
 # When a run is resumed
 MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "keep", "keep_every"}
-MAY_CHANGE |= {"knn_every", "eval_every", "max_bad"}
+MAY_CHANGE |= {"knn_every", "eval_every", "max_bad", "grad_accum_steps", "grad_checkpointing", "compile"}
 
 
 def seconds_of(dtype: torch.dtype) -> float:
@@ -132,6 +132,7 @@ class Run:
         self.guard = guards.Guard(getattr(options, "max_spike", None))
         self.bad: guards.Bad | None = None  # a step that is to be passed by
         self.passed: dict[int, str] = {}  # those that were, and why
+        self.skipped: dict[str, str] = {}  # images that cannot be used, and why
         self.begun: tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None = None  # the state before a checkpoint
         self.named: set[str] = set()  # bad images, as they were said to be
         self.told = ""  # the signal to stop, where there was one
@@ -280,7 +281,7 @@ class Run:
             self.task = self.bar.add_task("", total=plan.steps, completed=plan.start, text="")
             self.step = plan.start
             while self.step < plan.steps:
-                self._seed()
+                self._seed(self.accelerator.process_index)
                 if not self.count:  # what was done since the last reading, such as a checkpoint, is not training
                     self.since, self.waited = time.perf_counter(), 0.0
                 parts = self._parts(batches)
@@ -299,23 +300,32 @@ class Run:
         self.accelerator.gradient_accumulation_steps = len(batches)  # those of all processes make one step here
         load_strictly(self.model, read_weights(folder / "weights"), folder)
         self.step = self.data_plan.start
-        self._seed()
         reason = guards.about(folder)["reason"]
         self.bad = guards.Bad(self.step, reason)  # nothing is due
-        yield self.step, (batch.to(self.accelerator.device) for batch in batches)
+        yield self.step, self._kept(batches)
         self.print(f"step {self.step}, of which it was said: {reason}")
-        self.print(tracer.report([float(loss) for _, loss in self.guard.losses], batches))
+        losses = [float(loss) for _, loss in self.guard.losses]
+        self.print(tracer.report(losses, [batch for _, batch in batches]))
         raise SystemExit(0)
+
+    def _kept(self, batches: list[tuple[int, Batch]]) -> Iterator[Batch]:
+        """On the device; each process's part under its own seed."""
+        seeded = -1
+        for rank, batch in batches:
+            if rank != seeded:
+                self._seed(rank)
+                seeded = rank
+            yield batch.to(self.accelerator.device)
 
     def _batches(self, loader: Any, start: int) -> Iterator[Batch]:
         """From step `start` on."""
         restart(loader, start)
         limit = self.options.max_bad * self.data_plan.length  # over the epochs each process meets all of them
         loaded = iter(loader)  # which draws a number, and may not do so inside the first step
-        return guarded(loaded, limit, self.print_once if self.accelerator.is_main_process else print)
+        return guarded(loaded, limit, self.print_once if self.accelerator.is_main_process else print, self.skipped)
 
-    def _seed(self) -> None:
-        key = [self.options.seed, self.step, self.accelerator.process_index]
+    def _seed(self, rank: int) -> None:
+        key = [self.options.seed, self.step, rank]
         seed = int(np.random.SeedSequence(key).generate_state(1)[0])
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed)
@@ -398,9 +408,10 @@ class Run:
             self.waited += time.perf_counter() - begun
             if batch is None:
                 raise UserError("The data ended before the run did: it has fewer images than it said; check its files.")
-            if not len(batch.images):
+            if len(batch.images) < self.data_plan.share:
                 raise UserError(
-                    f"Not one image of a batch can be decoded, such as {batch.bad[0][0]}: remove or mend them."
+                    f"{batch.bad[0][0]} cannot be used ({batch.bad[0][1]}), nor can those that could stand in for it: "
+                    "remove or mend them."
                 )
             yield batch.to(self.accelerator.device)
 
@@ -423,6 +434,8 @@ class Run:
         done, plan = step + 1, self.data_plan
         # Before a checkpoint nothing stays unread, nor before a measurement, which is not training
         pauses = [getattr(self.options, name, 0) for name in ("save_every", "eval_every", "knn_every")]
+        if REPLAYED:
+            return  # `_replay` reads what was recorded
         if done % LOG_EVERY and not any(self.due(step, epochs) for epochs in pauses):
             return
         if self.saving and self.saving.done():
@@ -545,6 +558,8 @@ class Run:
             "sums": {k: v.item() for k, v in self.sums.items()},
             "usual": self.guard.usual,
             "passed": self.passed,
+            "skipped": self.skipped,
+            "images": self.data_plan.length,
             "engine": engines.describe(self.accelerator),
         }
 
@@ -612,6 +627,11 @@ class Run:
                 f"{folder} was written by {own.get('engine')}, and this is {engine}: launch the same, or start a new "
                 "run from its weights with --init."
             )
+        if own.get("images") != (length := self.data_plan.length):
+            raise UserError(
+                f"{folder} is of a run on {own.get('images')} images, and --data has {length}, in another order: give "
+                "the same data, or start a new run from its weights with --init."
+            )
         try:
             self._restore(states, own, folder)
         except (KeyError, TypeError, AttributeError) as error:  # its hash was rewritten too
@@ -635,3 +655,4 @@ class Run:
         self.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in own["sums"].items()}
         self.count, self.guard.usual = own["count"], own["usual"]
         self.passed |= {int(step): reason for step, reason in own["passed"].items()}
+        self.skipped |= own["skipped"]

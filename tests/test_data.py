@@ -2,6 +2,7 @@ import io
 import pickle
 import random
 
+import datasets
 import numpy as np
 import pytest
 import tifffile
@@ -376,6 +377,27 @@ def test_bad_images_are_skipped_named_and_counted(folder, workers):
         assert len(list(guarded(train_loader(source, viewer(source), plan, workers), 2, said.append))) == 60
     with pytest.raises(UserError, match=r"2 images cannot be used.*--max-bad"):
         list(guarded(train_loader(source, viewer(source), plan, workers), 1, said.append))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_who_stands_in_does_not_depend_on_the_share(tmp_path, streaming):
+    """One image a process and a part, too: there is none beside a bad one then."""
+    cells = [{"bytes": encoded(picture(i))[: 60 if i in (3, 4) else None], "path": None} for i in range(13)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": cells}, features=features).to_parquet(tmp_path / "train.parquet")
+    source = open_source(str(tmp_path), streaming=streaming)
+    whole = list(train_loader(source, viewer(source), Plan(13, 4, 6), 0))
+    assert {name for b in whole for name, _ in b.bad}
+    for world, parts in ((4, 1), (2, 2), (1, 4)):
+        shares = [
+            list(train_loader(source, viewer(source), Plan(13, 4, 6, rank=rank, world=world, parts=parts), 0))
+            for rank in range(world)
+        ]
+        for step, batch in enumerate(whole):
+            mine = [shares[rank][step * parts + part] for part in range(parts) for rank in range(world)]
+            assert torch.equal(torch.cat([b.images for b in mine]), batch.images)
+            assert torch.equal(torch.cat([b.noise for b in mine]), batch.noise)
+            assert [name for b in mine for name in b.names] == batch.names
 
 
 def test_only_bad_images(tmp_path):

@@ -207,7 +207,7 @@ def test_an_image_of_another_size_is_bad(data):
     Image.new("RGB", (80, 65)).save(data / "train2017" / "3.png")
     for transform in (train_objects(None, 64, 96, (1, 1), [0.5] * 3), fitting):
         view = Viewer(transform, 3, 0, 0, ("image", "objects"), read_objects(True))(train.rows[3], 0, 3)
-        assert view.bad == "it is 65x80, and 64x80 in the file of annotations"
+        assert view.bad[1] == "it is 65x80, and 64x80 in the file of annotations"
 
 
 def test_val_is_judged_where_there_is_a_test_part_too(data):
