@@ -95,6 +95,8 @@ def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
                 errno.EBUSY,
             ):
                 hint = f"{error.strerror}: check the path"
+            elif error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+                hint = f"{error.strerror}: see whether the disk or the network is well, and start again"
             else:
                 raise
             message, code = f"{error.filename or 'writing'}: {hint}.", 2

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import time
 
 import numpy as np
@@ -29,14 +31,15 @@ def poisoned(monkeypatch):
     return bad, made
 
 
-def test_a_bad_step_is_passed_by(images, tmp_path, capsys, monkeypatch, poisoned):
+@pytest.mark.parametrize("step", [13, 19])  # the loss of the latter would be logged
+def test_a_bad_step_is_passed_by(step, images, tmp_path, capsys, monkeypatch, poisoned):
     bad, made = poisoned
-    bad.add(13)
+    bad.add(step)
     out = tmp_path / "run"
     argv = ["--data", images, *TINY, "--save-every", "2.5"]  # of 4 steps: checkpoints at 10, 20, 30, 32
     mae_hivit.main([*argv, "--out", str(out)])
     said = capsys.readouterr().out
-    assert "step 13 is bad (its loss is not finite): going on without it from step 10" in said
+    assert f"step {step} is bad (its loss is not finite): going on without it from step 10" in said
     assert made == [*range(20), *range(10, 32)]  # read before the checkpoint at 20
     weights = load_file(out / "encoder" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
@@ -44,14 +47,14 @@ def test_a_bad_step_is_passed_by(images, tmp_path, capsys, monkeypatch, poisoned
 
     # it is the run in which that step's parts were left out
     bad.clear()
-    monkeypatch.setattr(guards, "passed_by", lambda folder: {13: "told"})
+    monkeypatch.setattr(guards, "passed_by", lambda folder: {step: "told"})
     mae_hivit.main([*argv, "--out", str(tmp_path / "told")])
     told = load_file(tmp_path / "told" / "encoder" / "model.safetensors")
     assert all(torch.equal(weights[name], told[name]) for name in weights)
     assert losses(out) == losses(tmp_path / "told")
     monkeypatch.undo()
 
-    kept = out / "replay" / "step-00000013"
+    kept = out / "replay" / f"step-{step:08d}"
     names = json.loads((kept / "rank-0" / "names.json").read_text())[0]["names"]
     assert len(names) == 8
     assert all(name.endswith(".png") for name in names)
@@ -123,11 +126,12 @@ def test_it_holds_for_every_recipe(images, tmp_path, capsys, poisoned):
 def test_a_stuck_or_dead_worker_ends_the_run(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "WAIT", 3)
     view, here = data.Viewer.__call__, []
-    for how in ("stuck", "dead"):
+    for how in ("stuck", "stopped", "dead"):
 
         def wait(viewer, row, epoch, index, how=how):
             if epoch == 1 and torch.utils.data.get_worker_info():
-                time.sleep(600) if how == "stuck" else data.os._exit(9)
+                os.kill(os.getpid(), signal.SIGSTOP) if how == "stopped" else None  # deaf to all signals but one
+                time.sleep(600) if how == "stuck" else os._exit(9)
             return view(viewer, row, epoch, index)
 
         monkeypatch.setattr(data.Viewer, "__call__", wait)
@@ -142,6 +146,10 @@ def test_nothing_to_replay(tmp_path, capsys, monkeypatch):
     code, _, said = command(capsys, monkeypatch, "replay", tmp_path)
     assert code == 2
     assert "is no step to replay: pass RUN/replay/step-N" in said
+    for content in ("{}", "[]", "x", '{"recipe": "mae_hivit"}', '{"recipe": 1, "step": 1, "reason": "x"}'):
+        (tmp_path / "about.json").write_text(content)
+        code, _, said = command(capsys, monkeypatch, "replay", tmp_path)
+        assert (code, said.endswith("get another copy of it.\n")) == (2, True)
     with pytest.raises(guards.UserError, match="holds no batch"):
         guards.kept_batches(tmp_path)
     guards.keep_batch(tmp_path / "lists", 0, [Batch([torch.ones(3, 2, 2)], torch.ones(1, 4), [1], ["a"], [])])

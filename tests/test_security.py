@@ -281,6 +281,8 @@ def test_a_manifest_names_files_of_its_checkpoint_and_all_that_is_read(made, tmp
     manifest.write_text(json.dumps(own))
     shutil.copy(checkpoint / "model.safetensors", checkpoint / "added.safetensors")
     assert why_torn(checkpoint) == "added.safetensors: not what was written"
+    (checkpoint / "added.safetensors").rename(checkpoint / "mp_rank_!_model_states.pt")  # an engine would unpickle it
+    assert why_torn(checkpoint) == "mp_rank_!_model_states.pt: not what was written"
 
 
 def test_a_pickle_where_a_checkpoint_is_kept_that_goes(made, tmp_path):
