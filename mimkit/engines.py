@@ -115,6 +115,10 @@ def prepare(
             model.forward = torch.autocast(accelerator.device.type, getattr(torch, DTYPES[precision]))(model.forward)
     if accelerator.distributed_type is not DistributedType.DEEPSPEED:
         return accelerator.prepare(model, optimizer)
+    if not isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):  # LARS takes norms of whole tensors
+        raise UserError(
+            f"{type(optimizer).__name__} needs whole weights, of which ZeRO gives it parts: launch with ddp.yaml."
+        )
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     config["train_micro_batch_size_per_gpu"] = share
     config["gradient_clipping"] = clip_grad or 0.0  # accelerate would say 1

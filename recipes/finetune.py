@@ -46,7 +46,8 @@ class Options:
         model: a run, a folder that timm can read (an encoder/, a converted checkpoint), or a name known to timm.
         data: 'sample', a folder with class folders, parquet files with labels, or the name of a set on the hub.
         out: directory of the run; runs/finetune, or the next free number, by default.
-        resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
+        resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run. Trust ZeRO's and
+            FSDP's like code: the engine unpickles its files.
         init: a file of weights for the model, in its own names; mimkit convert reads others.
         from_scratch: leave the weights, and start at random.
         compare_scratch: do both, from scratch without layer decay, and tell the difference.

@@ -37,7 +37,8 @@ class Options:
         model: a run, a folder that timm can read (an encoder/, a converted checkpoint), or a name known to timm.
         data: 'sample', a folder with class folders, parquet files with labels, or the name of a set on the hub.
         out: directory of the run; runs/linear_probe, or the next free number, by default.
-        resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
+        resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run. Trust ZeRO's and
+            FSDP's like code: the engine unpickles its files.
         probe: linear (LARS), attentive (AdamW) or cached.
         img_size: input in pixels, 224 or HEIGHTxWIDTH; the model's own by default.
         crop_scale: share of the image's area that a crop has.

@@ -34,7 +34,8 @@ class Options:
             run of this recipe is judged, or trained on.
         data: folder of ADE20K or Cityscapes, a folder with images/ and masks/, or parquet files with both.
         out: directory of the run; runs/segment, or the next free number, by default.
-        resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
+        resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run. Trust ZeRO's and
+            FSDP's like code: the engine unpickles its files.
         init: a file of weights for the model, in its own names; mimkit convert reads others.
         from_scratch: leave the weights, and start at random.
         eval_only: judge the model as it is.

@@ -34,7 +34,8 @@ class Options:
         model: a Swin known to timm.
         data: 'sample', a folder of images, parquet or .tar (webdataset) files, or the name of a set on the hub.
         out: directory of the run; runs/simmim_swin, or the next free number, by default.
-        resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run.
+        resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run. Trust ZeRO's and
+            FSDP's like code: the engine unpickles its files.
         init: released or earlier weights to start from: a run, or an encoder's file or folder, with its head or not.
         dry_run: look closely at data, speed, memory and disk, and stop: what `mimkit doctor` runs.
         img_size: input in pixels: 192 or HEIGHTxWIDTH.

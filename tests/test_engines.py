@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 ENGINES = {file.stem: file for file in sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))}
 TINY = ["--epochs", "4", "--batch-size", "8", "--decoder-dim", "24", "--workers", "0", "--save-every", "2"]
 CLOSE = 1e-4
+RUNNING = {"ddp": ("MULTI_CPU", 0), "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3)}
 
 
 def probed(engine, recipe, out, *argv):
@@ -65,7 +66,8 @@ class Canary:
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_what_engines_go_with(engine, images, tmp_path):
     options = ["--precision", "bf16", "--grad-accum-steps", "2", "--grad-checkpointing", "true", "--compile", "true"]
-    _, curve = probed(engine, "mae_hivit", tmp_path / "mixed", "--data", images, *options)
+    facts, curve = probed(engine, "mae_hivit", tmp_path / "mixed", "--data", images, *options)
+    assert all((fact["engine"], fact["stage"]) == RUNNING[engine] for fact in facts)
     _, exact = probed("ddp", "mae_hivit", tmp_path / "ddp", "--data", images)
     assert curve == pytest.approx(exact, abs=0.03)
     assert curve != pytest.approx(exact, abs=1e-6)  # it did compute in bf16

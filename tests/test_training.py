@@ -475,8 +475,29 @@ def test_processes_share_the_work_and_change_nothing(images, tmp_path):
     one, two, four = (losses(tmp_path / count) for count in "124")
     assert two == pytest.approx(one, abs=1e-4)
     assert four == pytest.approx(one, abs=1e-4)
+
+    *_, half, whole = checkpoints(tmp_path / "4")  # which two go on with
+    shutil.rmtree(whole)
+    argv = ["--data", images, *TINY, "--grad-accum-steps", "2", "--resume", "auto"]
+    assert f"going on from {half}" in launched(2, "mae_hivit", *argv, "--out", tmp_path / "4")
+    assert losses(tmp_path / "4") == pytest.approx(one, abs=1e-4)
     odd = launching(2, "mae_hivit", "--data", images, *TINY, "--batch-size", "7", "--out", tmp_path / "odd")
     assert "--batch-size 7 cannot be shared by 2 processes" in odd.communicate()[1]  # so there are two
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_others(images, tmp_path):
+    argv = ["--data", images, *TINY, "--epochs", "4000", "--warmup-epochs", "1", "--knn-every", "0"]
+    job = launching(2, "mae_hivit", *argv, "--out", tmp_path / "run")
+    try:
+        until_it_trains(job, tmp_path / "run")
+        workers = psutil.Process(job.pid).children(recursive=True)
+        next(p for p in workers if p.environ().get("RANK") == "1").kill()
+        job.communicate(timeout=120)
+    finally:
+        job.kill()
+    assert job.returncode
+    assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
 @pytest.mark.slow
