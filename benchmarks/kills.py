@@ -9,16 +9,16 @@ beginning of a save. Its weights are then held against those of the same run wit
 process, within 1e-6 under ZeRO-2 with two. A run that ends before its moment is compared too, and begun anew.
 """
 
-import os
+import contextlib
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -107,7 +107,9 @@ def measure(kills: PositiveInt = 50, engine: str = "cpu", seed: int = 0, epochs:
                 wrong += compare(whole, killed, engine)
                 shutil.rmtree(killed)
                 continue
-            os.killpg(job.pid, signal.SIGKILL)
+            for process in [job, *psutil.Process(job.pid).children(recursive=True)]:  # in sessions of their own
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             job.wait()
             kill += 1
             hit = bool(saving(killed) - left)

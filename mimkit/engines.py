@@ -5,7 +5,10 @@ FSDP each process holds a part of every weight, and only inside `forward` of a m
 """
 
 import copy
+import ctypes
 import os
+import signal
+import sys
 from typing import Any
 
 import torch
@@ -43,8 +46,16 @@ def asked_for() -> DistributedType:
     return DistributedType.NO
 
 
+def end_with_launcher() -> None:
+    """On Linux, where torch's launcher is killed this process is too, or it would train on beside who resumes the run."""
+    death_signal = 1  # sys/prctl.h
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
+
+
 def start(precision: str, grad_accum_steps: int, track: str | None) -> Accelerator:
     """An Accelerator with the engine that was asked for, never with another one in its place."""
+    end_with_launcher()
     engine, cpu = asked_for(), on_cpu()
     deepspeed = engine is DistributedType.DEEPSPEED  # which accelerate leaves out where it is told of a CPU
     gloo = cpu and "RANK" in os.environ

@@ -486,13 +486,15 @@ def test_processes_share_the_work_and_change_nothing(images, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_others(images, tmp_path):
+@pytest.mark.parametrize("who", ["1", "launcher"])
+def test_a_process_that_is_killed_ends_the_others(who, images, tmp_path):
     argv = ["--data", images, *TINY, "--epochs", "4000", "--warmup-epochs", "1", "--knn-every", "0"]
     job = launching(2, "mae_hivit", *argv, "--out", tmp_path / "run")
     try:
         until_it_trains(job, tmp_path / "run")
         workers = psutil.Process(job.pid).children(recursive=True)
-        next(p for p in workers if p.environ().get("RANK") == "1").kill()
+        killed = job if who == "launcher" else next(p for p in workers if p.environ().get("RANK") == who)
+        killed.kill()
         job.communicate(timeout=120)
     finally:
         job.kill()
