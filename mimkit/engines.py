@@ -47,7 +47,7 @@ def asked_for() -> DistributedType:
 
 
 def end_with_launcher() -> None:
-    """On Linux, where torch's launcher is killed this process is too, or it would train on beside who resumes the run."""
+    """On Linux, where torch's launcher is killed this process is too, or it would train on beside the resumed run."""
     death_signal = 1  # sys/prctl.h
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
