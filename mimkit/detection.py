@@ -87,7 +87,7 @@ class Detector(nn.Module):
         if pyramid.multiple != 32:
             raise UserError(
                 f"{backbone.pretrained_cfg['architecture']} has maps at 1/4 to 1/32 of the input only with patches of "
-                "16 px, which regions are cut from: pass --model-args.patch_size 16."
+                f"{pyramid.patch} px, which regions are cut from: pass --model-args.patch_size {pyramid.patch}."
             )
         kinds = classes + 1  # torchvision's 0 is the background
         heads: dict[str, Any] = {

@@ -3,6 +3,7 @@
 Of a plain ViT with another patch than 16 they are 4, 2, 1 and 1/2 times as fine as its patches.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch.nn.functional as F
@@ -55,9 +56,15 @@ class Pyramid(nn.Module):
         wide = len({info["num_chs"] for info in infos}) == 1
         if neck == "auto":
             neck = "pyramid" if len(stages) == 1 else "both" if wide else "maps"
-        if neck in ("maps", "both") and sorted(stages) not in ([4, 8, 16], [4, 8, 16, 32]):
-            strides = ", ".join(map(str, sorted(stages)))
-            raise UserError(f"--neck {neck} needs maps at 4, 8 and 16 px; {name}'s are at {strides}: use a pyramid.")
+        strides, known = sorted(stages), ([4, 8, 16], [4, 8, 16, 32])
+        self.patch = 16 if len(stages) == 1 else 4  # a plain network's one map is its patches; others' finest map is
+        if neck in ("maps", "both") and strides not in known:
+            scaled = [self.patch * stride // strides[0] for stride in strides]
+            patched = scaled in known and "patch_size" in signature(type(backbone)).parameters
+            advice = f"pass --model-args.patch_size {self.patch}" if patched else "pass --neck pyramid"
+            raise UserError(
+                f"--neck {neck} needs maps at 4, 8 and 16 px; {name}'s are at {', '.join(map(str, strides))}: {advice}."
+            )
         if window and not takes_windows(backbone):
             raise UserError(
                 f"--window is for HiViT, HPViT and VisionTransformer, and {name} is a {type(backbone).__name__}: leave "

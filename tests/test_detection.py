@@ -336,10 +336,11 @@ def test_boxes_are_exact_in_low_precision():
     assert all(found[name].dtype == torch.float32 for name in ("boxes", "scores", "masks"))
 
 
-def test_patches_of_14_are_refused():
-    BACKBONES["vit /14"] = {**BACKBONES["vit_tiny_patch16_224"], "patch_size": 14}
-    with pytest.raises(UserError, match="only with patches of 16 px"):
-        Detector(timm.create_model("vit_tiny_patch16_224", **BACKBONES.pop("vit /14")), 2)
+@pytest.mark.parametrize(("name", "patch", "right"), [("vit_tiny_patch16_224", 14, 16), ("hivit_nano", 1, 4)])
+def test_other_patches_are_refused(name, patch, right):
+    backbone = timm.create_model(name, **BACKBONES[name], patch_size=patch)
+    with pytest.raises(UserError, match=f"only with patches of {right} px.*pass --model-args.patch_size {right}"):
+        Detector(backbone, 2, neck="pyramid")
 
 
 @pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "svit_nano"])

@@ -38,7 +38,7 @@ def deep(name, window=0):
 def test_every_backbone_is_a_pyramid_and_all_of_it_learns(name):
     for neck in NECKS:
         if name.startswith("vit") and neck in ("maps", "both"):
-            with pytest.raises(UserError, match="needs maps at 4, 8 and 16 px; vit_tiny"):
+            with pytest.raises(UserError, match=r"needs maps at 4, 8 and 16 px; vit_tiny.*pass --neck pyramid"):
                 Pyramid(backbone(name), neck)
             continue
         pyramid = joined(Pyramid(backbone(name), neck))
@@ -91,8 +91,11 @@ def test_a_padded_batch_is_its_images_padded(name):
 def test_what_gives_no_pyramid_is_refused():
     with pytest.raises(UserError, match="--neck nose is unknown"):
         Pyramid(backbone("hivit_nano"), "nose")
-    with pytest.raises(UserError, match="resnet18's are at 2, 4, 8, 16, 32"):
+    with pytest.raises(UserError, match="resnet18's are at 2, 4, 8, 16, 32: pass --neck pyramid"):
         Pyramid(backbone("resnet18"))
+    for name in ("hivit_nano", "svit_nano"):
+        with pytest.raises(UserError, match=r"are at 2, 4, 8.*: pass --model-args\.patch_size 4"):
+            Pyramid(backbone(name, patch_size=2))
     with pytest.raises(UserError, match="choose upernet, or fpn"):
         Segmenter(backbone("hivit_nano"), 3, "fpn", 40)
 
