@@ -116,7 +116,7 @@ class Detector(nn.Module):
         for head in (self.rcnn.rpn.head, self.rcnn.roi_heads.box_predictor, self.rcnn.roi_heads.mask_predictor):
             if head is not None:
                 head.register_forward_hook(exactly)
-        self._model_args = {
+        self._model_args: dict[str, Any] = {
             "masks": masks,
             "neck": pyramid.neck,
             "window": window,
@@ -132,6 +132,16 @@ class Detector(nn.Module):
     def pyramid(self) -> Pyramid:
         """What the heads stand on."""
         return self.rcnn.backbone.pyramid
+
+    def scale_to(self, short: int | None, long: int | None) -> tuple[int, int]:
+        """Change `short` and `long`, as far as they are given; -> what they are now"""
+        own = self._model_args
+        short, long = short or own["short"], long or own["long"]
+        if short > long:
+            raise UserError(f"--short-side {short} is above --long-side {long}: give the shorter one first.")
+        own |= {"short": short, "long": long}
+        self.rcnn.transform.min_size, self.rcnn.transform.max_size = (short,), long
+        return short, long
 
     def forward(self, images: list[Tensor], objects: list[Objects] | None = None) -> Any:
         """Images (c H W) of any sizes, uint8 or in 0-1 -> losses by name; in evaluation, for each image, boxes (n 4),

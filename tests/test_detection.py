@@ -18,8 +18,8 @@ from pycocotools.cocoeval import COCOeval
 from torchvision import tv_tensors
 
 from mimkit.boxes import Truth, around, draw_mask, fitting, open_boxes, read_objects, train_objects
-from mimkit.data import Viewer, collate_list
-from mimkit.dense import read_dense
+from mimkit.data import Normalise, Viewer, collate_list
+from mimkit.dense import read_dense, write_dense
 from mimkit.detection import Detector, as_results, judge_as_coco
 from mimkit.errors import UserError
 from mimkit.optim import drops, groups_with_head
@@ -479,7 +479,7 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in ours)
     capsys.readouterr()
 
-    judged = [*SMALL[:2], "--data", str(data), "--workers", "0", "--model", str(tmp_path / "a" / "last")]
+    judged = ["--data", str(data), "--workers", "0", "--precision", "fp32", "--model", str(tmp_path / "a" / "last")]
     detect.main([*judged, "--eval-only"])
     assert f"box AP {scores[-1]['box_ap']:.2f} %" in capsys.readouterr().out
 
@@ -511,6 +511,27 @@ def test_wrong_words_are_one_sentence(data, tmp_path, capsys):
     assert "lay it out as COCO is" in refused(capsys, *SMALL, "--data", str(tmp_path))
     (data / "train2017" / "2.png").write_bytes(b"no image")
     assert "2.png cannot be used (not an image of a known kind)" in refused(capsys, *argv)
+
+
+def test_sizes_are_the_given_ones_else_the_runs_own_else_the_published(data, tmp_path, monkeypatch):
+    normalise = Normalise([0.5] * 3, [0.5] * 3)
+    write_dense(detector(), tmp_path / "own", "detector", ["red", "blue"], [3, 7], normalise)
+    seen = []
+    monkeypatch.setattr(detect.Judge, "alone", lambda judge, network: seen.append(network))
+    monkeypatch.setattr(detect.Detection, "rehearse", lambda task, network, *_: seen.append(network))
+    argv = ["--data", str(data), "--workers", "0", "--model"]
+    own = [*argv, str(tmp_path / "own"), "--eval-only"]
+    fresh = [*argv, "hivit_nano", "--fpn-dim", "32", "--batch-size", "4", "--dry-run"]
+    lower = "--short-side", "64"
+    for words in (own, [*own, "--short-side", "80"], [*own, "--long-side", "120"], fresh, [*fresh, *lower]):
+        detect.main(words)
+    assert [net._model_args["short"] for net in seen] == [64, 80, 64, 800, 64]
+    assert [net._model_args["long"] for net in seen] == [96, 96, 120, 1333, 1333]
+    for net in seen:
+        large = torch.zeros(3, 200, 900)
+        (side,) = net.eval().rcnn.transform([large])[0].image_sizes
+        factor = min(net._model_args["short"] / 200, net._model_args["long"] / 900)
+        assert side == (int(200 * factor), int(900 * factor))
 
 
 @pytest.mark.slow
