@@ -73,6 +73,13 @@ def test_an_hpvit_starts_as_the_plain_networks_pyramid():
     assert difference(ours(x)[0], theirs(x)[0]) > 1e-3
 
 
+@pytest.mark.parametrize(("depths", "neck"), [("0-1-2-0", "both"), ("1-1-0-1", "maps"), ("0-0-0-3", "maps")])
+def test_no_block_of_a_pre_trained_hpvit_is_left_out(depths, neck):
+    pyramid = Pyramid(backbone("hpvit", depths=depths))
+    assert (pyramid.neck, len(pyramid.backbone.blocks)) == (neck, 3)
+    assert len(Pyramid(backbone("hpvit", depths=depths), "both").backbone.blocks) == 3 - int(depths[-1])
+
+
 @pytest.mark.parametrize("name", [n for n in (*BACKBONES, *DEEP) if n != "resnet18"])
 def test_a_padded_batch_is_its_images_padded(name):
     """What an image gets does not depend on what lies beside it in the batch; the deep ones have windows."""
