@@ -17,10 +17,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision import tv_tensors
 
+from mimkit import detection
 from mimkit.boxes import Truth, around, draw_mask, fitting, open_boxes, read_objects, train_objects
 from mimkit.data import Normalise, Viewer, collate_list
 from mimkit.dense import read_dense, write_dense
-from mimkit.detection import Detector, as_results, judge_as_coco
+from mimkit.detection import Detector, as_results, judge_as_coco, masks_of
 from mimkit.errors import UserError
 from mimkit.optim import drops, groups_with_head
 from mimkit.options import presets
@@ -302,9 +303,9 @@ def test_all_of_a_detector_learns_and_it_finds_in_pixels_of_the_image(name, mask
     for one, (height, width) in zip(found, ((100, 150), (64, 40)), strict=True):
         assert (one["boxes"] >= 0).all()
         assert (one["boxes"] <= torch.tensor([width, height, width, height])).all()
-        assert ("masks" in one) is masks
+        assert ("small" in one) is masks
         if masks:
-            assert one["masks"].shape[1:] == (1, height, width)
+            assert {mask.shape for mask in masks_of(one, (height, width))} == {(height, width)}
         assert (one["scores"].diff() <= 0).all()
 
 
@@ -317,7 +318,28 @@ def test_the_first_image_has_no_say_in_the_others():
         (found,), (alone,) = model([image]), fresh([image])
     assert len(alone["boxes"])
     assert torch.equal(found["boxes"], alone["boxes"])
-    assert torch.equal(found["masks"], alone["masks"])
+    assert torch.equal(found["small"], alone["small"])
+
+
+@torch.no_grad()
+def test_masks_laid_into_the_image_one_at_a_time_are_torchvisions(monkeypatch):
+    ours, pasted = detector().eval(), []
+    theirs = copy.deepcopy(ours)
+    theirs.rcnn.roi_heads._forward_hooks.clear()
+    for network in (ours, theirs):
+        predictor = network.rcnn.roi_heads.mask_predictor
+        torch.nn.init.normal_(predictor.mask_fcn_logits.weight, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(3, 100, 150)
+    (found,), (whole,) = ours([image]), theirs([image])
+    paste = detection.paste_masks_in_image
+    monkeypatch.setattr(detection, "paste_masks_in_image", lambda m, *args: pasted.append(len(m)) or paste(m, *args))
+    results = as_results(found, 1, [3, 7], (100, 150))
+    assert pasted == [1] * len(results) != []
+    masks = whole["masks"][:, 0] > 0.5
+    assert 0.05 < masks.float().mean() < 0.95
+    for result, mask in zip(results, masks, strict=True):
+        packed = coco_masks.encode(np.asfortranarray(mask.byte().numpy()))
+        assert result["segmentation"] == {"size": [100, 150], "counts": packed["counts"].decode()}
 
 
 def test_background_alone_is_learnt_from():
@@ -333,7 +355,7 @@ def test_boxes_are_exact_in_low_precision():
     model = detector().eval()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         (found,) = model([torch.rand(3, 64, 64)])
-    assert all(found[name].dtype == torch.float32 for name in ("boxes", "scores", "masks"))
+    assert all(found[name].dtype == torch.float32 for name in ("boxes", "scores", "small"))
 
 
 @pytest.mark.parametrize(("name", "patch", "right"), [("vit_tiny_patch16_224", 14, 16), ("hivit_nano", 1, 4)])
@@ -384,17 +406,13 @@ def noisy(coco, seed=0):
             found[annotation["image_id"]].append((box, int(label), rng.random()))
     results = []
     for image, ones in found.items():
-        masks = torch.zeros(len(ones), 1, 64, 80)
-        for i, (box, _, _) in enumerate(ones):
-            left, top, right, bottom = box.round().astype(int)
-            masks[i, 0, top:bottom, left:right] = 0.9
         own = {
             "boxes": torch.tensor(np.array([box for box, _, _ in ones])).reshape(-1, 4),
             "labels": torch.tensor([label for _, label, _ in ones], dtype=torch.int64),
             "scores": torch.tensor([score for _, _, score in ones]),
-            "masks": masks,
+            "small": torch.full((len(ones), 1, 28, 28), 0.9),
         }
-        results += as_results(own, image, [3, 7])
+        results += as_results(own, image, [3, 7], (64, 80))
     return results
 
 
