@@ -333,11 +333,13 @@ def predict_objects(folder: Path, images: str, out: str, max_bad: float) -> int:
     Args:
         folder: of the network.
         images: as `open_all` takes them.
-        out: file to write.
+        out: file to write, which must not be there yet.
 
     Returns:
         How many images.
     """
+    if Path(out).exists():
+        raise UserError(f"--out {out} is there already: choose a new file.")
     model, own = read_dense(folder, "detector", Detector)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     device = next(model.parameters()).device

@@ -552,6 +552,18 @@ def test_sizes_are_the_given_ones_else_the_runs_own_else_the_published(data, tmp
         assert side == (int(200 * factor), int(900 * factor))
 
 
+def test_a_file_that_is_there_is_not_predicted_over(data, tmp_path, capsys, monkeypatch):
+    normalise = Normalise([0.5] * 3, [0.5] * 3)
+    write_dense(detector(), tmp_path / "own", "detector", ["red", "blue"], [3, 7], normalise)
+    argv = ["predict", "--model", tmp_path / "own", "--images", data / "val2017", "--out", tmp_path / "found.json"]
+    assert command(capsys, monkeypatch, *argv)[0] == 0
+    before = (tmp_path / "found.json").read_bytes()
+    code, _, error = command(capsys, monkeypatch, *argv)
+    assert code
+    assert "found.json is there already: choose a new file" in error
+    assert (tmp_path / "found.json").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_two_processes_judge_as_one_does(data, tmp_path):
     argv = [*SMALL, "--data", data, "--epochs", "2", "--warmup-epochs", "0.5", "--masks", "false"]
