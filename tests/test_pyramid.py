@@ -20,6 +20,7 @@ DEEP = {  # of 8 blocks, so that there are some between the last ones of the qua
     "hivit_nano": {"depths": (1, 1, 8)},
     "hivit_nano without biases": {"depths": (1, 1, 8), "unit_form": True},
     "hpvit": {"source_args": {"embed_dim": 32, "depth": 8, "num_heads": 2}, "depths": "0-1-7-0"},
+    "hpvit coarse": {"source_args": {"embed_dim": 32, "depth": 8, "num_heads": 2}, "depths": "coarse"},
     "vit_tiny_patch16_224": PLAIN | {"depth": 8},
     "vit_tiny_patch16_224 with registers": PLAIN | {"depth": 8, "reg_tokens": 2, "init_values": 1e-5},
 }
