@@ -240,7 +240,7 @@ def predict(
         images: an image, a folder of images, parquet or .tar files.
         out: table to write: image, label and probability (predictions.csv); for a segmenter a new folder of masks, each
             of the size of its image, in the class numbers of the data it was trained with (predictions); for a
-            detector a file of COCO's format, whose annotations have scores (predictions.json).
+            detector a new file of COCO's format, whose annotations have scores (predictions.json).
         top: how many labels for an image, the most likely first.
         crop_pct: share of the scaled image that is looked at; the model's own by default.
         max_bad: share of images that may be impossible to decode; they are left out.

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch.utils._pytree import tree_map
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
 
 from mimkit.boxes import Objects, Truth, fitting, read_objects
 from mimkit.checkpoint import replacing_file
-from mimkit.data import Normalise, Viewer, collate_list, guarded, one_by_one, spread, whole_size
+from mimkit.data import Normalise, Size, Viewer, collate_list, guarded, one_by_one, spread, whole_size
 from mimkit.dense import read_dense, write_dense
 from mimkit.errors import UserError
 from mimkit.pyramid import Pyramid
@@ -52,6 +54,14 @@ class Levels(nn.Module):
 def exactly(module: nn.Module, inputs: Any, output: Any) -> Any:
     """A head's output in float32: bf16 would round boxes of 1,000 px to 4, and let NMS merge those of many classes."""
     return tree_map(Tensor.float, output)
+
+
+def unpasted(module: nn.Module, inputs: Any, output: Any) -> None:
+    """Masks stay as small as they are found, under another name: up to 100 would be pasted into floats of the whole
+    image at once, gigabytes for a photograph."""
+    for found in output[0]:
+        if "masks" in found:
+            found["small"] = found.pop("masks")
 
 
 class Detector(nn.Module):
@@ -87,7 +97,7 @@ class Detector(nn.Module):
         if pyramid.multiple != 32:
             raise UserError(
                 f"{backbone.pretrained_cfg['architecture']} has maps at 1/4 to 1/32 of the input only with patches of "
-                "16 px, which regions are cut from: pass --model-args.patch_size 16."
+                f"{pyramid.patch} px, which regions are cut from: pass --model-args.patch_size {pyramid.patch}."
             )
         kinds = classes + 1  # torchvision's 0 is the background
         heads: dict[str, Any] = {
@@ -116,7 +126,8 @@ class Detector(nn.Module):
         for head in (self.rcnn.rpn.head, self.rcnn.roi_heads.box_predictor, self.rcnn.roi_heads.mask_predictor):
             if head is not None:
                 head.register_forward_hook(exactly)
-        self._model_args = {
+        self.rcnn.roi_heads.register_forward_hook(unpasted)
+        self._model_args: dict[str, Any] = {
             "masks": masks,
             "neck": pyramid.neck,
             "window": window,
@@ -133,9 +144,20 @@ class Detector(nn.Module):
         """What the heads stand on."""
         return self.rcnn.backbone.pyramid
 
+    def scale_to(self, short: int | None, long: int | None) -> tuple[int, int]:
+        """Change `short` and `long`, as far as they are given; -> what they are now"""
+        own = self._model_args
+        short, long = short or own["short"], long or own["long"]
+        if short > long:
+            raise UserError(f"--short-side {short} is above --long-side {long}: give the shorter one first.")
+        own |= {"short": short, "long": long}
+        self.rcnn.transform.min_size, self.rcnn.transform.max_size = (short,), long
+        return short, long
+
     def forward(self, images: list[Tensor], objects: list[Objects] | None = None) -> Any:
-        """Images (c H W) of any sizes, uint8 or in 0-1 -> losses by name; in evaluation, for each image, boxes (n 4),
-        labels (n) from 1, scores (n) and masks (n 1 H W) in 0-1, in its own pixels, the surest first"""
+        """Images (c H W) of any sizes, uint8 or in 0-1 -> losses by name; in evaluation, for each image, boxes (n 4) in
+        its own pixels, labels (n) from 1, scores (n), and `small` (n 1 28 28) in 0-1, which `masks_of` lays into it;
+        the surest first"""
         scaled = [x / 255 if x.dtype == torch.uint8 else x for x in images]
         return self.rcnn(scaled, objects)
 
@@ -143,8 +165,14 @@ class Detector(nn.Module):
 # How well it does ----------------------------------------------------------------------------------------------------
 
 
-def as_results(found: dict[str, Tensor], image: Any, numbers: list[int]) -> list[dict[str, Any]]:
-    """Detections in an image -> COCO's results, masks run-length encoded."""
+def masks_of(found: dict[str, Tensor], size: Size) -> Iterator[Tensor]:
+    """Detections in an image of this size -> their masks (H W), bool, one at a time"""
+    for small, box in zip(found["small"], found["boxes"], strict=True):
+        yield paste_masks_in_image(small[None], box[None], size)[0, 0] > 0.5
+
+
+def as_results(found: dict[str, Tensor], image: Any, numbers: list[int], size: Size) -> list[dict[str, Any]]:
+    """Detections in an image of this size -> COCO's results, masks run-length encoded."""
     from faster_coco_eval import mask
 
     x, y, right, bottom = found["boxes"].float().cpu().unbind(1)
@@ -154,10 +182,9 @@ def as_results(found: dict[str, Tensor], image: Any, numbers: list[int]) -> list
         {"image_id": image, "category_id": numbers[label - 1], "bbox": box, "score": score}
         for label, score, box in about
     ]
-    if "masks" in found:
-        drawn = (found["masks"][:, 0] > 0.5).byte().cpu().numpy()
-        for result, one in zip(results, drawn, strict=True):
-            packed = mask.encode(np.asfortranarray(one))
+    if "small" in found:
+        for result, one in zip(results, masks_of(found, size), strict=True):
+            packed = mask.encode(np.asfortranarray(one.byte().cpu().numpy()))
             counts = packed["counts"]
             counts = counts.decode() if isinstance(counts, bytes) else counts
             result["segmentation"] = {"size": list(packed["size"]), "counts": counts}
@@ -225,10 +252,14 @@ class Detection:
                 continue
             with run.accelerator.autocast():
                 (found,) = network(batch.to(run.accelerator.device).images)
-            results += as_results(found, self.truth.ids[place], self.truth.numbers)
+            height, width = batch.images[0].shape[-2:]
+            size = (height, width)
+            results += as_results(found, self.truth.ids[place], self.truth.numbers, size)
             judged.append(self.truth.ids[place])
             if len(self.shown) < 6:
                 sure = {name: value[found["scores"] >= SURE].cpu() for name, value in found.items()}
+                if len(sure.get("small", ())):
+                    sure["masks"] = torch.stack([*masks_of(sure, size)])
                 self.shown.append((batch.images[0], batch.labels[0], sure))
         network.train(training)
         results, judged = gather_object(results), gather_object(judged)
@@ -302,11 +333,13 @@ def predict_objects(folder: Path, images: str, out: str, max_bad: float) -> int:
     Args:
         folder: of the network.
         images: as `open_all` takes them.
-        out: file to write.
+        out: file to write, which must not be there yet.
 
     Returns:
         How many images.
     """
+    if Path(out).exists():
+        raise UserError(f"--out {out} is there already: choose a new file.")
     model, own = read_dense(folder, "detector", Detector)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     device = next(model.parameters()).device
@@ -327,7 +360,7 @@ def predict_objects(folder: Path, images: str, out: str, max_bad: float) -> int:
                     about = {"id": len(pictures) + 1, "file_name": batch.names[0], "height": height, "width": width}
                     pictures.append(about)
                     (found,) = model(batch.to(device).images)
-                    results += as_results(found, about["id"], own["class_values"])
+                    results += as_results(found, about["id"], own["class_values"], (height, width))
     for i, result in enumerate(results):
         *_, width, height = result["bbox"]
         result |= {"id": i + 1, "iscrowd": 0, "area": width * height}

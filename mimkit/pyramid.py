@@ -3,6 +3,7 @@
 Of a plain ViT with another patch than 16 they are 4, 2, 1 and 1/2 times as fine as its patches.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ class Pyramid(nn.Module):
             object detection", ECCV 2022): deconvolutions of the 1/16 map, the map itself, and the map pooled.
         both: that, and finer stages added through 1 x 1 convolutions, which start at 0: an HPViT's maps start as the
             pyramid of its plain ViT.
-    By default a plain ViT has a pyramid; an HPViT, whose stages are as wide as its last one, both; others have maps.
+    By default a plain ViT has a pyramid; an HPViT, whose stages are as wide as its last one, both, unless it has blocks
+    after 1/16, which that would remove; others have maps.
 
     Images are padded at the right and bottom with zeros, the mean of what a network takes, to a multiple of `multiple`.
 
@@ -53,11 +55,18 @@ class Pyramid(nn.Module):
         coarsest = max(stages)
         base = max((r for r in stages if r < 32), default=coarsest)  # what a pyramid is built on
         wide = len({info["num_chs"] for info in infos}) == 1
+        beyond = coarsest > base and infos[stages[coarsest]]["module"] != infos[stages[base]]["module"]
         if neck == "auto":
-            neck = "pyramid" if len(stages) == 1 else "both" if wide else "maps"
-        if neck in ("maps", "both") and sorted(stages) not in ([4, 8, 16], [4, 8, 16, 32]):
-            strides = ", ".join(map(str, sorted(stages)))
-            raise UserError(f"--neck {neck} needs maps at 4, 8 and 16 px; {name}'s are at {strides}: use a pyramid.")
+            neck = "pyramid" if len(stages) == 1 else "both" if wide and not beyond else "maps"
+        strides, known = sorted(stages), ([4, 8, 16], [4, 8, 16, 32])
+        self.patch = 16 if len(stages) == 1 else 4  # a plain network's one map is its patches; others' finest map is
+        if neck in ("maps", "both") and strides not in known:
+            scaled = [self.patch * stride // strides[0] for stride in strides]
+            patched = scaled in known and "patch_size" in signature(type(backbone)).parameters
+            advice = f"pass --model-args.patch_size {self.patch}" if patched else "pass --neck pyramid"
+            raise UserError(
+                f"--neck {neck} needs maps at 4, 8 and 16 px; {name}'s are at {', '.join(map(str, strides))}: {advice}."
+            )
         if window and not takes_windows(backbone):
             raise UserError(
                 f"--window is for HiViT, HPViT and VisionTransformer, and {name} is a {type(backbone).__name__}: leave "

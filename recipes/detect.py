@@ -42,8 +42,9 @@ class Options:
         dry_run: read a few images and their objects, compute one step, print what each layer learns at, and stop.
         masks: find masks too (Mask R-CNN); else boxes alone (Faster R-CNN).
         img_size: crop of large-scale jitter in pixels, 1024 or HEIGHTxWIDTH; whole images of several scales by default.
-        short_side: of an image at scale 1, in training without a crop and when it is judged.
-        long_side: of an image at most, likewise.
+        short_side: of an image at scale 1, in training without a crop and when it is judged; by default what the
+            run in `model` had, else 800.
+        long_side: of an image at most, likewise; else 1333.
         scales: range of the random scale.
         model_args: other arguments of the model, such as {patch_size: 16}.
         in_chans: channels of the images.
@@ -90,8 +91,8 @@ class Options:
     dry_run: bool = False
     masks: bool = True
     img_size: int | str | None = None
-    short_side: PositiveInt = 800
-    long_side: PositiveInt = 1333
+    short_side: PositiveInt | None = None
+    long_side: PositiveInt | None = None
     scales: tuple[float, float] = (0.6, 1.0)
     model_args: dict[str, Any] = field(default_factory=dict)
     in_chans: PositiveInt = 3
@@ -138,9 +139,6 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < options.scales[0] <= options.scales[1]:
         raise UserError(f"--scales {list(options.scales)} is no range: give two numbers above 0, like 0.6,1.")
     size = parse_size(options.img_size) if options.img_size else None
-    short, long = options.short_side, options.long_side
-    if short > long:
-        raise UserError(f"--short-side {short} is above --long-side {long}: give the shorter one first.")
     data, _, test, truth = open_boxes(options.data, options.masks)
     run = Run("detect", options)
 
@@ -152,11 +150,12 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--model {options.model} was trained with --masks {had}: pass that.")
         options.neck, options.window = own["neck"], own["window"]
         options.fpn_dim, options.roi_samples = own["width"], own["samples"]
-        short, long = options.short_side, options.long_side = own["short"], own["long"]
     else:
         backbone, start, normalise = start_from(options, **ANY_SIZE)
         heads = options.masks, options.neck, options.window, options.fpn_dim, options.roi_samples
-        network = Detector(backbone, len(truth.names), *heads, short, long, *normalise.values)
+        mean, std = normalise.values
+        network = Detector(backbone, len(truth.names), *heads, mean=mean, std=std)
+    short, long = options.short_side, options.long_side = network.scale_to(options.short_side, options.long_side)
     if options.grad_checkpointing:
         checkpoint_blocks(network.pyramid.backbone)
     task = Detection(run, test, truth, normalise, options.masks)

@@ -17,10 +17,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision import tv_tensors
 
+from mimkit import detection
 from mimkit.boxes import Truth, around, draw_mask, fitting, open_boxes, read_objects, train_objects
-from mimkit.data import Viewer, collate_list
-from mimkit.dense import read_dense
-from mimkit.detection import Detector, as_results, judge_as_coco
+from mimkit.data import Normalise, Viewer, collate_list
+from mimkit.dense import read_dense, write_dense
+from mimkit.detection import Detector, as_results, judge_as_coco, masks_of
 from mimkit.errors import UserError
 from mimkit.optim import drops, groups_with_head
 from mimkit.options import presets
@@ -302,9 +303,9 @@ def test_all_of_a_detector_learns_and_it_finds_in_pixels_of_the_image(name, mask
     for one, (height, width) in zip(found, ((100, 150), (64, 40)), strict=True):
         assert (one["boxes"] >= 0).all()
         assert (one["boxes"] <= torch.tensor([width, height, width, height])).all()
-        assert ("masks" in one) is masks
+        assert ("small" in one) is masks
         if masks:
-            assert one["masks"].shape[1:] == (1, height, width)
+            assert {mask.shape for mask in masks_of(one, (height, width))} == {(height, width)}
         assert (one["scores"].diff() <= 0).all()
 
 
@@ -317,7 +318,28 @@ def test_the_first_image_has_no_say_in_the_others():
         (found,), (alone,) = model([image]), fresh([image])
     assert len(alone["boxes"])
     assert torch.equal(found["boxes"], alone["boxes"])
-    assert torch.equal(found["masks"], alone["masks"])
+    assert torch.equal(found["small"], alone["small"])
+
+
+@torch.no_grad()
+def test_masks_laid_into_the_image_one_at_a_time_are_torchvisions(monkeypatch):
+    ours, pasted = detector().eval(), []
+    theirs = copy.deepcopy(ours)
+    theirs.rcnn.roi_heads._forward_hooks.clear()
+    for network in (ours, theirs):
+        predictor = network.rcnn.roi_heads.mask_predictor
+        torch.nn.init.normal_(predictor.mask_fcn_logits.weight, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(3, 100, 150)
+    (found,), (whole,) = ours([image]), theirs([image])
+    paste = detection.paste_masks_in_image
+    monkeypatch.setattr(detection, "paste_masks_in_image", lambda m, *args: pasted.append(len(m)) or paste(m, *args))
+    results = as_results(found, 1, [3, 7], (100, 150))
+    assert pasted == [1] * len(results) != []
+    masks = whole["masks"][:, 0] > 0.5
+    assert 0.05 < masks.float().mean() < 0.95
+    for result, mask in zip(results, masks, strict=True):
+        packed = coco_masks.encode(np.asfortranarray(mask.byte().numpy()))
+        assert result["segmentation"] == {"size": [100, 150], "counts": packed["counts"].decode()}
 
 
 def test_background_alone_is_learnt_from():
@@ -333,13 +355,14 @@ def test_boxes_are_exact_in_low_precision():
     model = detector().eval()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         (found,) = model([torch.rand(3, 64, 64)])
-    assert all(found[name].dtype == torch.float32 for name in ("boxes", "scores", "masks"))
+    assert all(found[name].dtype == torch.float32 for name in ("boxes", "scores", "small"))
 
 
-def test_patches_of_14_are_refused():
-    BACKBONES["vit /14"] = {**BACKBONES["vit_tiny_patch16_224"], "patch_size": 14}
-    with pytest.raises(UserError, match="only with patches of 16 px"):
-        Detector(timm.create_model("vit_tiny_patch16_224", **BACKBONES.pop("vit /14")), 2)
+@pytest.mark.parametrize(("name", "patch", "right"), [("vit_tiny_patch16_224", 14, 16), ("hivit_nano", 1, 4)])
+def test_other_patches_are_refused(name, patch, right):
+    backbone = timm.create_model(name, **BACKBONES[name], patch_size=patch)
+    with pytest.raises(UserError, match=f"only with patches of {right} px.*pass --model-args.patch_size {right}"):
+        Detector(backbone, 2, neck="pyramid")
 
 
 @pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "svit_nano"])
@@ -383,17 +406,13 @@ def noisy(coco, seed=0):
             found[annotation["image_id"]].append((box, int(label), rng.random()))
     results = []
     for image, ones in found.items():
-        masks = torch.zeros(len(ones), 1, 64, 80)
-        for i, (box, _, _) in enumerate(ones):
-            left, top, right, bottom = box.round().astype(int)
-            masks[i, 0, top:bottom, left:right] = 0.9
         own = {
             "boxes": torch.tensor(np.array([box for box, _, _ in ones])).reshape(-1, 4),
             "labels": torch.tensor([label for _, label, _ in ones], dtype=torch.int64),
             "scores": torch.tensor([score for _, _, score in ones]),
-            "masks": masks,
+            "small": torch.full((len(ones), 1, 28, 28), 0.9),
         }
-        results += as_results(own, image, [3, 7])
+        results += as_results(own, image, [3, 7], (64, 80))
     return results
 
 
@@ -478,7 +497,7 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in ours)
     capsys.readouterr()
 
-    judged = [*SMALL[:2], "--data", str(data), "--workers", "0", "--model", str(tmp_path / "a" / "last")]
+    judged = ["--data", str(data), "--workers", "0", "--precision", "fp32", "--model", str(tmp_path / "a" / "last")]
     detect.main([*judged, "--eval-only"])
     assert f"box AP {scores[-1]['box_ap']:.2f} %" in capsys.readouterr().out
 
@@ -512,6 +531,39 @@ def test_wrong_words_are_one_sentence(data, tmp_path, capsys):
     assert "2.png cannot be used (not an image of a known kind)" in refused(capsys, *argv)
 
 
+def test_sizes_are_the_given_ones_else_the_runs_own_else_the_published(data, tmp_path, monkeypatch):
+    normalise = Normalise([0.5] * 3, [0.5] * 3)
+    write_dense(detector(), tmp_path / "own", "detector", ["red", "blue"], [3, 7], normalise)
+    seen = []
+    monkeypatch.setattr(detect.Judge, "alone", lambda judge, network: seen.append(network))
+    monkeypatch.setattr(detect.Detection, "rehearse", lambda task, network, *_: seen.append(network))
+    argv = ["--data", str(data), "--workers", "0", "--model"]
+    own = [*argv, str(tmp_path / "own"), "--eval-only"]
+    fresh = [*argv, "hivit_nano", "--fpn-dim", "32", "--batch-size", "4", "--dry-run"]
+    lower = "--short-side", "64"
+    for words in (own, [*own, "--short-side", "80"], [*own, "--long-side", "120"], fresh, [*fresh, *lower]):
+        detect.main(words)
+    assert [net._model_args["short"] for net in seen] == [64, 80, 64, 800, 64]
+    assert [net._model_args["long"] for net in seen] == [96, 96, 120, 1333, 1333]
+    for net in seen:
+        large = torch.zeros(3, 200, 900)
+        (side,) = net.eval().rcnn.transform([large])[0].image_sizes
+        factor = min(net._model_args["short"] / 200, net._model_args["long"] / 900)
+        assert side == (int(200 * factor), int(900 * factor))
+
+
+def test_a_file_that_is_there_is_not_predicted_over(data, tmp_path, capsys, monkeypatch):
+    normalise = Normalise([0.5] * 3, [0.5] * 3)
+    write_dense(detector(), tmp_path / "own", "detector", ["red", "blue"], [3, 7], normalise)
+    argv = ["predict", "--model", tmp_path / "own", "--images", data / "val2017", "--out", tmp_path / "found.json"]
+    assert command(capsys, monkeypatch, *argv)[0] == 0
+    before = (tmp_path / "found.json").read_bytes()
+    code, _, error = command(capsys, monkeypatch, *argv)
+    assert code
+    assert "found.json is there already: choose a new file" in error
+    assert (tmp_path / "found.json").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_two_processes_judge_as_one_does(data, tmp_path):
     argv = [*SMALL, "--data", data, "--epochs", "2", "--warmup-epochs", "0.5", "--masks", "false"]
@@ -536,8 +588,10 @@ def test_published_presets_go_end_to_end(name, tmp_path, capsys, monkeypatch):
     model = next(net[key] for key in net if name.startswith(f"detect_{key}"))
     monkeypatch.chdir(tmp_path)
     argv = ["--config", name, "--data", str(root), "--model", model, "--from-scratch", "--dry-run", "--workers", "0"]
-    sizes = ["--img-size", "96"] if "100ep" in name else []
-    detect.main([*argv, *sizes, "--short-side", "96", "--long-side", "128", "--fpn-dim", "64"])
+    argv += ["--img-size", "96"] if "100ep" in name else []
+    if "window" in presets("detect")[name].read_text():  # 14 would not cut a grid of 6 x 8
+        argv += ["--window", "4"]
+    detect.main([*argv, "--short-side", "96", "--long-side", "128", "--fpn-dim", "64"])
     printed = capsys.readouterr().out
     assert "losses of 2 images" in printed
     assert "of 2 test images" in printed

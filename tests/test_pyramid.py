@@ -20,6 +20,7 @@ DEEP = {  # of 8 blocks, so that there are some between the last ones of the qua
     "hivit_nano": {"depths": (1, 1, 8)},
     "hivit_nano without biases": {"depths": (1, 1, 8), "unit_form": True},
     "hpvit": {"source_args": {"embed_dim": 32, "depth": 8, "num_heads": 2}, "depths": "0-1-7-0"},
+    "hpvit coarse": {"source_args": {"embed_dim": 32, "depth": 8, "num_heads": 2}, "depths": "coarse"},
     "vit_tiny_patch16_224": PLAIN | {"depth": 8},
     "vit_tiny_patch16_224 with registers": PLAIN | {"depth": 8, "reg_tokens": 2, "init_values": 1e-5},
 }
@@ -38,7 +39,7 @@ def deep(name, window=0):
 def test_every_backbone_is_a_pyramid_and_all_of_it_learns(name):
     for neck in NECKS:
         if name.startswith("vit") and neck in ("maps", "both"):
-            with pytest.raises(UserError, match="needs maps at 4, 8 and 16 px; vit_tiny"):
+            with pytest.raises(UserError, match=r"needs maps at 4, 8 and 16 px; vit_tiny.*pass --neck pyramid"):
                 Pyramid(backbone(name), neck)
             continue
         pyramid = joined(Pyramid(backbone(name), neck))
@@ -73,6 +74,13 @@ def test_an_hpvit_starts_as_the_plain_networks_pyramid():
     assert difference(ours(x)[0], theirs(x)[0]) > 1e-3
 
 
+@pytest.mark.parametrize(("depths", "neck"), [("0-1-2-0", "both"), ("1-1-0-1", "maps"), ("0-0-0-3", "maps")])
+def test_no_block_of_a_pre_trained_hpvit_is_left_out(depths, neck):
+    pyramid = Pyramid(backbone("hpvit", depths=depths))
+    assert (pyramid.neck, len(pyramid.backbone.blocks)) == (neck, 3)
+    assert len(Pyramid(backbone("hpvit", depths=depths), "both").backbone.blocks) == 3 - int(depths[-1])
+
+
 @pytest.mark.parametrize("name", [n for n in (*BACKBONES, *DEEP) if n != "resnet18"])
 def test_a_padded_batch_is_its_images_padded(name):
     """What an image gets does not depend on what lies beside it in the batch; the deep ones have windows."""
@@ -91,8 +99,11 @@ def test_a_padded_batch_is_its_images_padded(name):
 def test_what_gives_no_pyramid_is_refused():
     with pytest.raises(UserError, match="--neck nose is unknown"):
         Pyramid(backbone("hivit_nano"), "nose")
-    with pytest.raises(UserError, match="resnet18's are at 2, 4, 8, 16, 32"):
+    with pytest.raises(UserError, match="resnet18's are at 2, 4, 8, 16, 32: pass --neck pyramid"):
         Pyramid(backbone("resnet18"))
+    for name in ("hivit_nano", "svit_nano"):
+        with pytest.raises(UserError, match=r"are at 2, 4, 8.*: pass --model-args\.patch_size 4"):
+            Pyramid(backbone(name, patch_size=2))
     with pytest.raises(UserError, match="choose upernet, or fpn"):
         Segmenter(backbone("hivit_nano"), 3, "fpn", 40)
 

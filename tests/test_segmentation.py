@@ -5,6 +5,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import backbone, command, encoded, launched, picture
@@ -16,9 +17,12 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 from torchvision.datasets import Cityscapes
 
+from mimkit.checkpoint import write_model
+from mimkit.checks import difference
 from mimkit.data import Normalise
 from mimkit.dense import read_dense, write_dense
 from mimkit.errors import UserError
+from mimkit.finetuning import load
 from mimkit.masks import IGNORE, Classes, judged_pairs, open_masked, train_pairs
 from mimkit.optim import groups_with_head
 from mimkit.options import presets
@@ -427,6 +431,24 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
     with pytest.raises(SystemExit):
         segment.main([*judged, "--model", str(tmp_path / "a" / "last")])
     assert "segmenter.json is not JSON" in capsys.readouterr().err
+
+
+def test_a_network_with_patches_of_1_px_gets_them_at_4(data, tmp_path, capsys):
+    """As README's first line leaves it; an image enlarged by 4 has the same maps then."""
+    net = timm.create_model("hivit_nano", img_size=32, patch_size=1, unit_form=True, num_classes=0)
+    write_model(net, tmp_path / "encoder", input_size=(3, 32, 32), mean=[0.5] * 3, std=[0.25] * 3)
+    argv = [*SMALL, "--data", str(data), "--model", str(tmp_path / "encoder"), "--dry-run"]
+    with pytest.raises(SystemExit):
+        segment.main(argv)
+    assert "at 1, 2, 4: pass --model-args.patch_size 4." in capsys.readouterr().err
+    segment.main([*argv, "--model-args.patch_size", "4"])
+    assert "loss of 2 images" in capsys.readouterr().out
+    own, other = (load(str(tmp_path / "encoder"), **options)[0] for options in ({}, {"patch_size": 4, "img_size": 128}))
+    x = torch.randn(2, 3, 32, 32)
+    large = F.interpolate(x, scale_factor=4)
+    maps = (net.forward_intermediates(image, intermediates_only=True) for net, image in ((own, x), (other, large)))
+    for ours, theirs in zip(*maps, strict=True):
+        assert difference(ours, theirs) < 1e-4
 
 
 @pytest.mark.slow
