@@ -65,7 +65,8 @@ class Canary:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_what_engines_go_with(engine, images, tmp_path):
-    options = ["--precision", "bf16", "--grad-accum-steps", "2", "--grad-checkpointing", "true", "--compile", "true"]
+    options = ["--precision", "bf16", "--grad-accum-steps", "2", "--grad-checkpointing", "true"]
+    options += ["--compile", "true"] if engine != "zero3" else []  # which compiles every gathering anew, for minutes
     facts, curve = probed(engine, "mae_hivit", tmp_path / "mixed", "--data", images, *options)
     assert all((fact["engine"], fact["stage"]) == RUNNING[engine] for fact in facts)
     _, exact = probed("ddp", "mae_hivit", tmp_path / "ddp", "--data", images)
