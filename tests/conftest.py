@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -37,6 +38,12 @@ BACKBONES = {
     "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 1, 1), "img_size": 96, "strict_img_size": False},
     "resnet18": {},
 }
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first: the last one would keep a single worker busy."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (-slow[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)
