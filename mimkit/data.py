@@ -451,15 +451,7 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Any:
         with _blocked():
             batches = super().__iter__()
-        return self._heard(batches)
-
-    def _heard(self, batches: Any) -> Iterator[Any]:
-        try:
-            yield from (batch for batch in batches if batch is not None)
-        except RuntimeError:  # of a worker that is stuck, and may not hear a signal that it could catch
-            for worker in getattr(batches, "_workers", ()):
-                worker.kill()
-            raise
+        return (batch for batch in batches if batch is not None)
 
 
 @contextmanager

@@ -473,7 +473,8 @@ def test_published_presets_go_end_to_end(name, tmp_path, capsys, monkeypatch):
     model = next(net[key] for key in net if name.startswith(f"segment_{key}"))
     monkeypatch.chdir(tmp_path)
     argv = ["--config", name, "--data", str(root), "--model", model, "--from-scratch", "--dry-run", "--workers", "0"]
-    segment.main([*argv, "--img-size", "64x128" if "cityscapes" in name else "96", "--decoder-dim", "64"])
+    size = "64x128" if "cityscapes" in name else "96"
+    segment.main([*argv, "--img-size", size, "--short-side", "96", "--decoder-dim", "64"])
     printed = capsys.readouterr().out
     assert "loss of 2 images" in printed
     assert "of the pixels of 2 test images" in printed
