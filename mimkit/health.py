@@ -101,8 +101,8 @@ def health(folder: Path) -> tuple[list[str], list[str]]:
     if not isinstance(config.get("epochs"), int | float):
         raise UserError(f"{folder}/config.yaml has no epochs: pass the directory of a run.")
     names = "loss", "step", "epoch", "waiting"
-    lines = [line for line in read_metrics(folder) if all(isinstance(line.get(n), int | float) for n in names)]
-    lines = [line for line in lines if line["epoch"] > 0]
+    logged = (line for line in read_metrics(folder) if all(isinstance(line.get(n), int | float) for n in names))
+    lines = [line for line in logged if line["epoch"] > 0]
     if not lines:
         return [f"{folder} has logged no loss yet."], []
     said, wrong = [], []
