@@ -5,8 +5,8 @@ python benchmarks/processes.py --rounds 5
 Each engine is launched as a recipe is, `accelerate launch --config_file recipes/accelerate/ENGINE.yaml`, in turns; one
 process stands for one thread of one core. All make the same global batch of random images at 224 px, with a decoder 512
 wide and 8 deep. "Alone" is forward and backward of a process's share by the bare network, while the other process does
-the same: what a step would take if nothing were exchanged. "All-reduce" is that of
-as many floats as there are gradients.
+the same: what a step would take if nothing were exchanged. "Optimiser" is AdamW's own part of a step, and "all-reduce"
+that of as many floats as there are gradients.
 """
 
 import json
@@ -50,7 +50,7 @@ def timed(work: Callable[[], Any], times: int) -> float:
 
 def train(out: str, model: str, batch_size: int, steps: int) -> None:
     """What each process does; the main one writes what it took into the file `out`."""
-    run = Run("processes", Options(out=str(Path(out).parent / "run"), precision="fp32", resume="auto"))
+    run = Run("processes", Options(out=str(Path(out).with_suffix("")), precision="fp32"))
     torch.set_num_threads(1)
     accelerator = run.accelerator
     share = run.plan(batch_size, batch_size, 1).share
@@ -67,17 +67,19 @@ def train(out: str, model: str, batch_size: int, steps: int) -> None:
     found["megabytes"] = gradients.numel() * 4 / 1e6
     if accelerator.num_processes > 1:
         found["all_reduce"] = timed(lambda: torch.distributed.all_reduce(gradients), steps)
-    ready, stepper = run.prepare(mae, adamw(mae, 1e-4, 0.05, (0.9, 0.95)))
+    optimizer, clock = adamw(mae, 1e-4, 0.05, (0.9, 0.95)), [0.0, 0.0]  # when it began, and all it took
+    optimizer.register_step_pre_hook(lambda *_: clock.__setitem__(0, time.perf_counter()))
+    optimizer.register_step_post_hook(lambda *_: clock.__setitem__(1, clock[1] + time.perf_counter() - clock[0]))
+    ready, stepper = run.prepare(mae, optimizer)
 
     def step() -> None:
         with run.accumulate(ready):
             accelerator.backward(ready(images).loss)
-            begun = time.perf_counter()
             stepper.step()
             stepper.zero_grad()
-            found["optimiser"] = time.perf_counter() - begun
 
     found["step"] = timed(step, steps)
+    found["optimiser"] = clock[1] / (steps + 1)
     if accelerator.is_main_process:
         Path(out).write_text(json.dumps(found))
 
@@ -105,7 +107,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds):
             for engine in ENGINES:
-                out = Path(folder) / f"{engine}.json"
+                out = Path(folder) / f"{engine}-{turn}.json"
                 options = [
                     "--model",
                     model,
@@ -125,9 +127,9 @@ def measure(
                     env={**os.environ, "OMP_NUM_THREADS": "1"},
                 )
                 if done.returncode:
-                    raise UserError(f"{engine} failed: {done.stderr[-500:]}")
+                    raise UserError(f"{engine} failed: {done.stderr[-5000:]}")
                 taken[engine].append(json.loads(out.read_text()))
-            print(f"round {turn + 1} of {rounds}", flush=True)
+                print(turn, engine, {key: round(value, 2) for key, value in taken[engine][-1].items()}, flush=True)
     print(f"\n{model}, {batch_size} images a step, torch {torch.__version__}\n")
     heads = [
         "engine",
