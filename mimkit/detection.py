@@ -16,9 +16,11 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
+from torchvision.transforms import v2
 
 from mimkit.boxes import Objects, Truth, fitting, read_objects
 from mimkit.checkpoint import replacing_file
@@ -62,6 +64,18 @@ def unpasted(module: nn.Module, inputs: Any, output: Any) -> None:
     for found in output[0]:
         if "masks" in found:
             found["small"] = found.pop("masks")
+
+
+class Scaling(GeneralizedRCNNTransform):
+    """torchvision's, but an image that is judged is scaled with antialiasing, as those of training are."""
+
+    def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
+        """(c H W) -> (c H W); in training `train_objects` has done it"""
+        if self.training:
+            return image, target
+        sides = image.shape[-2:]
+        factor = min(self.min_size[0] / min(sides), self.max_size / max(sides))
+        return v2.functional.resize(image, [max(1, round(side * factor)) for side in sides], antialias=True), target
 
 
 class Detector(nn.Module):
@@ -111,14 +125,12 @@ class Detector(nn.Module):
         self.rcnn = network(
             Levels(pyramid, width),
             **heads,
-            min_size=short,
-            max_size=long,
             image_mean=mean,
             image_std=std,
-            size_divisible=pyramid.multiple,
             box_batch_size_per_image=samples,
-            _skip_resize=True,  # in training: `train_objects` has done it
         )
+        colours = self.rcnn.transform.image_mean, self.rcnn.transform.image_std
+        self.rcnn.transform = Scaling(short, long, *colours, size_divisible=pyramid.multiple)
         for pool in (self.rcnn.roi_heads.box_roi_pool, self.rcnn.roi_heads.mask_roi_pool):
             if pool is not None:  # it would guess them from the first image's size without its padding, once
                 pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]

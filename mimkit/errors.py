@@ -19,8 +19,8 @@ WORKER = "A data worker is stuck or dead ({}): check memory and the disk of --da
 PEER = "Another process of this run ended or cannot be reached ({}): see what it said, then go on with --resume auto."
 MEMORY = "Out of memory ({}): choose a smaller --batch-size, more --grad-accum-steps, or --grad-checkpointing true."
 TORCHS = {  # errors that torch raises in whatever line a process has come to, by a part of their first line
-    "DataLoader timed out": WORKER,
     "DataLoader worker (pid": WORKER,
+    "Pin memory thread exited": WORKER,  # it was waiting for such a worker
     "gloo/": PEER,
     "NCCL": PEER,
     "out of memory": MEMORY,

@@ -107,7 +107,7 @@ def keep_batch(folder: Path, rank: int, parts: list[Batch]) -> None:
                 tensors[f"{i}.{name}"] = value.cpu().contiguous()
     with replacing(folder / f"rank-{rank}") as temporary:
         save_file(tensors, temporary / "batch.safetensors")
-        names = [{"names": batch.names, "bad": batch.bad} for batch in parts]
+        names = {"names": [batch.names for batch in parts], "bad": [batch.bad for batch in parts]}
         (temporary / "names.json").write_text(json.dumps(names, indent=1))
 
 
@@ -125,12 +125,12 @@ def kept_batches(folder: Path) -> list[tuple[int, Batch]]:
     batches = []
     for rank, kept in sorted((int(path.name.removeprefix("rank-")), path) for path in folder.glob("rank-*")):
         tensors = load_file(kept / "batch.safetensors")
-        for i, about in enumerate(json.loads((kept / "names.json").read_text())):
+        about = read_json(kept / "names.json", names=list, bad=list)
+        for i, (names, bad) in enumerate(zip(about["names"], about["bad"], strict=False)):
             images, noise, labels = (tensors.get(f"{i}.{name}") for name in ("images", "noise", "labels"))
             if images is None or noise is None or labels is None:
                 raise UserError(f"{folder} holds images of several sizes, which cannot be replayed: look at its names.")
-            bad = [tuple(found) for found in about["bad"]]
-            batches.append((rank, Batch(images, noise, labels, about["names"], bad)))
+            batches.append((rank, Batch(images, noise, labels, names, [tuple(found) for found in bad])))
     if not batches:
         raise UserError(f"{folder} holds no batch to replay: pass RUN/replay/step-N, which a run leaves on a bad step.")
     return batches

@@ -1,6 +1,7 @@
 """One image file of any kind -> a picture or an array of the channels asked for."""
 
 import io
+import struct
 from contextlib import suppress
 from typing import Any
 
@@ -13,8 +14,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 LARGEST = 178_956_970  # pixels: what PIL refuses to unpack above
+APP1, SOF = 0xE1, (0xC0, 0xC1, 0xC2)  # markers of a JPEG: where a camera writes, and where the frame is described
 JPEG, NPY, TIFF = b"\xff\xd8", b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-ORIENTATION = 274  # of a camera; 1 is upright
 BITS, PLANES = 258, 284  # of a TIFF: bits of each sample, and 2 where each channel is a plane of its own
 EXTENSIONS = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {".npy"}
 
@@ -62,15 +63,24 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
 
 def decode_pixels(data: bytes, in_chans: int = 3) -> Tensor:
     """The same as (c H W). An ordinary JPEG is unpacked by torchvision, to the same bytes as by PIL, but faster."""
-    if data.startswith(JPEG) and in_chans in (1, 3):
-        with suppress(UnidentifiedImageError, RuntimeError):  # below PIL says what is wrong with it
-            header = open_image(data)
-            upright = header.getexif().get(ORIENTATION, 1) == 1
-            if upright and header.mode in ("L", "RGB")[:in_chans] and header.width * header.height <= LARGEST:
-                mode = ImageReadMode.GRAY if in_chans == 1 else ImageReadMode.RGB
-                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+    if jpeg_channels(data) == in_chans:
+        with suppress(RuntimeError):  # below PIL says what is wrong with it
+            mode = ImageReadMode.GRAY if in_chans == 1 else ImageReadMode.RGB
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
     image = decode(data, in_chans)
     return image if torch.is_tensor(image) else pil_to_tensor(image)
+
+
+def jpeg_channels(data: bytes) -> int:
+    """1 or 3 of a JPEG of 8 bits that no camera may have turned (ITU-T T.81, annex B), else 0. PIL's header takes as
+    long as a tenth of the picture."""
+    at = 2 if data.startswith(JPEG) else len(data)
+    while at + 10 <= len(data) and data[at] == 0xFF and data[at + 1] != APP1:
+        if data[at + 1] in SOF:
+            precision, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
+            return channels if precision == 8 and channels in (1, 3) and height * width <= LARGEST else 0
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return 0
 
 
 def read_tiff(data: bytes, in_chans: int) -> Tensor:

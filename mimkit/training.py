@@ -35,7 +35,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mimkit import engines, guards
+from mimkit import engines, guards, peers
 from mimkit.checkpoint import load_strictly, read_weights, replacing, replacing_file
 from mimkit.data import Batch, Plan, cpu_count, guarded, restart
 from mimkit.errors import STOPS, StoppedError, UserError, heeding, is_full
@@ -136,7 +136,10 @@ class Run:
         self.begun: tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None = None  # the state before a checkpoint
         self.named: set[str] = set()  # bad images, as they were said to be
         self.told = ""  # the signal to stop, where there was one
-        self.cpus: Any = torch.distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
+        world = self.accelerator.num_processes
+        self.cpus: Any = torch.distributed.new_group(backend="gloo") if world > 1 else None
+        if world > 1:
+            peers.Watch(self.accelerator.process_index, world, self.cpus)
         self.saved: Path | None = None  # the last checkpoint
         self.saver = ThreadPoolExecutor(1)
         self.saving: Future[Path] | None = None

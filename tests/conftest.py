@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 import mimkit.models  # noqa: F401  registers the networks with timm
-from mimkit import cli
+from mimkit import cli, preflight
 from mimkit.data import Plan, Viewer, train_loader, train_transform
 
 ROOT = Path(__file__).parent.parent
@@ -47,8 +47,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _anew():
-    """Each test has its own seed, and its own accelerate, which keeps its state for a whole process."""
+def _anew(monkeypatch):
+    """Each test has its own seed, and its own accelerate, which keeps its state for a whole process. A run's first
+    seconds, in which it measures its speed, are few."""
+    monkeypatch.setattr(preflight, "BRIEF", preflight.BRIEF._replace(seconds=0.1))
     torch.manual_seed(0)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
+from mimkit import peers
 from mimkit.training import Run
 
 found, recipe, *argv = sys.argv[1:]
@@ -40,5 +41,6 @@ def prepared(run, model, optimizer, **beside):
 
 
 Run.prepare = prepared
+peers.BEAT = float(os.environ.get("BEAT", peers.BEAT))
 nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # inductor would take minutes
 importlib.import_module(f"mimkit.recipes.{recipe}").main(argv)

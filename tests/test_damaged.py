@@ -27,7 +27,7 @@ from mimkit.checkpoint import write_model
 from mimkit.data import Normalise, Viewer, eval_loader, eval_transform, guarded, train_transform
 from mimkit.dense import write_dense
 from mimkit.detection import predict_objects
-from mimkit.images import decode
+from mimkit.images import decode, decode_pixels
 from mimkit.masks import check_sizes
 from mimkit.sources import open_labelled, open_source
 
@@ -170,8 +170,7 @@ def test_more_than_eight_bits_are_scaled(kind):
 
 def test_a_pixel_is_an_image_of_one_colour():
     for transform in (eval_transform((16, 16)), train_transform((16, 16))):
-        image = transform(decode(encoded(Image.new("RGB", (1, 1), (200, 10, 20)))))
-        pixels = image if torch.is_tensor(image) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels = transform(decode_pixels(encoded(Image.new("RGB", (1, 1), (200, 10, 20)))))
         assert torch.equal(pixels, torch.tensor([200, 10, 20], dtype=torch.uint8)[:, None, None].expand(3, 16, 16))
 
 

@@ -207,7 +207,7 @@ def smooth(size, mode="RGB"):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("size", [(100, 75), (75, 100), (40, 30)])
+@pytest.mark.parametrize("size", [(100, 75), (75, 100), (40, 30), (150, 20), (20, 150)])
 def test_a_training_crop_is_torchvisions(size, mode):
     """The same box and flip of the same draws, scaled as PIL does it but for roundings."""
     image = smooth(size, mode)
@@ -229,8 +229,9 @@ def test_a_training_crop_is_torchvisions(size, mode):
         apart.append((crop.float() - expected.float()).abs())
         assert apart[-1].square().mean() < 255**2 / 10**4.8  # 48 dB
     assert torch.stack(apart).le(1).float().mean() > 0.998
-    with seeded(40):  # another box is far off
-        assert (ours(v2.functional.pil_to_tensor(image)).float() - expected.float()).abs().mean() > 5
+    with seeded(40):  # another box is far off; of a strip, in which none fits, it is the middle
+        off = (ours(v2.functional.pil_to_tensor(image)).float() - expected.float()).abs().mean()
+        assert off > 5 or 20 in size
 
 
 def test_a_training_crop_of_arrays_is_torchvisions():

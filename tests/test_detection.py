@@ -16,6 +16,7 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from mimkit import detection
 from mimkit.boxes import Truth, around, draw_mask, fitting, open_boxes, read_objects, train_objects
@@ -549,7 +550,15 @@ def test_sizes_are_the_given_ones_else_the_runs_own_else_the_published(data, tmp
         large = torch.zeros(3, 200, 900)
         (side,) = net.eval().rcnn.transform([large])[0].image_sizes
         factor = min(net._model_args["short"] / 200, net._model_args["long"] / 900)
-        assert side == (int(200 * factor), int(900 * factor))
+        assert side == (round(200 * factor), round(900 * factor))
+
+
+def test_an_image_that_is_judged_is_scaled_as_those_of_training_are():
+    image, transform = torch.rand(3, 128, 160), detector(mean=[0.4] * 3, std=[0.3] * 3).eval().rcnn.transform
+    (found,) = transform([image])[0].tensors
+    by_v2 = v2.Resize([64, 80], antialias=True)(image)
+    torch.testing.assert_close(found[:, :64, :80], (by_v2 - 0.4) / 0.3)
+    assert (by_v2 - v2.Resize([64, 80], antialias=False)(image)).abs().mean() > 0.05
 
 
 def test_a_file_that_is_there_is_not_predicted_over(data, tmp_path, capsys, monkeypatch):

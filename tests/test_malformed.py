@@ -25,8 +25,10 @@ from safetensors.torch import save_file
 
 from mimkit import cli
 from mimkit.checkpoint import write_decoder, write_model
+from mimkit.data import View, collate
 from mimkit.decoder import Decoder
 from mimkit.errors import UserError
+from mimkit.guards import keep_batch, keep_weights
 from mimkit.training import Run
 
 EXAMPLES = settings(
@@ -37,6 +39,7 @@ EXAMPLES = settings(
 )
 PATHS = ("--config", "--data", "--images", "--model", "--init", "--resume", "--run", "--from", "--checkpoint", "--out")
 COMMANDS = [cli.models, cli.convert, cli.knn, cli.probe, cli.reconstruct, cli.predict, cli.export]
+COMMANDS += [cli.push, cli.doctor, cli.replay]
 TRAINS = "it would train"
 
 # Whole things, and a folder to work in --------------------------------------------------------------------------------
@@ -56,6 +59,10 @@ def root(tmp_path_factory):
     write_model(encoder, root / "run/encoder", **about)
     decoder = Decoder(encoder.out_dim, encoder.unit_size, 3, 24, 1, 4)
     write_decoder(decoder, root / "run/decoder", mask_ratio=0.75, norm_targets=True)
+    step = root / "run/replay/step-00000003"
+    keep_batch(step, 0, [collate([View(torch.rand(3, 32, 32), torch.rand(4), -1, "a")] * 4)])
+    keep_weights(step, encoder, "mae_hivit", 3, "its loss is not finite")
+    (root / "run/config.yaml").write_text("model: hivit_nano\nimg_size: 32\nbatch_size: 4\ndata: sample\n")
     vit = timm.create_model("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2, num_classes=2, img_size=32)
     write_model(vit, root / "vit", **about)
 
@@ -145,6 +152,9 @@ def holds(root, main, *argv):
                 GradientState._reset_state()
         lines = err.getvalue().splitlines()
         assert "Traceback" not in err.getvalue() + out.getvalue()
+        if code == 1:
+            assert argv[0] == "doctor"  # has found what is not well, and said so
+            return ""
         if code:
             assert code == 2
             assert ": " in lines[-1]
@@ -225,6 +235,12 @@ def base(root, program):
         return [*model, "--images", str(root / "plain")]
     if program is cli.export:
         return [*model, "--out", "x.txt"]  # torch's export takes seconds
+    if program is cli.push:
+        return [str(root / "model"), "--to", "a/b", "--dry-run"]
+    if program is cli.doctor:
+        return ["--run", str(root / "run")]
+    if program is cli.replay:
+        return [str(root / "run/replay/step-00000003")]
     small = ["--batch-size", "4", "--workers", "0", "--out", "out", "--precision", "fp32", *images]
     if program in (segment, detect, finetune, linear_probe):
         return [*model, *small]
@@ -249,8 +265,9 @@ def test_what_nothing_is_wrong_with_is_not_refused(root):
         if program not in (segment, detect):
             said = run(root, program, *base(root, program), "--epochs", "2", "--warmup-epochs", "0")
             assert TRAINS in said or program is simmim_swin, said
+    assert TRAINS in run(root, cli.replay, *base(root, cli.replay))
     for program in COMMANDS:
-        if program not in (cli.models, cli.export, cli.knn):
+        if program not in (cli.models, cli.export, cli.knn, cli.replay):
             assert not run(root, program, *base(root, program))
 
 

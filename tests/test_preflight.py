@@ -27,7 +27,6 @@ FULL = preflight.FULL
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(mimkit.preflight, "FULL", FULL._replace(seconds=0.2))
-    monkeypatch.setattr(mimkit.preflight, "BRIEF", mimkit.preflight.BRIEF._replace(seconds=0.1))
 
 
 @pytest.fixture

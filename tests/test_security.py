@@ -29,6 +29,7 @@ from mimkit.images import decode
 from mimkit.masks import read_mask
 from mimkit.saving import digest, trim, why_torn
 from mimkit.sources import _open_hub, open_source
+from mimkit.training import Run
 
 FILES = sorted(
     file for package in (mimkit, mimkit.recipes, mimkit.converters) for file in Path(package.__path__[0]).glob("*.py")
@@ -128,10 +129,18 @@ def made(tmp_path_factory):
         "0",
     ]
     tune += ["--compare-scratch", "false"]
+    record = Run.record
+
+    def spoiled(run, **values):
+        record(run, **{name: value * (torch.nan if run.step == 1 else 1) for name, value in values.items()})
+
     with pytest.MonkeyPatch.context() as patch:
-        for main, argv in ((mae_vit.main, pretrain), (finetune.main, tune)):
-            main(argv)
-            anew()
+        patch.setattr(Run, "record", spoiled)  # it leaves a step to replay
+        mae_vit.main(pretrain)
+        anew()
+        patch.undo()
+        finetune.main(tune)
+        anew()
         convert = ["convert", "--from", root / "run/encoder", "--to", "hpvit", "--depths", "1-1-0-0", "--no-checks"]
         patch.setattr(sys, "argv", ["mimkit", *map(str, convert), "--out", str(root / "converted")])
         cli.main()
@@ -183,6 +192,7 @@ def readers(root, made, monkeypatch):
         "run": [lambda: mae_vit.main([*pretrain, *again[0]])],
         "init": [lambda: mae_vit.main([*pretrain, *new, "--init", str(run)])],
         "doctor": [mimkit("doctor", "--run", run)],
+        "replay": [mimkit("replay", next(run.glob("replay/*")))],
         "push": [mimkit("push", run, "--to", "OWNER/NAME", "--dry-run")],
         "reconstruct": [mimkit("reconstruct", "--run", run, "--images", images, "--out", picture)],
         "encoder": [
@@ -209,7 +219,7 @@ def readers(root, made, monkeypatch):
 
 
 READ_AT = {  # files -> what reads them
-    "run/config.yaml": ["run", "config", "doctor", "push"],
+    "run/config.yaml": ["run", "config", "doctor", "push", "replay"],
     "run/metrics.jsonl": ["run", "doctor", "push"],
     "run/encoder/config.json": ["encoder", "init", "reconstruct", "push"],
     "run/encoder/model.safetensors": ["encoder", "init", "reconstruct", "push"],
@@ -219,6 +229,9 @@ READ_AT = {  # files -> what reads them
     "run/checkpoints/*/optimizer.safetensors": ["run"],
     "run/checkpoints/*/state.json": ["run"],
     "run/checkpoints/*/manifest.json": ["run"],
+    "run/replay/*/about.json": ["run", "replay"],
+    "run/replay/*/rank-0/*": ["replay"],
+    "run/replay/*/weights/*": ["replay"],
     "tuned/config.yaml": ["tuned"],
     "tuned/metrics.jsonl": ["tuned"],
     "tuned/checkpoints/*/*.safetensors": ["tuned"],

@@ -503,6 +503,26 @@ def test_a_process_that_is_killed_ends_the_others(who, images, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_process_that_cannot_be_reached_ends_the_others(images, tmp_path, monkeypatch):
+    """As of a machine that is lost, its connections stay open."""
+    monkeypatch.setenv("BEAT", ".5")
+    argv = ["--data", images, *TINY, "--epochs", "4000", "--warmup-epochs", "1", "--knn-every", "0"]
+    job = launching(
+        2, ROOT / "tests" / "engine_probe.py", tmp_path / "found", "mae_hivit", *argv, "--out", tmp_path / "run"
+    )
+    try:
+        until_it_trains(job, tmp_path / "run")
+        workers = psutil.Process(job.pid).children(recursive=True)
+        next(p for p in workers if p.environ().get("RANK") == "1").suspend()
+        said = job.communicate(timeout=120)[1]
+    finally:
+        job.kill()
+    assert "cannot be reached (no sign of life from process 1 for 8 seconds)" in said
+    assert job.returncode
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+@pytest.mark.slow
 def test_processes_stop_together_when_one_is_told(images, tmp_path):
     argv = ["--data", images, *TINY, "--epochs", "40", "--save-every", "40", "--knn-every", "0"]
     launched(2, "mae_hivit", *argv, "--out", tmp_path / "whole")
