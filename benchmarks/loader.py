@@ -142,28 +142,33 @@ def speed(batches: Iterable[Any], batch_size: int) -> tuple[float, float]:
 def stages(files: list[Path]) -> dict[str, float]:
     """CPU milliseconds an image of the parts of the work, and how near our crops are to PIL's."""
     crop = v2.RandomResizedCrop(SIZE, scale=SCALE, interpolation=BICUBIC)
+    by_pil, own = v2.Compose([crop, v2.RandomHorizontalFlip()]), train_transform((SIZE, SIZE), SCALE)
     source = open_source(str(files[0].parent.parent))
     held = [file.read_bytes() for file in files]
     pictures: list[Any] = [decode(data) for data in held]
     arrays = [decode_pixels(data) for data in held]
-    boxes = [crop.make_params([picture]) for picture in pictures]
-    scaled = [crop.transform(array, box) for array, box in zip(arrays, boxes, strict=True)]
     floats, normalise = torch.rand(8, 3, SIZE, SIZE), Normalise(*STATISTICS)
 
     def draw(i: int) -> None:
         with seeded(0, 1, i):
             pass
 
+    def both(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with seeded(0, 1, i):
+            ours = own(arrays[i])
+        with seeded(0, 1, i):
+            return ours, v2.functional.pil_to_tensor(by_pil(pictures[i]))
+
+    scaled, expected = zip(*map(both, range(len(files))), strict=True)
     parts: dict[str, Callable[[int], Any]] = {
         "the file read": lambda i: files[i].read_bytes(),
         "a row of the table": lambda i: source.rows[i],
         "decoding by PIL (torchvision, timm)": lambda i: Image.open(io.BytesIO(held[i])).convert("RGB"),
-        "`mimkit.images.decode_pixels` (ours)": lambda i: decode_pixels(held[i]),
+        "decoding by torchvision (ours)": lambda i: decode_pixels(held[i]),
         "the three generators set and set back": draw,
-        "the box drawn": lambda i: crop.make_params([pictures[i]]),
-        "crop and scaling by PIL (torchvision, timm)": lambda i: crop.transform(pictures[i], boxes[i]),
-        "crop and scaling by torch (ours)": lambda i: crop.transform(arrays[i], boxes[i]),
-        "flip": lambda i: v2.functional.hflip(scaled[i]),
+        "box, crop, scaling and flip by torchvision of PIL images (torchvision, timm)": lambda i: by_pil(pictures[i]),
+        "the same of arrays": lambda i: by_pil(arrays[i]),
+        "the same by `mimkit.data.crop_and_flip` (ours)": lambda i: own(arrays[i]),
         "stacking bytes": lambda i: torch.stack(scaled[i : i + 1]),
         "stacking floats (torchvision)": lambda i: torch.stack([floats[i % 8]]),
         "normalising from bytes (ours, timm)": lambda i: normalise(scaled[i].contiguous()[None]),
@@ -175,8 +180,7 @@ def stages(files: list[Path]) -> dict[str, float]:
             for i in range(len(files)):
                 part(i)
             spent[name].append((time.process_time() - start) / len(files) * 1000)
-    by_pil = [v2.functional.pil_to_tensor(crop.transform(*pair)) for pair in zip(pictures, boxes, strict=True)]
-    apart = torch.stack(scaled).float() - torch.stack(by_pil).float()
+    apart = torch.stack(scaled).float() - torch.stack(expected).float()
     psnr = 10 * torch.log10(255**2 / apart.square().mean((1, 2, 3)).clamp(min=1e-9))
     share = (apart.abs() > 1).float().mean()
     print(
