@@ -27,7 +27,7 @@ from PIL import Image
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from torchvision.transforms import InterpolationMode, v2
 
@@ -280,7 +280,7 @@ def collate(views: list[View]) -> Batch:
     if len({image.dtype for image in images}) > 1:  # arrays of several kinds
         images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
     labels = [torch.as_tensor(label) for label in batch.labels]
-    stacked = (torch.stack(x) if x else torch.empty(0) for x in (images, labels))
+    stacked = (default_collate(x) if x else torch.empty(0) for x in (images, labels))  # in memory that workers share
     return batch._replace(images=next(stacked), labels=next(stacked))
 
 
