@@ -62,7 +62,11 @@ def root(tmp_path_factory):
     step = root / "run/replay/step-00000003"
     keep_batch(step, 0, [collate([View(torch.rand(3, 32, 32), torch.rand(4), -1, "a")] * 4)])
     keep_weights(step, encoder, "mae_hivit", 3, "its loss is not finite")
-    (root / "run/config.yaml").write_text("model: hivit_nano\nimg_size: 32\nbatch_size: 4\ndata: sample\n")
+    (root / "run/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    options = mae_hivit.Options(
+        model="hivit_nano", img_size=32, batch_size=4, epochs=1.0, warmup_epochs=0.0, data="sample"
+    )
+    (root / "run/config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(options)))
     vit = timm.create_model("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2, num_classes=2, img_size=32)
     write_model(vit, root / "vit", **about)
 

@@ -129,20 +129,20 @@ def test_full_disks_and_small_memories(doctor, images, monkeypatch):
 
 def test_the_slower_one_is_named(doctor, images, monkeypatch):
     def slowly(function, *argv, **more):
-        time.sleep(0.03)
+        time.sleep(0.1)
         return function(*argv, **more)
 
     with monkeypatch.context() as patch:
         forward = MAE.forward
-        patch.setattr(MAE, "forward", lambda *argv: time.sleep(0.5) or forward(*argv))
+        patch.setattr(MAE, "forward", lambda *argv: time.sleep(1.5) or forward(*argv))
         assert "the network is the bottleneck" in doctor("--data", images)[1]["speed"]
     make = data.train_transform
     monkeypatch.setattr(mae_hivit, "train_transform", lambda *argv: partial(slowly, make(*argv)))
     _, lines, _ = doctor("--data", images)
     assert "the loader is the bottleneck" in lines["speed"]
-    assert 20 < float(lines["speed"].split()[0]) < 34  # 30 ms an image
+    assert 5 < float(lines["speed"].split()[0]) < 10.1  # 100 ms an image
     rate = float(lines["time"].split("checks, ")[1].split()[0])
-    assert rate < 34  # they take turns
+    assert rate < 10.1  # they take turns
 
 
 def test_together():
