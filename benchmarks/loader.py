@@ -142,7 +142,7 @@ def speed(batches: Iterable[Any], batch_size: int) -> tuple[float, float]:
 def stages(files: list[Path]) -> dict[str, float]:
     """CPU milliseconds an image of the parts of the work, and how near our crops are to PIL's."""
     crop = v2.RandomResizedCrop(SIZE, scale=SCALE, interpolation=BICUBIC)
-    by_pil, own = v2.Compose([crop, v2.RandomHorizontalFlip()]), train_transform((SIZE, SIZE), SCALE)
+    theirs, own = v2.Compose([crop, v2.RandomHorizontalFlip()]), train_transform((SIZE, SIZE), SCALE)
     source = open_source(str(files[0].parent.parent))
     held = [file.read_bytes() for file in files]
     pictures: list[Any] = [decode(data) for data in held]
@@ -157,7 +157,7 @@ def stages(files: list[Path]) -> dict[str, float]:
         with seeded(0, 1, i):
             ours = own(arrays[i])
         with seeded(0, 1, i):
-            return ours, v2.functional.pil_to_tensor(by_pil(pictures[i]))
+            return ours, v2.functional.pil_to_tensor(theirs(pictures[i]))
 
     scaled, expected = zip(*map(both, range(len(files))), strict=True)
     parts: dict[str, Callable[[int], Any]] = {
@@ -166,8 +166,8 @@ def stages(files: list[Path]) -> dict[str, float]:
         "decoding by PIL (torchvision, timm)": lambda i: Image.open(io.BytesIO(held[i])).convert("RGB"),
         "decoding by torchvision (ours)": lambda i: decode_pixels(held[i]),
         "the three generators set and set back": draw,
-        "box, crop, scaling and flip by torchvision of PIL images (torchvision, timm)": lambda i: by_pil(pictures[i]),
-        "the same of arrays": lambda i: by_pil(arrays[i]),
+        "box, crop, scaling and flip by torchvision of PIL images (torchvision, timm)": lambda i: theirs(pictures[i]),
+        "the same of arrays": lambda i: theirs(arrays[i]),
         "the same by `mimkit.data.crop_and_flip` (ours)": lambda i: own(arrays[i]),
         "stacking bytes": lambda i: torch.stack(scaled[i : i + 1]),
         "stacking floats (torchvision)": lambda i: torch.stack([floats[i % 8]]),

@@ -88,7 +88,8 @@ def train_transform(size: Size, scale: tuple[float, float] = (0.2, 1.0)) -> Tran
 
 
 def crop_and_flip(image: Tensor, size: Size, scale: tuple[float, float]) -> Tensor:
-    """(c h w) -> (c H W): the draws, and so the crops, of torchvision's two transforms, in a third of their time."""
+    """(c h w) -> (c H W): the draws, and so the crops, of torchvision's two transforms, which take longer
+    (benchmarks/loader.md)."""
     top, left, height, width = draw_box(image.shape[-2], image.shape[-1], scale)
     box = image[:, top : top + height, left : left + width]
     box = box.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # pixels lie together, which torch scales much faster
@@ -487,8 +488,8 @@ def _watched(batches: Any) -> Iterator[Any]:
             batch = next(batches)
         except StopIteration:
             return
-        except (ConnectionError, EOFError) as error:  # it died while it handed a batch over
-            raise UserError(WORKER.format(error)) from error
+        except (ConnectionError, EOFError) as error:
+            raise UserError(WORKER.format("it ended while it handed a batch over")) from error
         finally:
             limit.cancel()
         yield batch

@@ -20,13 +20,13 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
-from torchvision.transforms import v2
 
 from mimkit.boxes import Objects, Truth, fitting, read_objects
 from mimkit.checkpoint import replacing_file
 from mimkit.data import Normalise, Size, Viewer, collate_list, guarded, one_by_one, spread, whole_size
 from mimkit.dense import read_dense, write_dense
 from mimkit.errors import UserError
+from mimkit.masks import resize_short
 from mimkit.pyramid import Pyramid
 from mimkit.sources import Source, open_all
 from mimkit.training import Run
@@ -73,9 +73,9 @@ class Scaling(GeneralizedRCNNTransform):
         """(c H W) -> (c H W); in training `train_objects` has done it"""
         if self.training:
             return image, target
-        sides = image.shape[-2:]
-        factor = min(self.min_size[0] / min(sides), self.max_size / max(sides))
-        return v2.functional.resize(image, [max(1, round(side * factor)) for side in sides], antialias=True), target
+        height, width = image.shape[-2:]
+        long = self.max_size * min(height, width) / max(height, width)
+        return resize_short(image, (height, width), min(self.min_size[0], long)), target
 
 
 class Detector(nn.Module):

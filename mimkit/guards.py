@@ -126,7 +126,9 @@ def kept_batches(folder: Path) -> list[tuple[int, Batch]]:
     for rank, kept in sorted((int(path.name.removeprefix("rank-")), path) for path in folder.glob("rank-*")):
         tensors = load_file(kept / "batch.safetensors")
         about = read_json(kept / "names.json", names=list, bad=list)
-        for i, (names, bad) in enumerate(zip(about["names"], about["bad"], strict=False)):
+        if len(about["names"]) != len(about["bad"]):
+            raise UserError(f"{kept}/names.json has names and bad images of other parts: get another copy of it.")
+        for i, (names, bad) in enumerate(zip(about["names"], about["bad"], strict=True)):
             images, noise, labels = (tensors.get(f"{i}.{name}") for name in ("images", "noise", "labels"))
             if images is None or noise is None or labels is None:
                 raise UserError(f"{folder} holds images of several sizes, which cannot be replayed: look at its names.")

@@ -63,7 +63,7 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
 
 def decode_pixels(data: bytes, in_chans: int = 3) -> Tensor:
     """The same as (c H W). An ordinary JPEG is unpacked by torchvision, to the same bytes as by PIL, but faster."""
-    if jpeg_channels(data) == in_chans:
+    if in_chans in (1, 3) and jpeg_channels(data) in (1, in_chans):
         with suppress(RuntimeError):  # below PIL says what is wrong with it
             mode = ImageReadMode.GRAY if in_chans == 1 else ImageReadMode.RGB
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)

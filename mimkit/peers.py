@@ -12,7 +12,6 @@ from threading import Event, Thread
 from typing import Any
 
 import torch
-from torch.distributed.distributed_c10d import _get_default_store
 
 from mimkit.errors import PEER
 
@@ -28,6 +27,8 @@ class Watch:
     """
 
     def __init__(self, rank: int, world: int, group: Any):
+        from torch.distributed.distributed_c10d import _get_default_store  # not every build of torch has it
+
         self.next, self.missed, self.over = (rank + 1) % world, 0, Event()
         # of its own: a store answers one question at a time
         self.store, self.own = _get_default_store().clone(), f"mimkit/alive/{rank}"

@@ -136,9 +136,9 @@ class Run:
         self.begun: tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None = None  # the state before a checkpoint
         self.named: set[str] = set()  # bad images, as they were said to be
         self.told = ""  # the signal to stop, where there was one
-        world = self.accelerator.num_processes
-        self.cpus: Any = torch.distributed.new_group(backend="gloo") if world > 1 else None
-        if world > 1:
+        self.cpus: Any = None
+        if (world := self.accelerator.num_processes) > 1:
+            self.cpus = torch.distributed.new_group(backend="gloo")
             peers.Watch(self.accelerator.process_index, world, self.cpus)
         self.saved: Path | None = None  # the last checkpoint
         self.saver = ThreadPoolExecutor(1)

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 
@@ -141,7 +142,8 @@ def test_a_stuck_or_dead_worker_ends_the_run(how, images, tmp_path, capsys, monk
     with pytest.raises(SystemExit) as stop:
         mae_hivit.main(["--data", images, *TINY, "--workers", "2", "--out", str(tmp_path / how)])
     assert stop.value.code == 2
-    assert "A data worker is stuck or dead (" in capsys.readouterr().err.splitlines()[-1]
+    why = r"(DataLoader worker \(pid|it ended while)"  # as it was caught handing a batch over or not
+    assert re.search(rf"A data worker is stuck or dead \({why}", capsys.readouterr().err.splitlines()[-1])
     assert how == "dead" or not multiprocessing.active_children()  # which a process waits for when it ends
 
 
@@ -155,6 +157,10 @@ def test_nothing_to_replay(tmp_path, capsys, monkeypatch):
         assert (code, said.endswith("get another copy of it.\n")) == (2, True)
     with pytest.raises(guards.UserError, match="holds no batch"):
         guards.kept_batches(tmp_path)
+    guards.keep_batch(tmp_path / "odd", 0, [])
+    (tmp_path / "odd/rank-0/names.json").write_text('{"names": [[]], "bad": []}')
+    with pytest.raises(guards.UserError, match="names and bad images of other parts: get another copy"):
+        guards.kept_batches(tmp_path / "odd")
     guards.keep_batch(tmp_path / "lists", 0, [Batch([torch.ones(3, 2, 2)], torch.ones(1, 4), [1], ["a"], [])])
     with pytest.raises(guards.UserError, match="several sizes"):
         guards.kept_batches(tmp_path / "lists")
