@@ -156,6 +156,10 @@ class Detector(nn.Module):
         """What the heads stand on."""
         return self.rcnn.backbone.pyramid
 
+    def compile(self, **options: Any) -> None:
+        """torch.compile, in place, what the heads stand on: how many regions they see differs from image to image."""
+        self.rcnn.backbone.compile(**options)
+
     def scale_to(self, short: int | None, long: int | None) -> tuple[int, int]:
         """Change `short` and `long`, as far as they are given; -> what they are now"""
         own = self._model_args

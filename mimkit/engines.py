@@ -102,6 +102,26 @@ def shares_weights(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type is DistributedType.FSDP or bool(plugin and plugin.zero_stage == 3)
 
 
+def blocks_of(model: nn.Module) -> set[type[nn.Module]]:
+    """The kinds of modules whose weights come and go together where processes share them."""
+    return {type(module) for module in model.modules() if type(module).__name__.endswith("Block")}
+
+
+def compile_network(accelerator: Accelerator, model: nn.Module) -> None:
+    """torch.compile in place, before `prepare`: whole, or the blocks one by one where processes share weights.
+
+    There the engine gathers and frees weights in hooks around each block, which code that was compiled may not hold:
+    it would be compiled anew for weights that are there and weights that are not. `forward` lies between the hooks.
+    """
+    if shares_weights(accelerator):
+        blocks = blocks_of(model)
+        for module in model.modules():
+            if type(module) in blocks:
+                module.forward = torch.compile(module.forward)
+    else:
+        model.compile()
+
+
 def prepare(
     accelerator: Accelerator,
     model: nn.Module,
@@ -116,7 +136,7 @@ def prepare(
         share: images of one forward pass of one process.
         clip_grad: largest norm of the gradient, which ZeRO has a hand of its own for; None for any.
     """
-    blocks = {type(module) for module in model.modules() if type(module).__name__.endswith("Block")}
+    blocks = blocks_of(model)
     if accelerator.distributed_type is DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         plugin.transformer_cls_names_to_wrap = sorted(kind.__name__ for kind in blocks)

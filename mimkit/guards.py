@@ -43,7 +43,10 @@ class Guard:
         self.gradients: list[tuple[int, Tensor]] = []
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """See the gradients that this optimizer applies. Those that a scaler drops, as fp16 does, are none."""
+        """See the gradients that this optimizer applies.
+
+        Those that fp16's scaler drops are none: it finds its scale by them, which is bad where it falls below 1.
+        """
         optimizer.register_step_pre_hook(self._see_gradients)
 
     def see(self, loss: Tensor) -> None:
@@ -63,11 +66,15 @@ class Guard:
     def read(self, accelerator: Accelerator) -> Bad | None:
         """The first bad step since the last reading, the same in all processes, which must all ask."""
         limit = self.usual * self.spike if self.spike else math.inf
-        losses, gradients = (self._means(accelerator, seen) for seen in (self.losses, self.gradients))
+        scaler, last = accelerator.scaler, self.losses[-1:]
+        scale = [(step, torch.full_like(loss, scaler.get_scale())) for step, loss in last] if scaler else []
+        losses, gradients, scales = (self._means(accelerator, seen) for seen in (self.losses, self.gradients, scale))
         self.losses, self.gradients = [], []
         bad = [Bad(step, "its loss is not finite") for step, loss in losses if not math.isfinite(loss)]
         bad += [Bad(step, f"its loss is {loss:.4g}, {self.usual:.4g} before") for step, loss in losses if loss > limit]
         bad += [Bad(step, "its gradient is not finite") for step, norm in gradients if not math.isfinite(norm)]
+        small = "its gradient is not finite, be it scaled by {:.3g} (fp16)"
+        bad += [Bad(step, small.format(scale)) for step, scale in scales if scale < 1]
         return min(bad, key=lambda found: found.step, default=None)
 
     def _means(self, accelerator: Accelerator, seen: list[tuple[int, Tensor]]) -> list[tuple[int, float]]:

@@ -236,6 +236,8 @@ class Run:
                 "share them: leave it out, or launch with ddp.yaml or zero2.yaml."
             )
         clip, share = getattr(self.options, "clip_grad", None), self.data_plan.share
+        if getattr(self.options, "compile", False) and not REPLAYED:  # hooks of a replay see each module
+            engines.compile_network(accelerator, model)
         prepared = engines.prepare(accelerator, model, optimizer, share, self.options.precision, clip)
         for module in beside.values():
             module.to(accelerator.device)

@@ -188,8 +188,6 @@ def train(options: Options) -> tuple[Run, float | None]:
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
     ema = ModelEmaV3(network, options.model_ema_decay, use_warmup=True) if options.model_ema_decay else None
-    if options.compile:
-        network.compile()
     model, stepper = run.prepare(network, optimizer, **({"ema": ema.module} if ema else {}))
 
     for step, parts in run.steps(loader):

@@ -158,8 +158,6 @@ def main(argv: list[str] | None = None) -> None:
     if options.dry_run:
         return
     run.write_config()
-    if options.compile:
-        mae.compile()
     model, stepper = run.prepare(mae, optimizer)
 
     if not plan.start:

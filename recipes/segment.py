@@ -195,8 +195,6 @@ def main(argv: list[str] | None = None) -> None:
         f"{start}; {len(classes.names)} classes; {data.length:,} + {test.length:,} images; {network.pyramid.neck}"
     )
     ema = ModelEmaV3(network, options.model_ema_decay, use_warmup=True) if options.model_ema_decay else None
-    if options.compile:
-        network.compile()
     model, stepper = run.prepare(network, optimizer, **({"ema": ema.module} if ema else {}))
 
     for step, parts in run.steps(loader):

@@ -150,8 +150,6 @@ def main(argv: list[str] | None = None) -> None:
     if options.dry_run:
         return
     run.write_config()
-    if options.compile:
-        simmim.compile()
     model, stepper = run.prepare(simmim, optimizer)
 
     if not plan.start:

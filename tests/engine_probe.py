@@ -7,10 +7,10 @@ import importlib
 import json
 import os
 import sys
-from functools import partialmethod
+from functools import partial
 from pathlib import Path
 
-from torch import nn
+import torch
 
 from mimkit import peers
 from mimkit.training import Run
@@ -42,5 +42,5 @@ def prepared(run, model, optimizer, **beside):
 
 Run.prepare = prepared
 peers.BEAT = float(os.environ.get("BEAT", peers.BEAT))
-nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # inductor would take minutes
+torch.compile = partial(torch.compile, backend="aot_eager")  # inductor would take minutes
 importlib.import_module(f"mimkit.recipes.{recipe}").main(argv)

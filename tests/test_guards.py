@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,6 +101,24 @@ def test_three_end_the_run(images, tmp_path, capsys, poisoned):
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "3 bad steps among 1000 (step 3: its loss is not finite; step 11: " in last
     assert "in fp32: look at one with mimkit replay" in last
+
+
+def test_gradients_that_overflow_at_any_scale():
+    """Of fp16, whose scaler drops steps by itself: a few are as it should be."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer, scaler, guard = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu", init_scale=4), guards.Guard()
+    guard.watch(optimizer)
+    accelerator, found = SimpleNamespace(scaler=scaler, reduce=lambda values, how: values), []
+    for guard.step in range(3):
+        loss = (weight * torch.inf).sum()
+        scaler.scale(loss).backward()
+        guard.see(torch.ones(()))  # a loss that is finite
+        scaler.step(optimizer)
+        scaler.update()
+        found.append(guard.read(accelerator))
+    assert found[:2] == [None, None]  # 2, 1
+    assert found[2].step == 2
+    assert "scaled by 0.5 (fp16)" in found[2].reason
 
 
 def test_a_spike_is_passed_by_where_that_is_asked_for(images, tmp_path, capsys, monkeypatch):

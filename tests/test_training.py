@@ -470,7 +470,8 @@ def test_parameter_groups_and_schedule():
 
 @pytest.mark.slow
 def test_processes_share_the_work_and_change_nothing(images, tmp_path):
-    for count in (1, 2, 4):
+    run(mae_hivit, "--data", images, *TINY, "--out", str(tmp_path / "1"))
+    for count in (2, 4):
         launched(count, "mae_hivit", "--data", images, *TINY, "--out", tmp_path / str(count))
     one, two, four = (losses(tmp_path / count) for count in "124")
     assert two == pytest.approx(one, abs=1e-4)
