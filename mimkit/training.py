@@ -201,7 +201,10 @@ class Run:
                 )
         self.accelerator.wait_for_everyone()  # until all have read what was there
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=bool(self.options.out or self.options.resume))
+            except FileExistsError as error:
+                raise UserError(f"{self.folder} was begun by another run just now: start once more.") from error
             with replacing_file(path) as file:
                 file.write_text(yaml.safe_dump(config, sort_keys=False))
             if self.options.track:

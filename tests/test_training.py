@@ -287,6 +287,20 @@ def test_default_directories_are_numbered(images, tmp_path, monkeypatch):
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+def test_of_two_runs_that_begin_together_one_keeps_its_directory(images, tmp_path, capsys, monkeypatch):
+    write_config = Run.write_config
+
+    def second(run):
+        run.folder.mkdir(parents=True)
+        write_config(run)
+
+    monkeypatch.setattr(Run, "write_config", second)
+    monkeypatch.chdir(tmp_path)
+    said = fails(capsys, "--data", images, *TINY)
+    assert "runs/mae_hivit was begun by another run just now: start once more." in said
+    assert not list((tmp_path / "runs" / "mae_hivit").iterdir())
+
+
 def test_interrupting_says_how_to_go_on(images, tmp_path, capsys, monkeypatch):
     end_step = Run.end_step
 
