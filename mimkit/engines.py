@@ -112,12 +112,14 @@ def compile_network(accelerator: Accelerator, model: nn.Module) -> None:
 
     There the engine gathers and frees weights in hooks around each block, which code that was compiled may not hold:
     it would be compiled anew for weights that are there and weights that are not. `forward` lies between the hooks.
+    Blocks of several sizes share its code, which is compiled for each of them (torch's limit is eight): for any size at
+    once, a window's took minutes.
     """
     if shares_weights(accelerator):
         blocks = blocks_of(model)
         for module in model.modules():
             if type(module) in blocks:
-                module.forward = torch.compile(module.forward)
+                module.forward = torch.compile(module.forward, dynamic=False)
     else:
         model.compile()
 

@@ -150,7 +150,8 @@ def detections(shown: Sequence[tuple[Tensor, Any, Any]], names: list[str], file:
             drawn, chosen = picture, [colours[label - 1] for label in objects["labels"].tolist()]
             if "masks" in objects and chosen:
                 masks = objects["masks"].flatten(0, -3) > 0.5
-                drawn = draw_segmentation_masks(drawn, masks, alpha=0.5, colors=chosen)
+                for mask, colour in zip(masks, chosen, strict=True):  # at once, what two of them share would be black
+                    drawn = draw_segmentation_masks(drawn, mask, alpha=0.5, colors=[colour])
             _show(drawn, axis)
             scores = objects["scores"].tolist() if "scores" in objects else [None] * len(chosen)
             known = zip(objects["boxes"].tolist(), objects["labels"].tolist(), scores, chosen, strict=True)
