@@ -107,6 +107,7 @@ def _read(file: Path, folders: list[Path], masks: bool) -> tuple[dict[str, Any],
             if lacking := {"image_id", "category_id", "bbox"} - annotation.keys():
                 raise ValueError(f"an annotation lacks {', '.join(sorted(lacking))}")
             hash((annotation["image_id"], annotation["category_id"]))
+            annotation["iscrowd"] = int(bool(int(annotation.get("iscrowd") or 0)))
         if odd := [i for i in (*names, *classes) if not isinstance(i, int)]:
             raise ValueError(f"an id of images or categories is {odd[0]!r}, which is no whole number")
         if odd := [name for name in names.values() if not isinstance(name, str)]:
@@ -126,7 +127,6 @@ def _read(file: Path, folders: list[Path], masks: bool) -> tuple[dict[str, Any],
     for i, annotation in enumerate(annotations):
         where = f"{file}: annotation {annotation.get('id', i + 1)}"
         annotation["id"] = i + 1  # the judge takes 0 for none, and needs each once
-        annotation["iscrowd"] = int(bool(annotation.get("iscrowd")))
         if annotation["image_id"] not in names:
             raise UserError(f"{where} is of image {annotation['image_id']}, which is not listed: remove or mend it.")
         where += f" of {names[annotation['image_id']]}"
@@ -137,6 +137,11 @@ def _read(file: Path, folders: list[Path], masks: bool) -> tuple[dict[str, Any],
         annotation["bbox"] = _checked(annotation["bbox"], sizes[annotation["image_id"]], where)
         if masks and not annotation.get("segmentation"):
             raise UserError(f"{where} has no mask (segmentation): add it, or pass --masks false for boxes alone.")
+        if masks and annotation["iscrowd"]:  # which only the judge reads
+            try:
+                draw_mask(annotation["segmentation"], *sizes[annotation["image_id"]])
+            except Exception as error:  # readers raise whatever they like
+                raise UserError(f"{where} has a mask that cannot be drawn ({error}): mend it.") from error
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
     places = [next((f / name for f in folders if (f / name).is_file()), None) for name in names.values()]
     if missing := [name for name, place in zip(names.values(), places, strict=True) if place is None]:

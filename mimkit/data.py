@@ -544,6 +544,19 @@ def spread(length: int, count: int) -> list[int]:
     return [int(i) for i in np.linspace(0, length - 1, min(count, length))]
 
 
+def look_at(source: Source, viewer: Viewer) -> list[Any]:
+    """Views of 50 images of a set, or of all that it has.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    views = [viewer(source.rows[i], 0, i) for i in spread(source.length, 50)]
+    for view in views:
+        if view.bad:
+            raise UserError(f"{view.name} cannot be used ({view.bad[1]}): mend or remove it.")
+    return views
+
+
 def eval_loader(
     source: Source,
     size: Size,

@@ -23,7 +23,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from mimkit.boxes import Objects, Truth, fitting, read_objects
 from mimkit.checkpoint import replacing_file
-from mimkit.data import Normalise, Size, Viewer, collate_list, guarded, one_by_one, spread, whole_size
+from mimkit.data import Normalise, Size, Viewer, collate_list, guarded, look_at, one_by_one, spread, whole_size
 from mimkit.dense import read_dense, write_dense
 from mimkit.errors import UserError
 from mimkit.masks import resize_short
@@ -240,7 +240,7 @@ class Detection:
     """COCO's average precision of boxes, and of masks where the network finds them."""
 
     figure = "box_ap"
-    hints: tuple[str, ...] = ("predict --model {} --images FOLDER --out found",)
+    hints: tuple[str, ...] = ("predict --model {} --images FOLDER --out found.json",)
 
     def __init__(self, run: Run, test: Source, truth: Truth, normalise: Normalise, masks: bool):
         self.run, self.test, self.truth, self.normalise = run, test, truth, normalise
@@ -296,10 +296,7 @@ class Detection:
             UserError: an image or its objects cannot be used.
         """
         for part, look in ((data, viewer), (self.test, self.viewer)):
-            views = [look(part.rows[i], 0, i) for i in spread(part.length, 50)]
-            for view in views:
-                if view.bad:
-                    raise UserError(f"{view.name} cannot be used ({view.bad[1]}): mend or remove it.")
+            views = look_at(part, look)
             labels = torch.cat([view.label["labels"] for view in views]).bincount(minlength=1 + len(self.truth.names))
             seen = [f"{name} {n}" for name, n in zip(self.truth.names, labels[1:].tolist(), strict=True) if n]
             empty = [view.name for view in views if not len(view.label["labels"])]

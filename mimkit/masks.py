@@ -178,23 +178,31 @@ def _classes(root: Path, parts: list[Source], count: int | None, zero_ignored: b
         raise UserError(f"--classes {count}: {root} names {len(names)} classes; leave --classes out, or mend the file.")
     if not (count or names):
         try:
-            largest = max(_largest(cell) for part in parts for cell in part.rows[part.mask])
+            cells = [cell for part in parts for cell in part.rows[part.mask]]
+            found = {i: (cell or {}).get("path") or "a mask" for cell in cells for i in _ids(cell)}
         except ValueError as error:
             raise UserError(
                 f"The masks of {parts[0].name} cannot be counted: {error}; mend it, or pass --classes."
             ) from error
+        largest = max(found, default=-1)
+        missing = next((i for i in range(first, largest) if i not in found), None)
+        if missing is not None:
+            raise UserError(
+                f"{found[largest]} has the class {largest}, and no mask has {missing}: mend it, or say how many "
+                "classes there are, by --classes or classes.txt."
+            )
         count = largest + 1 - first
     names = names or [str(first + i) for i in range(count or 0)]
     return Classes(names, list(range(first, first + len(names))), ignored)
 
 
-def _largest(cell: dict[str, Any]) -> int:
-    """The largest class of a mask; its file is named where it has none."""
+def _ids(cell: dict[str, Any]) -> list[int]:
+    """The classes of a mask; its file is named where it has none."""
     try:
         numbers = read_mask(cell)
     except Exception as error:  # readers raise whatever they like
         raise ValueError(f"{(cell or {}).get('path') or 'a mask'}: {error}") from error
-    return int(numbers[numbers != IGNORE].max(initial=-1))
+    return np.unique(numbers[numbers != IGNORE]).tolist()
 
 
 # One pair ------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ def parse_recipe(options: type[T], description: str, recipe: str, argv: list[str
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     shipped = presets(recipe)
-    switches = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(options) if f.type in (bool, "bool")}
+    true_or_false = bool, bool | None
+    switches = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(options) if f.type in true_or_false}
     for i, word in enumerate(argv):
         if word in switches and argv[i + 1 : i + 2] not in (["true"], ["false"]):
             argv[i] = f"{word}=true"

@@ -52,18 +52,21 @@ class Pyramid(nn.Module):
             raise UserError(f"{name} gives no maps of its stages: choose a backbone of timm that does.")
         infos = backbone.feature_info if isinstance(backbone.feature_info, list) else backbone.feature_info.info
         stages = {info["reduction"]: i for i, info in enumerate(infos)}  # the last one of each
+        known, patched = ([4, 8, 16], [4, 8, 16, 32]), "patch_size" in signature(type(backbone)).parameters
+        if not patched and (coarse := sorted(r for r in stages if r >= 4)) in known:  # a ResNet's stem is finer
+            stages = {r: stages[r] for r in coarse}
         coarsest = max(stages)
         base = max((r for r in stages if r < 32), default=coarsest)  # what a pyramid is built on
         wide = len({info["num_chs"] for info in infos}) == 1
         beyond = coarsest > base and infos[stages[coarsest]]["module"] != infos[stages[base]]["module"]
         if neck == "auto":
             neck = "pyramid" if len(stages) == 1 else "both" if wide and not beyond else "maps"
-        strides, known = sorted(stages), ([4, 8, 16], [4, 8, 16, 32])
+        strides = sorted(stages)
         self.patch = 16 if len(stages) == 1 else 4  # a plain network's one map is its patches; others' finest map is
         if neck in ("maps", "both") and strides not in known:
             scaled = [self.patch * stride // strides[0] for stride in strides]
-            patched = scaled in known and "patch_size" in signature(type(backbone)).parameters
-            advice = f"pass --model-args.patch_size {self.patch}" if patched else "pass --neck pyramid"
+            other = patched and scaled in known
+            advice = f"pass --model-args.patch_size {self.patch}" if other else "pass --neck pyramid"
             raise UserError(
                 f"--neck {neck} needs maps at 4, 8 and 16 px; {name}'s are at {', '.join(map(str, strides))}: {advice}."
             )

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mimkit.checkpoint import replacing, replacing_file
-from mimkit.data import Batch, Normalise, Size, Viewer, collate, guarded, one_by_one, spread, whole_size
+from mimkit.data import Batch, Normalise, Size, Viewer, collate, guarded, look_at, one_by_one, spread, whole_size
 from mimkit.dense import read_dense, write_dense
 from mimkit.errors import UserError
 from mimkit.masks import IGNORE, Classes, judged_pairs, resize_short
@@ -229,11 +229,7 @@ class Segmentation:
             UserError: an image or a mask cannot be used.
         """
         for part, look in ((data, viewer), (self.test, self.viewer)):
-            places = spread(part.length, 50)
-            views = [look(part.rows[i], 0, i) for i in places]
-            for view in views:
-                if view.bad:
-                    raise UserError(f"{view.name} cannot be used ({view.bad[1]}): mend or remove it.")
+            views = look_at(part, look)
             counts = torch.stack(
                 [torch.bincount(torch.as_tensor(view.label).flatten(), minlength=IGNORE + 1) for view in views]
             ).sum(0)

@@ -16,7 +16,7 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
-from mimkit.data import Viewer, default_workers, finetune_transform, parse_size, train_loader
+from mimkit.data import Viewer, default_workers, finetune_transform, look_at, parse_size, train_loader
 from mimkit.errors import StoppedError, one_sentence
 from mimkit.finetuning import (
     Classification,
@@ -52,7 +52,7 @@ class Options:
         from_scratch: leave the weights, and start at random.
         compare_scratch: do both, from scratch without layer decay, and tell the difference.
         eval_only: judge the model as it is.
-        dry_run: print what each layer learns at, and stop.
+        dry_run: look at 50 images of each part, print what each layer learns at, and stop.
         img_size: input in pixels, 224 or HEIGHTxWIDTH; the model's own by default.
         model_args: other arguments of the model, such as {patch_size: 8}.
         in_chans: channels of the images.
@@ -172,7 +172,11 @@ def train(options: Options) -> tuple[Run, float | None]:
     if options.grad_checkpointing:
         checkpoint_blocks(network)
     groups = layer_groups(network, options.weight_decay, options.layer_decay, options.pool_scale)
+    transform = finetune_transform(size, options.crop_scale, options.aa, options.reprob, normalise)
+    viewer = Viewer(transform, options.in_chans, 0, options.seed, (data.image, data.label), pixels=True)
     if options.dry_run:
+        for part in (data, test):
+            look_at(part, replace(viewer, fields=(part.image, part.label)))
         run.print(start)
         show_groups(groups, options.lr, run.console)
         return run, None
@@ -180,8 +184,6 @@ def train(options: Options) -> tuple[Run, float | None]:
     run.write_config()
     run.print(f"{start}; {data.length:,} images, lr {options.lr:.3g}")
 
-    transform = finetune_transform(size, options.crop_scale, options.aa, options.reprob, normalise)
-    viewer = Viewer(transform, options.in_chans, 0, options.seed, (data.image, data.label), pixels=True)
     loader = train_loader(data, viewer, plan, options.workers)
     mix = mixing(len(names), plan.share, options.mixup, options.cutmix, options.smoothing)
     criterion = SoftTargetCrossEntropy()

@@ -68,8 +68,9 @@ class Options:
         weight_decay: AdamW's.
         betas: AdamW's.
         clip_grad: largest norm of the gradient; null for any.
-        slide: judge windows as large as the crop, and average them, instead of whole images.
-        flip_test: judge images and their mirror images, and average.
+        slide: judge windows as large as the crop, and average them, instead of whole images. (default: as the run that
+            is judged again did, else false)
+        flip_test: judge images and their mirror images, and average. (default: as slide's)
         max_bad: share of images that may be impossible to use.
         workers: processes that load data; one core is left for training by default.
         seed: of everything that is random.
@@ -117,8 +118,8 @@ class Options:
     weight_decay: NonNegativeFloat = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     clip_grad: PositiveFloat | None = None
-    slide: bool = False
-    flip_test: bool = False
+    slide: bool | None = None
+    flip_test: bool | None = None
     max_bad: NonNegativeFloat = 0.01
     workers: NonNegativeInt | None = None
     seed: NonNegativeInt = 0
@@ -146,11 +147,12 @@ def main(argv: list[str] | None = None) -> None:
     data, test, classes = open_masked(options.data, options.classes, options.zero_ignored)
     run = Run("segment", options)
 
+    before: dict[str, Any] = {}  # how the run was judged that is judged again
     if trained := find_dense(options.model, "segmenter"):
         network, about, start, normalise = go_on_from(trained, "segmenter", Segmenter, options, classes.names)
         own = about["segmenter_args"]
         if options.eval_only:
-            short = options.short_side or about["short"]
+            short, before = options.short_side or about["short"], about
         options.neck, options.window = own["neck"], own["window"]
         options.decoder, options.decoder_dim = own["decoder"], own["width"]
     else:
@@ -161,7 +163,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.grad_checkpointing:
         checkpoint_blocks(network.pyramid.backbone)
     normalise.to(run.accelerator.device)
-    crop = size if options.slide else None
+    if options.slide is None:
+        options.slide = bool(before.get("crop"))
+    if options.flip_test is None:
+        options.flip_test = before.get("flip", False)
+    crop = (before.get("crop") or size) if options.slide else None
     task = Segmentation(run, test, classes, normalise, short, crop, options.flip_test)
     judge = Judge(run, task)
     if options.eval_only:

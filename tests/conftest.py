@@ -36,7 +36,7 @@ BACKBONES = {
     "vit_tiny_patch16_224": PLAIN,
     "vit_tiny_patch16_224 /14": {**PLAIN, "patch_size": 14},
     "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 1, 1), "img_size": 96, "strict_img_size": False},
-    "resnet18": {},
+    "resnet18": {"zero_init_last": False},
 }
 
 

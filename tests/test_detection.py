@@ -162,6 +162,11 @@ def mended(root, change):
     return str(root)
 
 
+def crowd(segmentation):
+    """What makes the first annotation one of a crowd, which only the judge looks at."""
+    return lambda c: c["annotations"][0].update(iscrowd="1", segmentation=segmentation)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -186,6 +191,10 @@ def mended(root, change):
         (lambda c: c["images"][0].update(id="one"), "an id of images or categories is 'one'"),
         (lambda c: c["categories"][0].update(id="3"), "an id of images or categories is '3'"),
         (lambda c: c["images"][2].update(file_name=None), "a file_name is None"),
+        (crowd({"counts": [9]}), "annotation 1 of 1.png has a mask that cannot be drawn .a mask is of None"),
+        (crowd("a string"), "annotation 1 of 1.png has a mask that cannot be drawn"),
+        (crowd([[1, 1, 5, 5]]), "cannot be drawn .a polygon has fewer than three corners"),
+        (lambda c: c["annotations"][0].update(iscrowd="no"), "not in COCO's format .*'no'"),
     ],
 )
 def test_what_is_wrong_is_named(change, message, tmp_path):

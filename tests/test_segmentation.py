@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -285,6 +286,15 @@ def test_judged_images_keep_their_mask():
     assert image.size == (140, 100)
 
 
+def test_a_stray_number_is_no_class(data):
+    file = data / "val" / "masks" / sorted(f.name for f in (data / "val" / "masks").iterdir())[1]
+    stray = np.array(Image.open(file))
+    stray[3, 4] = 200
+    Image.fromarray(stray).save(file)
+    with pytest.raises(UserError, match=f"{file.name} has the class 200, and no mask has 3: mend it, or say how many"):
+        open_masked(str(data))
+
+
 @pytest.mark.parametrize("names", [["one"], [str(i) for i in range(256)]])
 def test_too_few_or_many_classes(names):
     with pytest.raises(UserError, match="tells 2 to 254 apart"):
@@ -402,7 +412,13 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
     segment.main([*judged, "--model", str(tmp_path / "a" / "last")])
     assert f"mIoU {scores[-1]['miou']:.2f} %" in capsys.readouterr().out
     segment.main([*judged, "--model", str(tmp_path / "a" / "last"), "--slide", "--img-size", "32", "--flip-test"])
-    assert "mIoU" in capsys.readouterr().out
+    slid = re.search("mIoU .*", capsys.readouterr().out).group()
+    again = shutil.copytree(tmp_path / "a" / "last", tmp_path / "slid")
+    about = json.loads((again / "segmenter.json").read_text())
+    (again / "segmenter.json").write_text(json.dumps(about | {"crop": [32, 32], "flip": True}))
+    for argument, expected in (("--workers=0", True), ("--slide=false", False)):  # as the run was judged, if not told
+        segment.main([*judged, "--model", str(again), argument])
+        assert (re.search("mIoU .*", capsys.readouterr().out).group() == slid) == expected
 
     predict = ["predict", "--model", tmp_path / "a", "--images", data / "val" / "images", "--out"]
     assert command(capsys, monkeypatch, *predict, tmp_path / "masks")[:2] == (0, f"wrote {tmp_path}/masks/: 4 masks\n")
