@@ -156,7 +156,7 @@ def test_a_dry_run_prints_the_table(made, capsys, tmp_path):
     lines = [line for line in capsys.readouterr().out.splitlines() if "blocks.2." in line]
     assert any("merge" in line or "reduction" in line or "blocks.2.norm" in line for line in lines)
     shutil.copytree(made / "images", tmp_path / "images")
-    bad = min(f for f in (tmp_path / "images" / "val").rglob("*") if f.is_file())
+    bad = min(f for f in (tmp_path / "images" / "test").rglob("*") if f.is_file())
     bad.write_text("none")
     with pytest.raises(SystemExit):
         tune("--model", made / "hivit", "--data", tmp_path / "images", "--dry-run", "--out", tmp_path / "run")
