@@ -112,14 +112,15 @@ def compile_network(accelerator: Accelerator, model: nn.Module) -> None:
 
     There the engine gathers and frees weights in hooks around each block, which code that was compiled may not hold:
     it would be compiled anew for weights that are there and weights that are not. `forward` lies between the hooks.
-    Blocks of several sizes share its code, which is compiled for each of them (torch's limit is eight): for any size at
-    once, a window's took minutes.
+    Blocks share its code, which is compiled for each size and rate of drop-path among them: for any size at once, a
+    window's took minutes.
     """
     if shares_weights(accelerator):
-        blocks = blocks_of(model)
-        for module in model.modules():
-            if type(module) in blocks:
-                module.forward = torch.compile(module.forward, dynamic=False)
+        blocks = [module for module in model.modules() if type(module) in blocks_of(model)]
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, len(blocks))  # beyond it they would run as they are
+        for module in blocks:
+            module.forward = torch.compile(module.forward, dynamic=False)
     else:
         model.compile()
 

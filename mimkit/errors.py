@@ -97,6 +97,8 @@ def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
                 hint = f"{error.strerror}: check the path"
             elif error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
                 hint = f"{error.strerror}: see whether the disk or the network is well, and start again"
+            elif error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+                hint = f"{error.strerror}: give fewer --workers, or raise the limit (ulimit -n, -u, -v)"
             else:
                 raise
             message, code = f"{error.filename or 'writing'}: {hint}.", 2

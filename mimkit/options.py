@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     PositiveFloat: TypeAlias = float
     NonNegativeFloat: TypeAlias = float
 else:  # the same with a range, which jsonargparse checks
-    from jsonargparse.typing import NonNegativeFloat as NonNegativeFloat
     from jsonargparse.typing import NonNegativeInt as NonNegativeInt
-    from jsonargparse.typing import PositiveFloat as PositiveFloat
     from jsonargparse.typing import PositiveInt as PositiveInt
+    from jsonargparse.typing import restricted_number_type
+
+    large = ("<", 1e9)  # steps are counted by products of such numbers, which must stay finite
+    PositiveFloat = restricted_number_type("PositiveFloatBelow1e9", float, [(">", 0), large])
+    NonNegativeFloat = restricted_number_type("NonNegativeFloatBelow1e9", float, [(">=", 0), large])
 
 jsonargparse.set_parsing_settings(import_path_denylist=["*"])  # a class_path in a config is never imported
 T = TypeVar("T", bound="DataclassInstance")
