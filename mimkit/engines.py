@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 from torch import nn
 
 from mimkit.errors import UserError
@@ -70,6 +70,7 @@ def start(precision: str, grad_accum_steps: int, track: str | None) -> Accelerat
             gradient_accumulation_steps=grad_accum_steps,
             kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else [],
             log_with=[track] if track else None,
+            project_config=ProjectConfiguration(logging_dir="."),  # tensorboard's is asked for before it is chosen
         )
     except (ImportError, ValueError) as error:
         raise UserError(f"accelerate cannot start ({error}): check --precision {precision} and the launch.") from error

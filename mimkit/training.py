@@ -145,6 +145,7 @@ class Run:
         self.saving: Future[Path] | None = None
         self.folder = self._choose_folder(name)
         self.accelerator.project_configuration.set_directories(str(self.folder))
+        self.accelerator.project_configuration.logging_dir = str(self.folder)
         set_seed(options.seed % 2**32)
 
     # The directory ---------------------------------------------------------------------------------------------------
