@@ -117,7 +117,8 @@ def compile_network(accelerator: Accelerator, model: nn.Module) -> None:
     window's took minutes.
     """
     if shares_weights(accelerator):
-        blocks = [module for module in model.modules() if type(module) in blocks_of(model)]
+        kinds = blocks_of(model)
+        blocks = [module for module in model.modules() if type(module) in kinds]
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, len(blocks))  # beyond it they would run as they are
         for module in blocks:
