@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mimkit.checkpoint import State, read_json, replacing, replacing_file
 from mimkit.data import Batch
@@ -104,16 +105,32 @@ def diagnose(steps: dict[int, str], folder: Path, lr: float, precision: str) -> 
     )
 
 
+def flat(nest: Any, name: str = "") -> State:
+    """Tensors in dicts and lists -> each by the keys and places that lead to it, such as 0.labels.3.boxes"""
+    if isinstance(nest, Tensor):
+        return {name: nest.to("cpu", copy=True).contiguous()}
+    items = nest.items() if isinstance(nest, dict) else enumerate(nest)
+    return {k: v for key, value in items for k, v in flat(value, f"{name}.{key}" if name else key).items()}
+
+
+def nested(tensors: State) -> Any:
+    """The reverse"""
+    if "" in tensors:
+        return tensors[""]
+    parts: dict[str, State] = {}
+    for name, tensor in tensors.items():
+        key, _, rest = name.partition(".")
+        parts.setdefault(key, {})[rest] = tensor
+    found = {key: nested(part) for key, part in parts.items()}
+    places = [str(i) for i in range(len(found))]
+    return [found[i] for i in places] if found.keys() == {*places} else found
+
+
 def keep_batch(folder: Path, rank: int, parts: list[Batch]) -> None:
     """One process's share of a bad step: images, noise and labels as they were, and names."""
-    tensors: State = {}
-    for i, batch in enumerate(parts):
-        given = {"images": batch.images, "noise": batch.noise, "labels": batch.labels}
-        for name, value in given.items():
-            if isinstance(value, Tensor):
-                tensors[f"{i}.{name}"] = value.cpu().contiguous()
+    given = {str(i): {"images": x.images, "noise": x.noise, "labels": x.labels} for i, x in enumerate(parts)}
     with replacing(folder / f"rank-{rank}") as temporary:
-        save_file(tensors, temporary / "batch.safetensors")
+        save_file(flat(given), temporary / "batch.safetensors")
         names = {"names": [batch.names for batch in parts], "bad": [batch.bad for batch in parts]}
         (temporary / "names.json").write_text(json.dumps(names, indent=1))
 
@@ -131,15 +148,13 @@ def kept_batches(folder: Path) -> list[tuple[int, Batch]]:
     """(process, batch) of all processes."""
     batches = []
     for rank, kept in sorted((int(path.name.removeprefix("rank-")), path) for path in folder.glob("rank-*")):
-        tensors = load_file(kept / "batch.safetensors")
+        parts = nested(load_file(kept / "batch.safetensors"))
         about = read_json(kept / "names.json", names=list, bad=list)
-        if len(about["names"]) != len(about["bad"]):
-            raise UserError(f"{kept}/names.json has names and bad images of other parts: get another copy of it.")
-        for i, (names, bad) in enumerate(zip(about["names"], about["bad"], strict=True)):
-            images, noise, labels = (tensors.get(f"{i}.{name}") for name in ("images", "noise", "labels"))
-            if images is None or noise is None or labels is None:
-                raise UserError(f"{folder} holds images of several sizes, which cannot be replayed: look at its names.")
-            batches.append((rank, Batch(images, noise, labels, names, [tuple(found) for found in bad])))
+        try:
+            for part, names, bad in zip(parts, about["names"], about["bad"], strict=True):
+                batches.append((rank, Batch(**part, names=names, bad=[tuple(found) for found in bad])))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{kept} holds names and images of other parts ({error}): get another copy.") from error
     if not batches:
         raise UserError(f"{folder} holds no batch to replay: pass RUN/replay/step-N, which a run leaves on a bad step.")
     return batches
@@ -148,7 +163,10 @@ def kept_batches(folder: Path) -> list[tuple[int, Batch]]:
 def about(folder: Path) -> dict[str, Any]:
     """What is known of a step that was passed by: recipe, step, reason."""
     if not (folder / "about.json").is_file():
-        raise UserError(f"{folder} is no step to replay: pass RUN/replay/step-N, which a run leaves.")
+        raise UserError(
+            f"{folder} is no step to replay: pass RUN/replay/step-N, which a run leaves; of the step that ends a run "
+            "there are images and names alone."
+        )
     return read_json(folder / "about.json", recipe=str, step=int, reason=str)
 
 
@@ -176,9 +194,9 @@ class Tracer:
         """In words: each part's loss and its images, then where it began."""
         lines = []
         for loss, batch in zip(losses, batches, strict=True):
-            low, high = batch.images.amin((1, 2, 3)).tolist(), batch.images.amax((1, 2, 3)).tolist()
+            ranges = [(float(image.min()), float(image.max())) for image in batch.images]
             lines.append(f"loss {loss:.6g} of {len(batch.names)} images:")
-            lines += [f"  {n}: {a:g} to {b:g}" for n, a, b in zip(batch.names, low, high, strict=True)]
+            lines += [f"  {n}: {a:g} to {b:g}" for n, (a, b) in zip(batch.names, ranges, strict=True)]
         given = all(all_finite(batch.images) for batch in batches)
         first = self.first or ("none" if given else "the images themselves")
         lines.append(f"first output that is not finite: {first}")
@@ -190,7 +208,5 @@ class Tracer:
 
 
 def all_finite(values: Any) -> bool:
-    """Of all tensors in a nest of tuples."""
-    if isinstance(values, Tensor):
-        return bool(values.isfinite().all())
-    return all(map(all_finite, values)) if isinstance(values, tuple | list) else True
+    """Of all tensors in a nest of tuples, lists and dicts."""
+    return all(bool(leaf.isfinite().all()) for leaf in tree_leaves(values) if isinstance(leaf, Tensor))

@@ -296,7 +296,7 @@ class Run:
                 parts = self._parts(batches)
                 yield self.step, iter(()) if self._pass_by(parts) else parts
                 if self.bad:
-                    batches = self._batches(loader, self._go_back(self.bad))
+                    batches = self._batches(loader, self._go_back(self.bad, loader))
                     continue
                 if self._asked() and self.step + 1 < plan.steps:
                     self._stop()
@@ -346,22 +346,28 @@ class Run:
         """Whether this step is one of the bad ones; its batch and the weights before it are left to look at."""
         if self.step not in self.passed:
             return False
-        folder, main = self.folder / "replay" / f"step-{self.step:08d}", self.accelerator.is_main_process
-        guards.keep_batch(folder, self.accelerator.process_index, list(parts))
+        folder = self._keep(self.step, parts)
         model = self.whole(self.model)
-        if main:
+        if self.accelerator.is_main_process:
             guards.keep_weights(folder, model, self.name, self.step, self.passed[self.step])
             self.print(f"passed step {self.step} by: look at it with mimkit replay {folder}")
-        self.accelerator.wait_for_everyone()
         return True
 
-    def _go_back(self, bad: guards.Bad) -> int:
+    def _keep(self, step: int, parts: Iterator[Batch]) -> Path:
+        """A bad step's batch. -> where it is"""
+        folder = self.folder / "replay" / f"step-{step:08d}"
+        guards.keep_batch(folder, self.accelerator.process_index, list(parts))
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _go_back(self, bad: guards.Bad, loader: Any) -> int:
         """To the last whole checkpoint before a bad step, or to the start. -> the step to go on with"""
         self._finish_saving()
         self.passed[bad.step], self.bad = bad.reason, None
         lately = {step: reason for step, reason in self.passed.items() if step > bad.step - guards.WINDOW}
         if len(lately) >= guards.PATIENCE:
             lr = max(group["lr"] for group in self.optimizer.param_groups)
+            self._keep(bad.step, self._parts(self._batches(loader, bad.step)))
             raise guards.diagnose(lately, self.folder, lr, self.options.precision)
         self.saved = self._last_whole(bad.step)
         start = step_of(self.saved) if self.saved else 0

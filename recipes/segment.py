@@ -78,6 +78,7 @@ class Options:
         compile: use torch.compile.
         grad_checkpointing: recompute activations to save memory.
         save_every: epochs between checkpoints; one is written at the end.
+        max_spike: a step whose loss is so many times the mean before it is passed by, as one that is not finite.
         keep: how many of the last checkpoints stay.
         keep_every: each so-manieth checkpoint stays for good; 0 for none.
         eval_every: epochs between measurements on the test images; 0: at the end.
@@ -127,6 +128,7 @@ class Options:
     compile: bool = False
     grad_checkpointing: bool = False
     save_every: NonNegativeFloat = 10.0
+    max_spike: PositiveFloat | None = None
     keep: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     eval_every: NonNegativeFloat = 10.0

@@ -26,6 +26,7 @@ from mimkit.detection import Detector, as_results, judge_as_coco, masks_of
 from mimkit.errors import UserError
 from mimkit.optim import drops, groups_with_head
 from mimkit.options import presets
+from mimkit.training import Run
 
 TINY = {"source_args": {"embed_dim": 32, "depth": 3, "num_heads": 2}, "depths": "1-1-1-0"}
 BACKBONES = {
@@ -580,6 +581,25 @@ def test_a_file_that_is_there_is_not_predicted_over(data, tmp_path, capsys, monk
     assert code
     assert "found.json is there already: choose a new file" in error
     assert (tmp_path / "found.json").read_bytes() == before
+
+
+def test_a_bad_step_is_replayed(data, tmp_path, capsys, monkeypatch):
+    """Its images are of several sizes, with their objects."""
+    parts, out = Run._parts, tmp_path / "run"
+
+    def poisoned(run, batches):
+        for batch in parts(run, batches):
+            yield batch._replace(images=[x * torch.nan for x in batch.images]) if run.step == 2 else batch
+
+    monkeypatch.setattr(Run, "_parts", poisoned)
+    detect.main([*SMALL, "--data", str(data), "--epochs", "1", "--warmup-epochs", "0.5", "--out", str(out)])
+    assert "step 2 is bad (its loss is not finite): going on without it" in capsys.readouterr().out
+    monkeypatch.undo()
+    code, said, _ = command(capsys, monkeypatch, "replay", out / "replay" / "step-00000002")
+    assert code == 0
+    assert "of 4 images:" in said
+    assert ".png: nan to nan" in said
+    assert "first output that is not finite: the images themselves" in said
 
 
 @pytest.mark.slow

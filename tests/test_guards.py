@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import command, losses
 from mimkit.recipes import finetune, mae_hivit
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mimkit import data, guards
 from mimkit.data import Batch
@@ -101,6 +101,11 @@ def test_three_end_the_run(images, tmp_path, capsys, poisoned):
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "3 bad steps among 1000 (step 3: its loss is not finite; step 11: " in last
     assert "in fp32: look at one with mimkit replay" in last
+    kept = {f.name: {x.name for x in f.iterdir()} for f in (tmp_path / "run" / "replay").iterdir()}
+    whole = {"rank-0", "weights", "about.json"}
+    assert kept == {"step-00000003": whole, "step-00000011": whole, "step-00000012": {"rank-0"}}
+    (_, batch) = guards.kept_batches(tmp_path / "run" / "replay" / "step-00000012")[0]
+    assert len(batch.images) == len(batch.names) == 8
 
 
 def test_gradients_that_overflow_at_any_scale():
@@ -178,8 +183,26 @@ def test_nothing_to_replay(tmp_path, capsys, monkeypatch):
         guards.kept_batches(tmp_path)
     guards.keep_batch(tmp_path / "odd", 0, [])
     (tmp_path / "odd/rank-0/names.json").write_text('{"names": [[]], "bad": []}')
-    with pytest.raises(guards.UserError, match="names and bad images of other parts: get another copy"):
+    with pytest.raises(guards.UserError, match="names and images of other parts"):
         guards.kept_batches(tmp_path / "odd")
-    guards.keep_batch(tmp_path / "lists", 0, [Batch([torch.ones(3, 2, 2)], torch.ones(1, 4), [1], ["a"], [])])
-    with pytest.raises(guards.UserError, match="several sizes"):
-        guards.kept_batches(tmp_path / "lists")
+    for name in ("0", "0.images", "0.images.1.x", "x.images", ""):
+        save_file({name: torch.ones(2)}, tmp_path / "odd/rank-0/batch.safetensors")
+        with pytest.raises(guards.UserError, match="names and images of other parts"):
+            guards.kept_batches(tmp_path / "odd")
+
+
+def test_a_batch_is_kept_as_it_was(tmp_path):
+    """Images of several sizes too, with objects or none."""
+    sizes, counts = [(20, 30), (16, 8), *[(9, 9)] * 9], [2, 0, *[1] * 9]
+    images = [torch.rand(3, *size) for size in sizes]
+    labels = [{"boxes": torch.rand(n, 4), "labels": torch.arange(n)} for n in counts]
+    lists = Batch(images, torch.rand(11, 4), labels, [f"{i}.png" for i in range(11)], [("bad.png", "empty")])
+    stacked = Batch(torch.rand(2, 3, 8, 8), torch.rand(2, 4), torch.tensor([1, 2]), ["a", "b"], [])
+    for rank, parts in enumerate(([lists, stacked], [stacked, stacked])):
+        guards.keep_batch(tmp_path, rank, parts)
+    found = guards.kept_batches(tmp_path)
+    assert [rank for rank, _ in found] == [0, 0, 1, 1]
+    for (_, batch), kept in zip(found, (lists, stacked, stacked, stacked), strict=True):
+        torch.testing.assert_close(batch[:3], kept[:3], rtol=0, atol=0)
+        assert batch[3:] == kept[3:]
+    assert not torch.equal(found[0][1].images[2], images[3])
