@@ -110,7 +110,7 @@ def flat(nest: Any, name: str = "") -> State:
     if isinstance(nest, Tensor):
         return {name: nest.to("cpu", copy=True).contiguous()}
     items = nest.items() if isinstance(nest, dict) else enumerate(nest)
-    return {k: v for key, value in items for k, v in flat(value, f"{name}.{key}" if name else key).items()}
+    return {k: v for key, value in items for k, v in flat(value, f"{name}.{key}" if name else f"{key}").items()}
 
 
 def nested(tensors: State) -> Any:

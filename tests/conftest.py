@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 import mimkit.models  # noqa: F401  registers the networks with timm
-from mimkit import cli, preflight
+from mimkit import cli, preflight, training
 from mimkit.data import Plan, Viewer, train_loader, train_transform
 
 ROOT = Path(__file__).parent.parent
@@ -49,8 +49,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _anew(monkeypatch):
     """Each test has its own seed, and its own accelerate, which keeps its state for a whole process. A run's first
-    seconds, in which it measures its speed, are few."""
+    seconds, in which it measures its speed, are few; on this CPU bf16 is slow, whatever it is."""
     monkeypatch.setattr(preflight, "BRIEF", preflight.BRIEF._replace(seconds=0.1))
+    monkeypatch.setattr(training, "seconds_of", {torch.float32: 1, torch.bfloat16: 2}.get)
     torch.manual_seed(0)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -157,7 +158,8 @@ def launching(engine, recipe, *argv):
     config = ["--config_file", ROOT / "recipes" / "accelerate" / f"{name}.yaml", "--main_process_port", "0"]
     script = recipe if isinstance(recipe, Path) else ROOT / "recipes" / f"{recipe}.py"
     many = [] if isinstance(engine, str) else ["--num_processes", engine]
-    launch = ["-m", "accelerate.commands.launch", *config, *many, script, *argv]
+    exact = [] if "--precision" in argv else ["--precision", "fp32"]  # auto depends on the CPU
+    launch = ["-m", "accelerate.commands.launch", *config, *many, script, *argv, *exact]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *map(str, launch)], env=environment, text=True, **pipes)

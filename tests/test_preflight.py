@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from conftest import command, encoded, launched, picture
+from conftest import command, encoded, picture
 from mimkit.recipes import mae_hivit, simmim_svit
 from PIL import Image
 from safetensors.torch import load_file
@@ -195,14 +195,6 @@ def test_no_false_alarm_on_sample(doctor):
     code, lines, said = doctor("--config", "mae_hivit_small", "--epochs", "3", "--batch-size", "32")
     assert (code, "WARNING" in said) == (0, False)
     assert lines["loss"].startswith("of our own runs of mae_hivit_small: ")
-
-
-@pytest.mark.slow
-def test_two_processes(images, tmp_path):
-    argv = ["--data", images, "--out", tmp_path / "run", *TINY]
-    said = launched(2, "mae_hivit", *argv)
-    assert said.count("configured mean") == 1
-    assert "8 = 4 images x 2 processes x 1 parts" in said
 
 
 def test_wrong_words(capsys, monkeypatch, tmp_path):
