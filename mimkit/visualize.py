@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
-from torchvision.utils import draw_segmentation_masks
+from torchvision.utils import draw_segmentation_masks, make_grid
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -67,11 +67,13 @@ def reconstructions(mae: MAE | SimMIM, images: Tensor, normalise: Normalise, fil
         else "pixels as predicted"
     )
     names = ("original", f"masked ({mae.mask_ratio:.0%})", "reconstruction")
-    figure, axes = plt.subplots(3, len(images), figsize=(max(5.0, 1.5 * len(images) + 0.6), 5.4), squeeze=False)
-    for name, pictures, line in zip(names, rows, axes, strict=True):
-        for picture, axis in zip(pictures, line, strict=True):
-            _show(picture, axis)
-        line[0].set_ylabel(name)
+    shown, height = torch.cat(rows), images.shape[-2]
+    gap = max(1, height // 28)
+    figure, axis = plt.subplots(figsize=(max(5.0, 1.5 * len(images) + 0.6), 5.4))
+    _show(make_grid(shown[:, : 3 if shown.shape[1] >= 3 else 1], len(images), gap, pad_value=1), axis)
+    axis.set_yticks([gap + height / 2 + i * (height + gap) for i in range(3)], names, rotation=90, va="center")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
     figure.suptitle(f"Reconstruction, {how}", fontsize=9)
     _write(figure, file)
 
