@@ -424,6 +424,7 @@ def test_heads():
         model.forward_intermediates(x, output_fmt="NLC")
 
 
+@torch.no_grad()  # training is compiled in test_simmim
 def test_compiles_whole():
     model = shaken(timm.create_model("svit_nano", patch_size=1, num_classes=3, depths=(1, 1, 1, 1))).eval()
     x = torch.randn(2, 3, 32, 32)
