@@ -113,7 +113,8 @@ def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
         except SafetensorError as error:  # its own kind, also where the system's would do
             full = "writing a checkpoint: the disk is full: free some space, or choose another place."
             message, code = full if is_full(error) else f"Weights cannot be read ({error}): get another copy.", 2
-        print(f"mimkit: {' '.join(message.split())}", file=sys.stderr)  # names and reasons may have lines
+        # names and reasons may have lines; in one piece, as several processes may say theirs at once
+        sys.stderr.write(f"mimkit: {' '.join(message.split())}\n")
         sys.exit(code)
 
     return wrapped
