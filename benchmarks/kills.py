@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from mimkit.errors import UserError, one_sentence
 from mimkit.options import PositiveInt, call
+from mimkit.saving import checkpoints, step_of
 from mimkit.sources import open_source
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def started(engine: str, streaming: bool, out: Path, seed: int, epochs: float) -
 
 def done(out: Path) -> int:
     """Steps in the last checkpoint."""
-    return max((int(f.name[5:]) for f in (out / "checkpoints").glob("step-*") if f.name[5:].isdecimal()), default=0)
+    return max(map(step_of, checkpoints(out)), default=0)
 
 
 def saving(out: Path) -> set[str]:
@@ -90,7 +91,7 @@ def lay_out(folder: Path) -> None:
 
 def shared(run: Path) -> str:
     """What ran, by its last checkpoint, and the parts that its optimiser's state lies in."""
-    last = sorted((run / "checkpoints").glob("step-*"))[-1]
+    last = checkpoints(run)[-1]
     parts = [file.stat().st_size for file in sorted(last.rglob("*optim*")) if file.is_file()]
     about = json.loads((last / "state.json").read_text())["engine"]
     return f"{about}, optimiser's state in files of {' and '.join(f'{size / 1e6:.2f} MB' for size in parts)}"

@@ -67,10 +67,10 @@ def reconstructions(mae: MAE | SimMIM, images: Tensor, normalise: Normalise, fil
         else "pixels as predicted"
     )
     names = ("original", f"masked ({mae.mask_ratio:.0%})", "reconstruction")
-    shown, height = torch.cat(rows), images.shape[-2]
+    height = images.shape[-2]
     gap = max(1, height // 28)
     figure, axis = plt.subplots(figsize=(max(5.0, 1.5 * len(images) + 0.6), 5.4))
-    _show(make_grid(shown[:, : 3 if shown.shape[1] >= 3 else 1], len(images), gap, pad_value=1), axis)
+    _show(make_grid(torch.cat(rows), len(images), gap, pad_value=1), axis)
     axis.set_yticks([gap + height / 2 + i * (height + gap) for i in range(3)], names, rotation=90, va="center")
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)

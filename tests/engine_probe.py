@@ -18,14 +18,6 @@ from mimkit.training import Run
 prepare = Run.prepare
 
 
-def spoiling(run, model, optimizer, **beside):
-    """`Run.prepare`, after which the gradient of step $SPOILED is not finite, though its loss is."""
-    step = int(os.environ.get("SPOILED", -1))
-    first = next(p for p in model.parameters() if p.requires_grad)
-    first.register_hook(lambda grad: grad + float("inf") if run.step == step else grad)
-    return prepare(run, model, optimizer, **beside)
-
-
 def main(found, recipe, *argv):
     facts = {}
 
@@ -38,7 +30,10 @@ def main(found, recipe, *argv):
         plugin = getattr(run.accelerator.state, "deepspeed_plugin", None)
         if plugin and plugin.zero_stage == 3:  # or tensors as small as these would stay whole all the time
             plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        out = spoiling(run, model, optimizer, **beside)
+        if spoiled := os.environ.get("SPOILED"):  # the gradient of a step, not its loss
+            first = next(p for p in model.parameters() if p.requires_grad)
+            first.register_hook(lambda grad: grad + float("inf") if run.step == int(spoiled) else grad)
+        out = prepare(run, model, optimizer, **beside)
         own = [p for group in optimizer.param_groups for p in group["params"]]
         own = getattr(out[1].optimizer, "fp32_partitioned_groups_flat", own)  # ZeRO-3 lends them for a step only
         facts.update(

@@ -251,35 +251,42 @@ def test_of_an_animation_the_first_picture_counts():
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_run_uses_the_good_ones_and_names_each_bad_one_once(damaged, streaming, tmp_path, capsys):
-    out, small = (
-        tmp_path / "run",
-        ["--epochs", "1.2", "--save-every", "1", "--batch-size", "40", "--decoder-depth", "1"],
-    )
+    out, small = tmp_path / "run", ["--epochs", "2", "--save-every", "0", "--batch-size", "40", "--decoder-depth", "1"]
     argv = ["--data", str(damaged), "--out", str(out), *TINY, *small, "--streaming", str(streaming).lower()]
     run(mae_hivit, *argv, "--max-bad", "0.02")
     said = capsys.readouterr().out
     assert_bad_ones_are_named(said)
     assert "200 images" in said
     found = losses(out)
-    assert max(found) == 6
+    assert max(found) == 10
     assert np.isfinite(list(found.values())).all()
     assert (out / "encoder" / "model.safetensors").is_file()
     if not streaming:
         counts = " + ".join(str(good_in(part)) for part in open_labelled(str(damaged)))
         assert said.count(f"{counts} images") == 2  # kNN, before and after
 
-    # a run that goes on knows those that it met before: in one more step there are not as many
-    last = out / "checkpoints" / "step-00000006"
-    skipped = json.loads((last / "state.json").read_text())["skipped"]
-    shutil.rmtree(last)
     with pytest.raises(SystemExit) as stop:
-        run(mae_hivit, *argv, "--resume", "auto", "--max-bad", "0.0175")
+        run(mae_hivit, *argv, "--out", str(tmp_path / "other"), "--max-bad", "0.0175")
     complaint = capsys.readouterr().err
     assert stop.value.code == 2
     assert complaint.startswith("mimkit: 4 images cannot be used, more than the 3 allowed, such as ")
     assert complaint.rstrip().endswith("raise --max-bad.")
     assert len(complaint.splitlines()) == 1
-    run(mae_hivit, *argv, "--resume", "auto", "--max-bad", "0.02")
+
+
+def test_a_run_that_goes_on_knows_those_that_it_met_before(damaged, tmp_path, capsys):
+    """In one more step there are not as many."""
+    out, small = tmp_path / "run", ["--epochs", "1.2", "--save-every", "1", "--batch-size", "40", "--knn-every", "0"]
+    argv = ["--data", str(damaged), "--out", str(out), *TINY, *small, "--decoder-depth", "1", "--resume", "auto"]
+    run(mae_hivit, *argv, "--max-bad", "0.02")
+    last, found = out / "checkpoints" / "step-00000006", losses(out)
+    skipped = json.loads((last / "state.json").read_text())["skipped"]
+    assert len(skipped) == 4
+    shutil.rmtree(last)
+    with pytest.raises(SystemExit):
+        run(mae_hivit, *argv, "--max-bad", "0.0175")
+    assert "mimkit: 4 images cannot be used, more than the 3 allowed, such as " in capsys.readouterr().err
+    run(mae_hivit, *argv, "--max-bad", "0.02")
     assert json.loads((last / "state.json").read_text())["skipped"] == skipped
     assert losses(out) == found
 

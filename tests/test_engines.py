@@ -1,17 +1,14 @@
 import json
 import pickle
-from importlib import import_module
 from pathlib import Path
 
-import engine_probe
 import pytest
 import timm
 import torch
 import yaml
 from conftest import ROOT, launched, launching, losses
+from mimkit.recipes import mae_hivit
 from safetensors.torch import load_file
-
-from mimkit.training import Run
 
 ENGINES = {file.stem: file for file in sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))}
 TINY = ["--epochs", "4", "--batch-size", "8", "--decoder-dim", "24", "--workers", "0", "--save-every", "2"]
@@ -24,19 +21,13 @@ def probed(engine, recipe, out, *argv):
     """A recipe under an engine, which is the one that was asked for and shares what it should
     -> its losses, and how much each process has compiled"""
     launched(engine, ROOT / "tests" / "engine_probe.py", out, recipe, "--out", out, *TINY, *argv)
-    found = [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(2)]
+    facts = [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(2)]
     name, stage, weights, optimised = FACTS[engine]
-    for fact in found:
+    for fact in facts:
         assert (fact["engine"], fact["stage"]) == (name, stage)
-        assert fact["weights"] == pytest.approx(weights, abs=0.01)
-        assert fact["optimised"] == pytest.approx(optimised, abs=0.01)
-    return losses(out), [fact["compiled"] for fact in found]
-
-
-def alone(recipe, out, *argv):
-    """The losses of one process, this one."""
-    import_module(f"mimkit.recipes.{recipe}").main([str(word) for word in ("--out", out, *TINY, *argv)])
-    return losses(out)
+        for share, found in ((weights, fact["weights"]), (optimised, fact["optimised"])):
+            assert found == (1 if share == 1 else pytest.approx(share, abs=0.01))
+    return losses(out), [fact["compiled"] for fact in facts]
 
 
 def test_each_engine_is_a_file():
@@ -50,9 +41,7 @@ def test_each_engine_is_a_file():
 def test_zero_is_the_same_run(engine, recipe, images, tmp_path, monkeypatch):
     """So it is when a step has to be passed by, from before the first checkpoint."""
     monkeypatch.setenv("SPOILED", "2")
-    monkeypatch.setattr(Run, "prepare", engine_probe.spoiling)
-    # in parts as large as a process's, which SViT normalises over
-    expected = alone(recipe, tmp_path / "alone", "--data", images, "--grad-accum-steps", "2")
+    expected, _ = probed("ddp", recipe, tmp_path / "ddp", "--data", images)
     out, before = tmp_path / "zero", None
     for again in (False, True):
         curve, _ = probed(engine, recipe, out, "--data", images, *(["--resume", "auto"] if again else []))
@@ -84,7 +73,8 @@ def test_what_engines_go_with(engine, images, tmp_path):
     options = ["--precision", "bf16", "--grad-accum-steps", "2", "--grad-checkpointing", "true", "--compile", "true"]
     curve, compiled = probed(engine, "mae_hivit", tmp_path / "mixed", "--data", images, *options)
     assert all(1 <= number <= 20 for number in compiled), compiled  # not anew at each step
-    exact = alone("mae_hivit", tmp_path / "alone", "--data", images)
+    mae_hivit.main([str(word) for word in ("--data", images, "--out", tmp_path / "alone", *TINY)])
+    exact = losses(tmp_path / "alone")
     assert curve == pytest.approx(exact, abs=0.03)
     assert curve != pytest.approx(exact, abs=1e-6)  # it did compute in bf16
     dtypes = {tensor.dtype for tensor in load_file(tmp_path / "mixed" / "encoder" / "model.safetensors").values()}
@@ -104,6 +94,7 @@ def test_another_engine_than_that_asked_for(images, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_engine(images, tmp_path):
-    alone("mae_hivit", tmp_path / "run", "--data", images)
-    job = launching("zero2", "mae_hivit", "--data", images, "--out", tmp_path / "run", *TINY, "--resume", "auto")
-    assert "was written by one process, and this is ZeRO-2, 2 processes" in job.communicate()[1]
+    argv = ["--data", images, "--out", tmp_path / "run", *TINY]
+    launched(2, "mae_hivit", *argv)
+    job = launching("zero2", "mae_hivit", *argv, "--resume", "auto", "--epochs", "4")
+    assert "was written by data-parallel, 2 processes, and this is ZeRO-2, 2 processes" in job.communicate()[1]
