@@ -22,11 +22,14 @@ import torch
 from torch import Tensor
 
 import mimkit  # noqa: F401  registers the networks with timm
-from mimkit.data import Normalise, eval_loader
+from mimkit.config import PositiveInt, call
+from mimkit.data.loader import eval_loader
+from mimkit.data.sources import open_labelled
+from mimkit.data.transforms import Normalise
 from mimkit.errors import UserError, one_sentence
-from mimkit.evaluation import extract_parts, knn, linear_probe, over
-from mimkit.options import PositiveInt, call
-from mimkit.sources import open_labelled
+from mimkit.evaluation.features import extract_parts, over
+from mimkit.evaluation.knn import knn
+from mimkit.evaluation.probes import linear_probe
 
 FLAGS = {
     "mae_hivit": ["--model-args.embed_dim", "160"],

@@ -16,10 +16,10 @@ import timm
 import torch
 
 import mimkit  # noqa: F401  registers the networks with timm
-from mimkit.checkpoint import on_meta
+from mimkit.config import PositiveInt, call
 from mimkit.errors import UserError, one_sentence
-from mimkit.macs import count_gmacs
-from mimkit.options import PositiveInt, call
+from mimkit.flops import count_gmacs
+from mimkit.io.weights import on_meta
 
 CHILD = """
 import resource, sys, time

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimkit.checkpoint import assemble, on_meta
-from mimkit.checks import difference, tokens_after
-from mimkit.conversion import Plain, Remap, as_pyramid, families, fit, plain_vits
+from mimkit.config import PositiveInt, call
+from mimkit.conversion.convert import as_pyramid
+from mimkit.conversion.family import Remap, families, plain_vits
+from mimkit.conversion.source import Plain, fit
+from mimkit.conversion.verify import difference, tokens_after
 from mimkit.errors import UserError, one_sentence
+from mimkit.io.weights import assemble, on_meta
 from mimkit.models.hpvit import PATCH, plain_vit
-from mimkit.options import PositiveInt, call
 
 
 def order_one(name: str, shape: torch.Size) -> Tensor:

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from mim_race import Machine, kept, take_turns
 
-from mimkit.data import parse_size
+from mimkit.config import NonNegativeInt, PositiveInt, call
+from mimkit.data.transforms import parse_size
 from mimkit.errors import one_sentence
-from mimkit.finetuning import load
-from mimkit.macs import gmacs_of
-from mimkit.options import NonNegativeInt, PositiveInt, call
-from mimkit.pretraining import ANY_SIZE
-from mimkit.pyramid import Pyramid, takes_windows
-from mimkit.segmentation import Segmenter
+from mimkit.flops import gmacs_of
+from mimkit.models.factory import ANY_SIZE
+from mimkit.models.feature_pyramid import Pyramid, takes_windows
+from mimkit.models.pretrained import load
+from mimkit.tasks.segmentation import Segmenter
 
 
 class Summed(torch.nn.Module):

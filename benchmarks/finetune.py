@@ -26,14 +26,14 @@ import torch
 import yaml
 from mimkit.recipes.finetune import Options
 
-from mimkit.conversion import convert
+from mimkit.config import PositiveInt, call, parse_recipe
+from mimkit.conversion.convert import convert
+from mimkit.data.sources import open_labelled
 from mimkit.errors import UserError, one_sentence
-from mimkit.finetuning import load
-from mimkit.macs import count_gmacs
-from mimkit.options import PositiveInt, call, parse_recipe
-from mimkit.pretraining import load_run
-from mimkit.sources import open_labelled
-from mimkit.training import keep_freed_memory, resolve_precision
+from mimkit.flops import count_gmacs
+from mimkit.methods.checkpoint import load_run
+from mimkit.models.pretrained import load
+from mimkit.training.precision import keep_freed_memory, resolve_precision
 
 ROOT = Path(__file__).parent.parent
 PLAIN = "--aa null --reprob 0 --mixup 0 --cutmix 0 --drop-path 0 --batch-size 32 --eval-every 0 --save-every 0".split()

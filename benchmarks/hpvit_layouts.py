@@ -16,17 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimkit.checkpoint import assemble
-from mimkit.checks import tokens_after
-from mimkit.conversion import Plain, as_pyramid, read_plain
-from mimkit.data import Normalise, eval_loader
+from mimkit.config import PositiveInt, call
+from mimkit.conversion.convert import as_pyramid
+from mimkit.conversion.source import Plain, read_plain
+from mimkit.conversion.verify import tokens_after
+from mimkit.data.loader import eval_loader
+from mimkit.data.sources import open_labelled
+from mimkit.data.transforms import Normalise
 from mimkit.errors import one_sentence
-from mimkit.evaluation import Features, knn
-from mimkit.macs import gmacs_of
+from mimkit.evaluation.features import Features
+from mimkit.evaluation.knn import knn
+from mimkit.flops import gmacs_of
+from mimkit.io.weights import assemble
 from mimkit.models.hpvit import PATCH
-from mimkit.options import PositiveInt, call
-from mimkit.sources import open_labelled
-from mimkit.training import keep_freed_memory
+from mimkit.training.precision import keep_freed_memory
 
 NAME = "vit_small_patch14_dinov2"
 LIGHT: dict[str, Any] = {"depths": "light"}

@@ -25,10 +25,10 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from mimkit.config import PositiveInt, call
+from mimkit.data.sources import open_source
 from mimkit.errors import UserError, one_sentence
-from mimkit.options import PositiveInt, call
-from mimkit.saving import checkpoints, step_of
-from mimkit.sources import open_source
+from mimkit.training.checkpoint import checkpoints, step_of
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--save-every 0.25 --batch-size 32 --workers 1 --precision fp32".split()

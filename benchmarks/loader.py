@@ -33,21 +33,14 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from mimkit.data import (
-    Normalise,
-    Plan,
-    Viewer,
-    cpu_count,
-    read_cell,
-    seeded,
-    spread,
-    train_loader,
-    train_transform,
-)
+from mimkit.config import PositiveInt, call
+from mimkit.data.decode import decode, decode_pixels
+from mimkit.data.loader import train_loader
+from mimkit.data.order import Plan, cpu_count, seeded, spread
+from mimkit.data.sample import Viewer, read_cell
+from mimkit.data.sources import open_source
+from mimkit.data.transforms import Normalise, train_transform
 from mimkit.errors import one_sentence
-from mimkit.images import decode, decode_pixels
-from mimkit.options import PositiveInt, call
-from mimkit.sources import open_source
 
 WIDE, HIGH, TILE, SIZE = 500, 375, 125, 224
 SCALE, BICUBIC = (0.2, 1.0), v2.InterpolationMode.BICUBIC

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import yaml
 
+from mimkit.config import call
+from mimkit.doctor.loss_bands import BY_CHANCE, FRACTIONS, losses, tolerance
 from mimkit.errors import UserError, one_sentence
-from mimkit.health import BY_CHANCE, FRACTIONS, losses, tolerance
-from mimkit.options import call
-from mimkit.saving import read_metrics
+from mimkit.files import read_metrics
 
 
 def record(name: str, first: str, second: str) -> None:

@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import mimkit  # noqa: F401  registers the networks with timm
-from mimkit.decoder import Decoder
+from mimkit.config import call
 from mimkit.errors import UserError, one_sentence
-from mimkit.macs import gmacs_of, kept_bytes
-from mimkit.mae import MAE
+from mimkit.flops import gmacs_of, kept_bytes
+from mimkit.methods.decoder import Decoder
+from mimkit.methods.mae import MAE
+from mimkit.methods.simmim import PixelHead, SimMIM
 from mimkit.models import UnitViT
 from mimkit.models.swin import MaskedSwin
-from mimkit.options import call
-from mimkit.simmim import PixelHead, SimMIM
-from mimkit.training import keep_freed_memory, multiplies_bf16
+from mimkit.training.precision import keep_freed_memory, multiplies_bf16
 from mimkit.units import gather, sample_mask, serialize
 
 # Rows ----------------------------------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image
 from torchvision.transforms import v2
 
-from mimkit.data import parse_size
+from mimkit.config import NonNegativeInt, call
+from mimkit.data.transforms import parse_size
 from mimkit.errors import one_sentence
-from mimkit.finetuning import load
-from mimkit.options import NonNegativeInt, call
-from mimkit.pretraining import ANY_SIZE, input_of
-from mimkit.pyramid import Pyramid, takes_windows
+from mimkit.models.factory import ANY_SIZE, input_of
+from mimkit.models.feature_pyramid import Pyramid, takes_windows
+from mimkit.models.pretrained import load
 
 
 @torch.no_grad()

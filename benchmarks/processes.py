@@ -25,12 +25,12 @@ import torch
 from mimkit.recipes.mae_hivit import Options
 from torch import nn
 
-from mimkit.decoder import Decoder
+from mimkit.config import PositiveInt, call
 from mimkit.errors import UserError, one_sentence
-from mimkit.mae import MAE
-from mimkit.optim import adamw
-from mimkit.options import PositiveInt, call
-from mimkit.training import Run
+from mimkit.methods.decoder import Decoder
+from mimkit.methods.mae import MAE
+from mimkit.training.optim import adamw
+from mimkit.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 ENGINES = {"cpu": 1, "ddp": 2, "zero2": 2, "zero3": 2}

@@ -1,6 +1,6 @@
 """microsoft/unilm BEiT and BEiT v2: pre-trained (a norm before the loss) and fine-tuned (fc_norm and head)."""
 
-from mimkit.conversion import Family, Remap
+from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:

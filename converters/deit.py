@@ -2,7 +2,7 @@
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from mimkit.conversion import Family, Remap
+from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:

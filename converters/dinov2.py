@@ -4,7 +4,7 @@ import re
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from mimkit.conversion import Family, Remap
+from mimkit.conversion.family import Family, Remap
 
 
 def positions(m: Remap, cls_token: str = r"cls_token", table: str = r"pos_embed") -> None:

@@ -3,7 +3,7 @@
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from mimkit.conversion import Family, Remap
+from mimkit.conversion.family import Family, Remap
 from mimkit.errors import UserError
 
 

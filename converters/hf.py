@@ -10,7 +10,7 @@ import torch
 from mimkit.converters.dinov2 import positions
 from torch import Tensor
 
-from mimkit.conversion import Family, Remap
+from mimkit.conversion.family import Family, Remap
 from mimkit.errors import UserError
 
 EPS = {"vit": 1e-12, "deit": 1e-12, "vit_mae": 1e-12, "beit": 1e-12, "dinov2": 1e-6, "dinov2_with_registers": 1e-6}

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mimkit.conversion import Family, Remap
+from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:

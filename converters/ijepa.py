@@ -3,7 +3,7 @@ default). timm's names; neither a class token nor a head."""
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from mimkit.conversion import Family, Remap
+from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:

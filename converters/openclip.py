@@ -6,7 +6,7 @@ import torch
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
-from mimkit.conversion import Family, Remap
+from mimkit.conversion.family import Family, Remap
 
 BLOCK = {
     r"ln_1\.(.*)": r"norm1.\1",

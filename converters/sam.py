@@ -1,6 +1,6 @@
 """facebookresearch/segment-anything: the image encoder."""
 
-from mimkit.conversion import Family, Remap
+from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:

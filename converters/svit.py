@@ -5,7 +5,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from mimkit.conversion import Family, Remap
+from mimkit.conversion.family import Family, Remap
 
 BLOCK = r"layers\.(\d)\.blocks\.(\d+)\."
 

@@ -1,6 +1,6 @@
 """timm: nothing changes. SigLIP and EVA-02 come this way, and every other plain ViT that timm has."""
 
-from mimkit.conversion import Family, Remap
+from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:

@@ -17,25 +17,33 @@ from rich.table import Table
 
 import mimkit.models  # registers the networks with timm
 import mimkit.recipes
-from mimkit import conversion, evaluation, guards
-from mimkit import export as exporting
-from mimkit.card import card, find, lay_out
-from mimkit.checkpoint import on_meta, replacing_file
-from mimkit.data import Normalise, cpu_count, eval_loader, guarded, look, parse_size
-from mimkit.dense import find_dense
-from mimkit.detection import predict_objects
+from mimkit.config import PositiveInt, run_command
+from mimkit.conversion import convert as convert_module
+from mimkit.conversion import family as families_module
+from mimkit.data.loader import eval_loader, guarded, look
+from mimkit.data.order import cpu_count
+from mimkit.data.sources import open_all, open_labelled, open_source
+from mimkit.data.transforms import Normalise, parse_size
+from mimkit.doctor.loss_bands import health
 from mimkit.errors import UserError, one_sentence
-from mimkit.evaluation import over
-from mimkit.finetuning import classifier
-from mimkit.health import health
-from mimkit.hub import check_target, upload
-from mimkit.macs import count_gmacs
-from mimkit.options import PositiveInt, run_command
-from mimkit.pretraining import comes_with_weights, create, input_of, load_run
-from mimkit.segmentation import predict_masks
-from mimkit.sources import open_all, open_labelled, open_source
-from mimkit.training import replaying
-from mimkit.visualize import reconstructions
+from mimkit.evaluation import features, probes
+from mimkit.evaluation import knn as knn_module
+from mimkit.evaluation.features import over
+from mimkit.files import replacing_file
+from mimkit.flops import count_gmacs
+from mimkit.io import onnx
+from mimkit.io.hub import check_target, upload
+from mimkit.io.model_card import card, find, lay_out
+from mimkit.io.weights import on_meta
+from mimkit.methods.checkpoint import load_run
+from mimkit.methods.reconstruction import reconstructions
+from mimkit.models.factory import comes_with_weights, create, input_of
+from mimkit.tasks.classification import classifier
+from mimkit.tasks.dense_checkpoint import find_dense
+from mimkit.tasks.detection import predict_objects
+from mimkit.tasks.segmentation import predict_masks
+from mimkit.training import replay as replay_module
+from mimkit.training.run import replaying
 
 NOTES = {
     "hivit_nano": "ours, for tests and demonstrations",
@@ -64,7 +72,7 @@ def models(img_size: int | str = 224) -> None:
 
 def _features(
     model: str, data: str, img_size: int | str | None, images: int | None, max_bad: float
-) -> list[evaluation.Features]:
+) -> list[features.Features]:
     train, test = open_labelled(data)
     options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
     network = create(model, **options)
@@ -75,7 +83,7 @@ def _features(
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     workers = cpu_count() if torch.cuda.is_available() else 0
     counts = images, None
-    return evaluation.extract_parts(network, (train, test), size, normalise, counts, workers, max_bad)
+    return features.extract_parts(network, (train, test), size, normalise, counts, workers, max_bad)
 
 
 def knn(
@@ -95,7 +103,7 @@ def knn(
         max_bad: share of images of each part that may be impossible to decode; they are left out.
     """
     train, test = _features(model, data, img_size, images, max_bad)
-    for k, accuracy in evaluation.knn(train, test).items():
+    for k, accuracy in knn_module.knn(train, test).items():
         print(f"kNN {accuracy:.2f} % (k = {k}, {len(train.y)} training and {len(test.y)} test images)")
 
 
@@ -116,7 +124,7 @@ def probe(
         max_bad: share of images of each part that may be impossible to decode; they are left out.
     """
     train, test = _features(model, data, img_size, images, max_bad)
-    found = evaluation.linear_probe(train, test)
+    found = probes.linear_probe(train, test)
     print(
         f"linear probe {found.accuracy:.2f} % ({len(train.y)} training and {len(test.y)} test images; "
         f"weight decay {found.weight_decay:g}: {found.validation:.2f} % on held-out training images)"
@@ -187,11 +195,11 @@ def convert(
         list_: print aliases and families.
     """
     if list_:
-        for layout, family in conversion.families().items():
+        for layout, family in families_module.families().items():
             print(f"--layout {layout}: {family.title}")
             for alias, name in family.aliases.items():
                 print(f"  {alias:18s} {name}")
-        print(f"\nand the {len(conversion.plain_vits())} plain ViTs of timm, with or without a tag")
+        print(f"\nand the {len(families_module.plain_vits())} plain ViTs of timm, with or without a tag")
         return
     if from_ is None:
         raise UserError("Nothing to convert: pass --from NAME, such as vit_b_mae, or --list.")
@@ -204,7 +212,7 @@ def convert(
         "padding": padding,
         "prefix": prefix,
     }
-    report = conversion.convert(
+    report = convert_module.convert(
         from_,
         to,
         out,
@@ -284,7 +292,7 @@ def export(model: str, out: str = "model.onnx") -> None:
     network = classifier(model)
     known = ("input_size", "mean", "std", "crop_pct", "label_names")
     about = {name: network.pretrained_cfg[name] for name in known if network.pretrained_cfg.get(name) is not None}
-    difference = exporting.export(network, Path(out), about)
+    difference = onnx.export(network, Path(out), about)
     print(f"wrote {out}: the same as the model to {difference:.1e} of its largest output")
 
 
@@ -315,7 +323,7 @@ def replay(step: str, /) -> None:
         step: RUN/replay/step-N, which a run leaves: its batch, the weights before it, the names of its images.
     """
     folder = Path(step)
-    recipe, config = guards.about(folder)["recipe"], folder.parent.parent / "config.yaml"
+    recipe, config = replay_module.about(folder)["recipe"], folder.parent.parent / "config.yaml"
     if recipe not in recipes() or not config.is_file():
         raise UserError(f"{step} is not in the run that left it: pass RUN/replay/step-N, beside RUN/config.yaml.")
     with tempfile.TemporaryDirectory() as place, replaying(folder):

@@ -16,26 +16,19 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
-from mimkit.data import Viewer, default_workers, finetune_transform, look_at, parse_size, train_loader
+from mimkit.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
+from mimkit.data.loader import look_at, train_loader
+from mimkit.data.order import default_workers
+from mimkit.data.sample import Viewer
+from mimkit.data.sources import open_labelled
+from mimkit.data.transforms import finetune_transform, parse_size
 from mimkit.errors import StoppedError, one_sentence
-from mimkit.finetuning import (
-    Classification,
-    check_classes,
-    checkpoint_blocks,
-    class_names,
-    head_fits,
-    locate,
-    mixing,
-    new_head,
-    show_groups,
-    start_from,
-)
-from mimkit.judging import Judge
-from mimkit.optim import cosine, layer_groups
-from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
-from mimkit.pretraining import comes_with_weights, input_of
-from mimkit.sources import open_labelled
-from mimkit.training import Run
+from mimkit.models.factory import comes_with_weights, input_of
+from mimkit.models.pretrained import checkpoint_blocks, locate, new_head, start_from
+from mimkit.tasks.classification import Classification, check_classes, class_names, head_fits, mixing
+from mimkit.training.optim import cosine, layer_groups, show_groups
+from mimkit.training.run import Run
+from mimkit.training.validation import Judge
 
 
 @dataclass

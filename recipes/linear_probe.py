@@ -17,16 +17,21 @@ import torch
 import torch.nn.functional as F
 from timm.optim import Lars
 
-from mimkit.data import Viewer, default_workers, parse_size, train_loader, train_transform
+from mimkit.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
+from mimkit.data.loader import train_loader
+from mimkit.data.order import default_workers
+from mimkit.data.sample import Viewer
+from mimkit.data.sources import open_labelled
+from mimkit.data.transforms import parse_size, train_transform
 from mimkit.errors import UserError, one_sentence
-from mimkit.evaluation import FrozenProbe, extract_parts, linear_probe
-from mimkit.finetuning import Classification, class_names, read
-from mimkit.judging import Judge
-from mimkit.optim import adamw, cosine
-from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
-from mimkit.pretraining import input_of
-from mimkit.sources import open_labelled
-from mimkit.training import Run
+from mimkit.evaluation.features import extract_parts
+from mimkit.evaluation.probes import FrozenProbe, linear_probe
+from mimkit.models.factory import input_of
+from mimkit.models.pretrained import read
+from mimkit.tasks.classification import Classification, class_names
+from mimkit.training.optim import adamw, cosine
+from mimkit.training.run import Run
+from mimkit.training.validation import Judge
 
 
 @dataclass

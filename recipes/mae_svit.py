@@ -13,17 +13,24 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from mimkit.data import Viewer, default_workers, parse_size, train_loader, train_transform
-from mimkit.decoder import Decoder
+from mimkit.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
+from mimkit.data.loader import train_loader
+from mimkit.data.order import default_workers
+from mimkit.data.sample import Viewer
+from mimkit.data.sources import open_source
+from mimkit.data.transforms import colours, parse_size, train_transform
+from mimkit.doctor.preflight import preflight
+from mimkit.doctor.summary import describe, finish
 from mimkit.errors import UserError, one_sentence
-from mimkit.mae import MAE
+from mimkit.methods.checkpoint import initialise
+from mimkit.methods.decoder import Decoder
+from mimkit.methods.mae import MAE
 from mimkit.models import SViT
-from mimkit.optim import adamw, cosine
-from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
-from mimkit.preflight import preflight
-from mimkit.pretraining import Watch, colours, comes_with_weights, create, describe, export, finish, initialise
-from mimkit.sources import open_source
-from mimkit.training import Run
+from mimkit.models.factory import comes_with_weights, create
+from mimkit.training.export import export
+from mimkit.training.online_knn import Watch
+from mimkit.training.optim import adamw, cosine
+from mimkit.training.run import Run
 from mimkit.units import unit_grid
 
 

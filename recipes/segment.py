@@ -12,17 +12,20 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 
-from mimkit.data import Viewer, default_workers, parse_size, train_loader
-from mimkit.dense import find_dense, go_on_from
+from mimkit.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
+from mimkit.data.loader import train_loader
+from mimkit.data.order import default_workers
+from mimkit.data.sample import Viewer
+from mimkit.data.segmentation import open_masked, train_pairs
+from mimkit.data.transforms import parse_size
 from mimkit.errors import UserError, one_sentence
-from mimkit.finetuning import checkpoint_blocks, show_groups, start_from
-from mimkit.judging import Judge
-from mimkit.masks import open_masked, train_pairs
-from mimkit.optim import cosine, groups_with_head, poly
-from mimkit.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
-from mimkit.pretraining import ANY_SIZE
-from mimkit.segmentation import Segmentation, Segmenter, loss_of
-from mimkit.training import Run
+from mimkit.models.factory import ANY_SIZE
+from mimkit.models.pretrained import checkpoint_blocks, start_from
+from mimkit.tasks.dense_checkpoint import find_dense, go_on_from
+from mimkit.tasks.segmentation import Segmentation, Segmenter, loss_of
+from mimkit.training.optim import cosine, groups_with_head, poly, show_groups
+from mimkit.training.run import Run
+from mimkit.training.validation import Judge
 
 
 @dataclass

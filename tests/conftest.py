@@ -23,8 +23,13 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 import mimkit.models  # noqa: F401  registers the networks with timm
-from mimkit import cli, preflight, training
-from mimkit.data import Plan, Viewer, train_loader, train_transform
+from mimkit import cli
+from mimkit.data.loader import train_loader
+from mimkit.data.order import Plan
+from mimkit.data.sample import Viewer
+from mimkit.data.transforms import train_transform
+from mimkit.doctor import preflight
+from mimkit.training import precision
 
 ROOT = Path(__file__).parent.parent
 PLAIN = {"embed_dim": 32, "depth": 2, "num_heads": 2, "dynamic_img_size": True}
@@ -51,7 +56,7 @@ def _anew(monkeypatch):
     """Each test has its own seed, and its own accelerate, which keeps its state for a whole process. A run's first
     seconds, in which it measures its speed, are few; on this CPU bf16 is slow, whatever it is."""
     monkeypatch.setattr(preflight, "BRIEF", preflight.BRIEF._replace(seconds=0.1))
-    monkeypatch.setattr(training, "seconds_of", {torch.float32: 1, torch.bfloat16: 2}.get)
+    monkeypatch.setattr(precision, "seconds_of", {torch.float32: 1, torch.bfloat16: 2}.get)
     torch.manual_seed(0)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from mimkit import peers
-from mimkit.training import Run
+from mimkit.training import heartbeat
+from mimkit.training.run import Run
 
 prepare = Run.prepare
 
@@ -46,7 +46,7 @@ def main(found, recipe, *argv):
         return out
 
     Run.prepare = prepared
-    peers.BEAT = float(os.environ.get("BEAT", peers.BEAT))
+    heartbeat.BEAT = float(os.environ.get("BEAT", heartbeat.BEAT))
     torch.compile = partial(torch.compile, backend="aot_eager")  # inductor would take minutes
     importlib.import_module(f"mimkit.recipes.{recipe}").main(argv)
     facts["compiled"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]

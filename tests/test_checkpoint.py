@@ -6,9 +6,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mimkit.checkpoint import load_strictly, read_decoder, read_weights, replacing, replacing_file, write_decoder
-from mimkit.decoder import Decoder
 from mimkit.errors import UserError
+from mimkit.files import replacing, replacing_file
+from mimkit.io.weights import load_strictly, read_weights
+from mimkit.methods.checkpoint import read_decoder, write_decoder
+from mimkit.methods.decoder import Decoder
 
 
 class Trap:

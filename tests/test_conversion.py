@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN
 
-from mimkit import checks, conversion
-from mimkit.checkpoint import read_weights, write_model
-from mimkit.checks import difference, in_float64, linear_cka
-from mimkit.conversion import Remap, convert, families, find, plain_vits, read_plain
+from mimkit.conversion import convert as convert_module
+from mimkit.conversion import verify
+from mimkit.conversion.convert import convert
+from mimkit.conversion.family import Remap, families, plain_vits
+from mimkit.conversion.source import find, read_plain
+from mimkit.conversion.verify import difference, in_float64, linear_cka
 from mimkit.errors import UserError
-from mimkit.kernels import resize_kernel, resize_matrix, restore_kernel
+from mimkit.io.weights import read_weights, write_model
 from mimkit.models.hpvit import Pool, plain_vit
+from mimkit.models.layers.patch_embed import resize_kernel, resize_matrix, restore_kernel
 
 TINY = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64}
 NAME = "vit_base_patch16_224"
@@ -303,7 +306,7 @@ def test_a_full_disk_leaves_nothing(when, capsys, monkeypatch, file, tmp_path):
     if when == "weights":
         monkeypatch.setattr("safetensors.torch.save_file", full)
     else:
-        monkeypatch.setattr(conversion.Report, "save", full)
+        monkeypatch.setattr(convert_module.Report, "save", full)
     code, _, err = run(capsys, monkeypatch, *flags(file), "--out", tmp_path / "out")
     assert code == 2
     assert "the disk is full" in err
@@ -314,7 +317,7 @@ def test_an_interrupt_leaves_nothing(capsys, monkeypatch, file, tmp_path):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checks, "identity", stop)
+    monkeypatch.setattr(verify, "identity", stop)
     code, _, err = run(capsys, monkeypatch, *flags(file), "--out", tmp_path / "out")
     assert (code, "Interrupted" in err) == (130, True)
     assert [p.name for p in tmp_path.iterdir()] == ["vit.pth"]
@@ -427,7 +430,7 @@ def test_shards_and_prefixes_and_parts(file, tmp_path):
         read = read_weights(folder)
         assert read.keys() == state.keys()
         assert all(torch.equal(read[name], state[name]) for name in names)
-        assert len(conversion.sha256(folder)) == 64
+        assert len(convert_module.sha256(folder)) == 64
     prefixed = {f"module._orig_mod.backbone.{name}": tensor for name, tensor in state.items()}
     noise = {name: torch.randn_like(tensor) for name, tensor in state.items()}
     content = {"student": noise, "teacher": prefixed, "state_dict": noise, "state_dict_ema": noise, "epoch": 1}
@@ -492,7 +495,7 @@ def test_a_wrong_kernel_is_caught(monkeypatch, tmp_path):
     save_file(net.state_dict(), tmp_path / "vit.safetensors")
     more = {"checkpoint": tmp_path / "vit.safetensors", "layout": "timm", "source_args": {**TINY, "img_size": 56}}
     wrong = torch.nn.functional.interpolate
-    monkeypatch.setattr(checks, "resize_kernel", lambda kernel, side: wrong(kernel, (side, side), mode="bilinear"))
+    monkeypatch.setattr(verify, "resize_kernel", lambda kernel, side: wrong(kernel, (side, side), mode="bilinear"))
     with pytest.raises(UserError, match="The kernel's resize is wrong"):
         convert("vit_base_patch14_dinov2", out=tmp_path / "out", **more)
     monkeypatch.undo()
@@ -500,7 +503,7 @@ def test_a_wrong_kernel_is_caught(monkeypatch, tmp_path):
 
 
 def test_doubt_is_settled_in_float64(monkeypatch, file, tmp_path):
-    monkeypatch.setattr(checks, "DOUBT", -1.0)  # always in doubt
+    monkeypatch.setattr(verify, "DOUBT", -1.0)  # always in doubt
     for name in ("beit_base_patch16_224", "vit_small_patch16_dinov3", "samvit_base_patch16"):
         net = fill(plain_vit(name, **TINY, num_classes=0))
         save_file(net.state_dict(), tmp_path / "other.safetensors")
@@ -514,7 +517,7 @@ def test_doubt_is_settled_in_float64(monkeypatch, file, tmp_path):
         doubled = net(torch.randn(1, 3, 64, 64, dtype=torch.float64))
     assert doubled.dtype == torch.float64
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
-    monkeypatch.setattr(checks, "LIMIT64", -1.0)
+    monkeypatch.setattr(verify, "LIMIT64", -1.0)
     with pytest.raises(UserError, match="in float64"):
         convert(NAME, dry_run=True, **options(file))
 

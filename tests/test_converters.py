@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from test_svit import Reference, released, shaken
 
 import mimkit
-from mimkit import conversion
-from mimkit.checks import difference, tokens_after
-from mimkit.conversion import convert, families
+from mimkit.conversion import source
+from mimkit.conversion.convert import convert
+from mimkit.conversion.family import families
+from mimkit.conversion.verify import difference, tokens_after
 from mimkit.errors import UserError
 from mimkit.models.hpvit import plain_vit
 
@@ -385,7 +386,7 @@ def test_every_tensor_is_counted_once(tmp_path):
         origins = [origin for row in report.rows for origin in row.origins]
         assert sorted(origins) == sorted(mimkit.checkpoint.read_weights(file)), build.__name__
         targets = [target for row in report.rows if row.target for target in row.target.split(", ")]
-        pyramid = timm.create_model("hpvit", source=conversion.find(name).name, source_args=arguments, num_classes=0)
+        pyramid = timm.create_model("hpvit", source=source.find(name).name, source_args=arguments, num_classes=0)
         assert len(targets) == len(set(targets))
         assert set(targets) >= {key for key in pyramid.state_dict() if "norm." not in key and "relative" not in key}
         assert all(row.why for row in report.rows if row.action in ("dropped", "fresh", "resized"))
@@ -451,7 +452,7 @@ def test_a_wrong_table_is_caught(build, mutate, tmp_path, monkeypatch):
 
     mutant = copy.copy(family)
     object.__setattr__(mutant, "remap", wrong)
-    monkeypatch.setattr(conversion, "families", lambda: {**families(), layout: mutant})
+    monkeypatch.setattr(family, "families", lambda: {**families(), layout: mutant})
     options = {"checkpoint": file, "layout": layout, "source_args": arguments}
     report = convert(name, dry_run=True, checks=False, **options)
     if build in NO_READER:
@@ -510,7 +511,7 @@ def test_mmpretrain(scale, mutate, tmp_path, monkeypatch):
     if mutate:
         mutant = copy.copy(family)
         object.__setattr__(mutant, "remap", lambda m: (family.remap(m), mutate(m.found)))
-        monkeypatch.setattr(conversion, "families", lambda: {**families(), "mmpretrain": mutant})
+        monkeypatch.setattr(family, "families", lambda: {**families(), "mmpretrain": mutant})
     arguments = {**TINY, "init_values": 1e-5 if scale else None}
     options = {"checkpoint": tmp_path / "mm.pth", "layout": "mmpretrain", "source_args": arguments}
     report = convert("vit_base_patch16_224", out=tmp_path / "out", **options)

@@ -24,14 +24,16 @@ from PIL import Image
 from test_detection import detector
 from test_training import TINY, losses, run
 
-from mimkit.boxes import fitting
-from mimkit.checkpoint import write_model
-from mimkit.data import Normalise, Viewer, eval_loader, eval_transform, guarded, train_transform
-from mimkit.dense import write_dense
-from mimkit.detection import predict_objects
-from mimkit.images import decode, decode_pixels
-from mimkit.masks import check_sizes
-from mimkit.sources import open_labelled, open_source
+from mimkit.data.decode import decode, decode_pixels
+from mimkit.data.detection import fitting
+from mimkit.data.loader import eval_loader, guarded
+from mimkit.data.sample import Viewer
+from mimkit.data.segmentation import check_sizes
+from mimkit.data.sources import open_labelled, open_source
+from mimkit.data.transforms import Normalise, eval_transform, train_transform
+from mimkit.io.weights import write_model
+from mimkit.tasks.dense_checkpoint import write_dense
+from mimkit.tasks.detection import predict_objects
 
 BAD = {
     "truncated.jpg": "truncated",

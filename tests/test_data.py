@@ -13,21 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from mimkit.data import (
-    Normalise,
-    Order,
-    Plan,
-    eval_loader,
-    eval_transform,
-    guarded,
-    parse_size,
-    seeded,
-    train_loader,
-    train_transform,
-)
+from mimkit.data.decode import decode, decode_pixels, jpeg_channels
+from mimkit.data.loader import eval_loader, guarded, train_loader
+from mimkit.data.order import Order, Plan, seeded
+from mimkit.data.sources import open_source
+from mimkit.data.transforms import Normalise, eval_transform, parse_size, train_transform
 from mimkit.errors import UserError
-from mimkit.images import decode, decode_pixels, jpeg_channels
-from mimkit.sources import open_source
 
 
 def same(a, b):

@@ -18,15 +18,16 @@ from pycocotools.cocoeval import COCOeval
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from mimkit import detection
-from mimkit.boxes import Truth, around, draw_mask, fitting, open_boxes, read_objects, train_objects
-from mimkit.data import Normalise, Viewer, collate_list
-from mimkit.dense import read_dense, write_dense
-from mimkit.detection import Detector, as_results, judge_as_coco, masks_of
+from mimkit.config import presets
+from mimkit.data.detection import Truth, around, draw_mask, fitting, open_boxes, read_objects, train_objects
+from mimkit.data.sample import Viewer, collate_list
+from mimkit.data.transforms import Normalise
 from mimkit.errors import UserError
-from mimkit.optim import drops, groups_with_head
-from mimkit.options import presets
-from mimkit.training import Run
+from mimkit.tasks import detection
+from mimkit.tasks.dense_checkpoint import read_dense, write_dense
+from mimkit.tasks.detection import Detector, as_results, judge_as_coco, masks_of
+from mimkit.training.optim import drops, groups_with_head
+from mimkit.training.run import Run
 
 TINY = {"source_args": {"embed_dim": 32, "depth": 3, "num_heads": 2}, "depths": "1-1-1-0"}
 BACKBONES = {

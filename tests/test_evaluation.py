@@ -3,10 +3,12 @@ import timm
 import torch
 from torch import nn
 
-from mimkit.data import Normalise
+from mimkit.data.sources import open_labelled
+from mimkit.data.transforms import Normalise
 from mimkit.errors import UserError
-from mimkit.evaluation import Features, extract_parts, fit_path, knn, linear_probe
-from mimkit.sources import open_labelled
+from mimkit.evaluation.features import Features, extract_parts
+from mimkit.evaluation.knn import knn
+from mimkit.evaluation.probes import fit_path, linear_probe
 
 
 def clouds(n, seed=0, noise=1.0, classes=4, d=16):

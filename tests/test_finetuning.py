@@ -20,18 +20,21 @@ from safetensors.torch import load_file, save_file
 from test_svit import released, shaken
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from mimkit import export as exporting
-from mimkit.checkpoint import read_weights, write_model
-from mimkit.data import Normalise, Viewer, eval_loader, finetune_transform
+from mimkit.config import presets
+from mimkit.data.loader import eval_loader
+from mimkit.data.sample import Viewer
+from mimkit.data.sources import open_source
+from mimkit.data.transforms import Normalise, finetune_transform
 from mimkit.errors import UserError
-from mimkit.evaluation import FrozenProbe, score
-from mimkit.export import export
-from mimkit.finetuning import load, mixing, new_head
+from mimkit.evaluation.probes import FrozenProbe
+from mimkit.io import onnx
+from mimkit.io.onnx import export
+from mimkit.io.weights import read_weights, write_model
 from mimkit.models import SViT
-from mimkit.optim import layer_groups
-from mimkit.options import presets
-from mimkit.sources import open_source
-from mimkit.training import Run
+from mimkit.models.pretrained import load, new_head
+from mimkit.tasks.classification import mixing, score
+from mimkit.training.optim import layer_groups
+from mimkit.training.run import Run
 
 MIM = ["--epochs", "1", "--batch-size", "16", "--decoder-dim", "24", "--workers", "0"]
 QUICK = ["--epochs", "4", "--batch-size", "8", "--warmup-epochs", "1", "--lr", "1e-3", "--workers", "0"]
@@ -710,8 +713,8 @@ def test_an_export_computes_the_same(name, kind, tmp_path):
 def test_an_export_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     net = fill(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=3))
     net.pretrained_cfg["input_size"] = (3, 32, 32)
-    read = exporting._read_program
-    monkeypatch.setattr(exporting, "_read_program", lambda file, x: read(file, x) * 1.01)
+    read = onnx._read_program
+    monkeypatch.setattr(onnx, "_read_program", lambda file, x: read(file, x) * 1.01)
     with pytest.raises(UserError, match="something else"):
         export(net, tmp_path / "x.pt2", {})
     assert not list(tmp_path.iterdir())

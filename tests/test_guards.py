@@ -13,9 +13,10 @@ from conftest import command, losses
 from mimkit.recipes import finetune, mae_hivit
 from safetensors.torch import load_file, save_file
 
-from mimkit import data, guards
-from mimkit.data import Batch
-from mimkit.training import Run
+from mimkit.data import loader, sample
+from mimkit.data.sample import Batch
+from mimkit.training import anomaly, replay
+from mimkit.training.run import Run
 
 TINY = ["--epochs", "8", "--batch-size", "8", "--decoder-dim", "24", "--workers", "0", "--knn-every", "0"]
 
@@ -50,7 +51,7 @@ def test_a_bad_step_is_passed_by(step, images, tmp_path, capsys, monkeypatch, po
 
     # it is the run in which that step's parts were left out
     bad.clear()
-    monkeypatch.setattr(guards, "passed_by", lambda folder: {step: "told"})
+    monkeypatch.setattr(anomaly, "passed_by", lambda folder: {step: "told"})
     mae_hivit.main([*argv, "--out", str(tmp_path / "told")])
     told = load_file(tmp_path / "told" / "encoder" / "model.safetensors")
     assert all(torch.equal(weights[name], told[name]) for name in weights)
@@ -104,14 +105,14 @@ def test_three_end_the_run(images, tmp_path, capsys, poisoned):
     kept = {f.name: {x.name for x in f.iterdir()} for f in (tmp_path / "run" / "replay").iterdir()}
     whole = {"rank-0", "weights", "about.json"}
     assert kept == {"step-00000003": whole, "step-00000011": whole, "step-00000012": {"rank-0"}}
-    (_, batch) = guards.kept_batches(tmp_path / "run" / "replay" / "step-00000012")[0]
+    (_, batch) = replay.kept_batches(tmp_path / "run" / "replay" / "step-00000012")[0]
     assert len(batch.images) == len(batch.names) == 8
 
 
 def test_gradients_that_overflow_at_any_scale():
     """Of fp16, whose scaler drops steps by itself: a few are as it should be."""
     weight = torch.nn.Parameter(torch.ones(1))
-    optimizer, scaler, guard = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu", init_scale=4), guards.Guard()
+    optimizer, scaler, guard = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu", init_scale=4), anomaly.Guard()
     guard.watch(optimizer)
     accelerator, found = SimpleNamespace(scaler=scaler, reduce=lambda values, how: values), []
     for guard.step in range(3):
@@ -152,8 +153,8 @@ def test_it_holds_for_every_recipe(images, tmp_path, capsys, poisoned):
 @pytest.mark.parametrize("how", ["asleep", "stopped", "dead"])
 def test_a_stuck_or_dead_worker_ends_the_run(how, images, tmp_path, capsys, monkeypatch):
     """One that is stopped cannot hand over the batch before either, which torch waits for without a limit."""
-    monkeypatch.setattr(data, "WAIT", 3)
-    view = data.Viewer.__call__
+    monkeypatch.setattr(loader, "WAIT", 3)
+    view = sample.Viewer.__call__
     ends = {"asleep": lambda: time.sleep(600), "dead": lambda: os._exit(9)}
     ends["stopped"] = lambda: os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -162,7 +163,7 @@ def test_a_stuck_or_dead_worker_ends_the_run(how, images, tmp_path, capsys, monk
             ends[how]()
         return view(viewer, row, epoch, index)
 
-    monkeypatch.setattr(data.Viewer, "__call__", wait)
+    monkeypatch.setattr(sample.Viewer, "__call__", wait)
     with pytest.raises(SystemExit) as stop:
         mae_hivit.main(["--data", images, *TINY, "--workers", "2", "--out", str(tmp_path / how)])
     assert stop.value.code == 2
@@ -179,16 +180,16 @@ def test_nothing_to_replay(tmp_path, capsys, monkeypatch):
         (tmp_path / "about.json").write_text(content)
         code, _, said = command(capsys, monkeypatch, "replay", tmp_path)
         assert (code, said.endswith("get another copy of it.\n")) == (2, True)
-    with pytest.raises(guards.UserError, match="holds no batch"):
-        guards.kept_batches(tmp_path)
-    guards.keep_batch(tmp_path / "odd", 0, [])
+    with pytest.raises(anomaly.UserError, match="holds no batch"):
+        replay.kept_batches(tmp_path)
+    replay.keep_batch(tmp_path / "odd", 0, [])
     (tmp_path / "odd/rank-0/names.json").write_text('{"names": [[]], "bad": []}')
-    with pytest.raises(guards.UserError, match=r"names and images of other parts .*: get another copy"):
-        guards.kept_batches(tmp_path / "odd")
+    with pytest.raises(anomaly.UserError, match=r"names and images of other parts .*: get another copy"):
+        replay.kept_batches(tmp_path / "odd")
     for name in ("0", "0.images", "0.images.1.x", "x.images", ""):
         save_file({name: torch.ones(2)}, tmp_path / "odd/rank-0/batch.safetensors")
-        with pytest.raises(guards.UserError, match=r"names and images of other parts .*: get another copy"):
-            guards.kept_batches(tmp_path / "odd")
+        with pytest.raises(anomaly.UserError, match=r"names and images of other parts .*: get another copy"):
+            replay.kept_batches(tmp_path / "odd")
 
 
 def test_a_batch_is_kept_as_it_was(tmp_path):
@@ -199,8 +200,8 @@ def test_a_batch_is_kept_as_it_was(tmp_path):
     lists = Batch(images, torch.rand(11, 4), labels, [f"{i}.png" for i in range(11)], [("bad.png", "empty")])
     stacked = Batch(torch.rand(2, 3, 8, 8), torch.rand(2, 4), torch.tensor([1, 2]), ["a", "b"], [])
     for rank, parts in enumerate(([lists, stacked], [stacked, stacked])):
-        guards.keep_batch(tmp_path, rank, parts)
-    found = guards.kept_batches(tmp_path)
+        replay.keep_batch(tmp_path, rank, parts)
+    found = replay.kept_batches(tmp_path)
     assert [rank for rank, _ in found] == [0, 0, 1, 1]
     for (_, batch), kept in zip(found, (lists, stacked, stacked, stacked), strict=True):
         torch.testing.assert_close(batch[:3], kept[:3], rtol=0, atol=0)

@@ -8,12 +8,12 @@ from timm.layers import DropPath
 from timm.models import group_parameters
 from torch import nn
 
-from mimkit.checkpoint import write_model
 from mimkit.errors import UserError
-from mimkit.macs import count_gmacs, gmacs_of
+from mimkit.flops import count_gmacs, gmacs_of
+from mimkit.io.weights import write_model
 from mimkit.models.hivit import Merge, PatchEmbed, StemBlock, checkpoint_filter_fn, resample_bias_table
+from mimkit.models.layers.windows import window_sides
 from mimkit.units import gather, sample_mask, serialize
-from mimkit.windows import window_sides
 
 NAMES = timm.list_models("hivit_*")
 # issue 3 says 19.181664 for t; its own s, less 2 + 2 stem blocks and 10 main blocks (18,344,796), is 19.181668

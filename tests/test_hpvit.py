@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from timm.layers.pos_embed_sincos import get_mixed_freqs
 from timm.optim import param_groups_layer_decay
 
-from mimkit.checkpoint import write_model
-from mimkit.checks import difference, tokens_after
+from mimkit.conversion.verify import difference, tokens_after
 from mimkit.errors import UserError
+from mimkit.io.weights import write_model
 from mimkit.models.hpvit import midpoints, plain_vit, relative_bias, relative_index, resolve_depths
 
 TINY = {"depth": 4, "embed_dim": 48, "num_heads": 3}

@@ -16,17 +16,18 @@ from conftest import command, fill
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 
-from mimkit import hub
-from mimkit.card import figures, find, private
-from mimkit.checkpoint import write_decoder, write_model
-from mimkit.data import Normalise
-from mimkit.decoder import Decoder
-from mimkit.dense import write_dense
+from mimkit.data.transforms import Normalise
 from mimkit.errors import UserError
-from mimkit.finetuning import classifier
-from mimkit.hub import place_of
-from mimkit.pretraining import create, load_run
-from mimkit.segmentation import Segmenter
+from mimkit.io import hub
+from mimkit.io.hub import place_of
+from mimkit.io.model_card import figures, find, private
+from mimkit.io.weights import write_model
+from mimkit.methods.checkpoint import load_run, write_decoder
+from mimkit.methods.decoder import Decoder
+from mimkit.models.factory import create
+from mimkit.tasks.classification import classifier
+from mimkit.tasks.dense_checkpoint import write_dense
+from mimkit.tasks.segmentation import Segmenter
 
 DATA = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "input_size": (3, 32, 32)}
 

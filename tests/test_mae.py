@@ -8,14 +8,15 @@ from conftest import fill, learns
 from timm.layers import resample_abs_pos_embed
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from mimkit.checkpoint import write_model
-from mimkit.decoder import Decoder, sincos_positions
 from mimkit.errors import UserError
-from mimkit.mae import MAE, normalise, pixels
+from mimkit.io.weights import write_model
+from mimkit.methods.checkpoint import initialise
+from mimkit.methods.decoder import Decoder
+from mimkit.methods.mae import MAE, normalise, pixels
+from mimkit.methods.reconstruction import reconstruct, unnormalise_from_visible
 from mimkit.models import UnitViT
-from mimkit.pretraining import initialise
+from mimkit.models.layers.pos_embed import sincos_positions
 from mimkit.units import gather, sample_mask, serialize, unserialize
-from mimkit.visualize import reconstruct, unnormalise_from_visible
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "num_classes": 0}
 

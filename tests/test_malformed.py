@@ -24,12 +24,13 @@ from mimkit.recipes import detect, finetune, linear_probe, mae_hivit, segment, s
 from safetensors.torch import save_file
 
 from mimkit import cli
-from mimkit.checkpoint import write_decoder, write_model
-from mimkit.data import View, collate
-from mimkit.decoder import Decoder
+from mimkit.data.sample import View, collate
 from mimkit.errors import UserError
-from mimkit.guards import keep_batch, keep_weights
-from mimkit.training import Run
+from mimkit.io.weights import write_model
+from mimkit.methods.checkpoint import write_decoder
+from mimkit.methods.decoder import Decoder
+from mimkit.training.replay import keep_batch, keep_weights
+from mimkit.training.run import Run
 
 EXAMPLES = settings(
     max_examples=int(os.environ.get("MALFORMED", 12)),

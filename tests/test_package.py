@@ -14,7 +14,7 @@ from conftest import RECIPES, command
 from mimkit.recipes import mae_hivit, mae_svit, mae_vit, simmim_svit, simmim_swin
 from PIL import Image
 
-from mimkit.options import presets
+from mimkit.config import presets
 
 ROOT = Path(__file__).parent.parent
 

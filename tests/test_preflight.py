@@ -5,6 +5,7 @@ import random
 import time
 from functools import partial
 
+import mimkit.preflight
 import numpy as np
 import pytest
 import torch
@@ -15,10 +16,10 @@ from mimkit.recipes import mae_hivit, simmim_svit
 from PIL import Image
 from safetensors.torch import load_file
 
-import mimkit.preflight
-from mimkit import data, preflight
-from mimkit.health import health, losses, nearest, references, tolerance
-from mimkit.mae import MAE
+from mimkit.data import transforms
+from mimkit.doctor import preflight
+from mimkit.doctor.loss_bands import health, losses, nearest, references, tolerance
+from mimkit.methods.mae import MAE
 
 TINY = ["--batch-size", "8", "--workers", "0", "--epochs", "2"]
 FULL = preflight.FULL
@@ -136,7 +137,7 @@ def test_the_slower_one_is_named(doctor, images, monkeypatch):
         forward = MAE.forward
         patch.setattr(MAE, "forward", lambda *argv: time.sleep(1.5) or forward(*argv))
         assert "the network is the bottleneck" in doctor("--data", images)[1]["speed"]
-    make = data.train_transform
+    make = transforms.train_transform
     monkeypatch.setattr(mae_hivit, "train_transform", lambda *argv: partial(slowly, make(*argv)))
     _, lines, _ = doctor("--data", images)
     assert "the loader is the bottleneck" in lines["speed"]

@@ -8,13 +8,13 @@ from conftest import BACKBONES, PLAIN, backbone, fill, joined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimkit import windows
-from mimkit.checks import difference
+from mimkit.conversion.verify import difference
 from mimkit.errors import UserError
 from mimkit.models import hivit, hpvit
-from mimkit.pyramid import NECKS, Pyramid
-from mimkit.segmentation import Segmenter
-from mimkit.windows import into_windows, out_of_windows, window_sides, windowed_map
+from mimkit.models.feature_pyramid import NECKS, Pyramid
+from mimkit.models.layers import windows
+from mimkit.models.layers.windows import into_windows, out_of_windows, window_sides, windowed_map
+from mimkit.tasks.segmentation import Segmenter
 
 DEEP = {  # of 8 blocks, so that there are some between the last ones of the quarters
     "hivit_nano": {"depths": (1, 1, 8)},

@@ -23,13 +23,13 @@ from PIL import EpsImagePlugin, Image
 
 import mimkit
 from mimkit import cli
-from mimkit.checkpoint import read_weights
+from mimkit.data.decode import decode
+from mimkit.data.segmentation import read_mask
+from mimkit.data.sources import _open_hub, open_source
 from mimkit.errors import UserError
-from mimkit.images import decode
-from mimkit.masks import read_mask
-from mimkit.saving import digest, trim, why_torn
-from mimkit.sources import _open_hub, open_source
-from mimkit.training import Run
+from mimkit.io.weights import read_weights
+from mimkit.training.checkpoint import digest, trim, why_torn
+from mimkit.training.run import Run
 
 FILES = sorted(
     file for package in (mimkit, mimkit.recipes, mimkit.converters) for file in Path(package.__path__[0]).glob("*.py")

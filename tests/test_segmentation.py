@@ -18,24 +18,16 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 from torchvision.datasets import Cityscapes
 
-from mimkit.checkpoint import write_model
-from mimkit.checks import difference
-from mimkit.data import Normalise
-from mimkit.dense import read_dense, write_dense
+from mimkit.config import presets
+from mimkit.conversion.verify import difference
+from mimkit.data.segmentation import IGNORE, Classes, judged_pairs, open_masked, train_pairs
+from mimkit.data.transforms import Normalise
 from mimkit.errors import UserError
-from mimkit.finetuning import load
-from mimkit.masks import IGNORE, Classes, judged_pairs, open_masked, train_pairs
-from mimkit.optim import groups_with_head
-from mimkit.options import presets
-from mimkit.segmentation import (
-    Segmenter,
-    best_of,
-    iou,
-    loss_of,
-    near_edges,
-    scores_of,
-    windows,
-)
+from mimkit.io.weights import write_model
+from mimkit.models.pretrained import load
+from mimkit.tasks.dense_checkpoint import read_dense, write_dense
+from mimkit.tasks.segmentation import Segmenter, best_of, iou, loss_of, near_edges, scores_of, windows
+from mimkit.training.optim import groups_with_head
 
 
 def squares(folder, count=8, classes=3, size=(40, 56), seed=0):

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import SwinConfig, SwinForMaskedImageModeling
 
 from mimkit.errors import UserError
+from mimkit.methods.simmim import PixelHead, SimMIM
+from mimkit.models.factory import as_map_encoder
 from mimkit.models.swin import MaskedSwin
-from mimkit.pretraining import as_map_encoder
-from mimkit.simmim import PixelHead, SimMIM
 from mimkit.units import hide, sample_mask, serialize, unserialize
 
 SWIN = {"embed_dim": 24, "depths": (2, 2, 1, 1), "num_heads": (1, 2, 4, 8), "window_size": 4, "num_classes": 0}

@@ -10,8 +10,8 @@ import torch
 from conftest import batches, encoded, picture
 from datasets.splits import SplitDict
 
+from mimkit.data.sources import open_labelled, open_source
 from mimkit.errors import UserError
-from mimkit.sources import open_labelled, open_source
 
 
 def test_sample_ships_with_its_classes():

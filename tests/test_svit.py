@@ -13,13 +13,13 @@ from timm.models import group_parameters
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mimkit.checkpoint import write_model
-from mimkit.decoder import Decoder
 from mimkit.errors import UserError
-from mimkit.macs import count_gmacs, gmacs_of
-from mimkit.mae import MAE
+from mimkit.flops import count_gmacs, gmacs_of
+from mimkit.io.weights import write_model
+from mimkit.methods.decoder import Decoder
+from mimkit.methods.mae import MAE
+from mimkit.methods.simmim import PixelHead, SimMIM
 from mimkit.models.svit import Attention, Places, neighbours, to_neighbours
-from mimkit.simmim import PixelHead, SimMIM
 from mimkit.units import UnitMask, gather, hide, sample_mask, scatter, serialize, unserialize
 
 NAMES = timm.list_models("svit_*")

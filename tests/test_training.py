@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import mimkit.saving
 import numpy as np
 import psutil
 import pytest
@@ -23,16 +24,16 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import mimkit.saving
 import mimkit.training
-from mimkit.checkpoint import read_weights
-from mimkit.data import Normalise
-from mimkit.optim import adamw, cosine
-from mimkit.pretraining import load_run
-from mimkit.saving import checkpoints, digest
-from mimkit.training import Run, resolve_precision, seconds_of
+from mimkit.data.transforms import Normalise
+from mimkit.io.weights import read_weights
+from mimkit.methods.checkpoint import load_run
+from mimkit.methods.reconstruction import reconstruct
+from mimkit.training.checkpoint import checkpoints, digest
+from mimkit.training.optim import adamw, cosine
+from mimkit.training.precision import resolve_precision, seconds_of
+from mimkit.training.run import Run
 from mimkit.units import serialize
-from mimkit.visualize import reconstruct
 
 TINY = ["--epochs", "4", "--batch-size", "8", "--decoder-dim", "24", "--workers", "0", "--save-every", "2"]
 

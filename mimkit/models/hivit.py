@@ -18,10 +18,10 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from mimkit.decoder import sincos_positions
 from mimkit.errors import UserError
+from mimkit.models.layers.pos_embed import sincos_positions
+from mimkit.models.layers.windows import global_blocks, into_windows, out_of_windows, window_sides
 from mimkit.units import Grid, gather, serialize, unit_grid
-from mimkit.windows import global_blocks, into_windows, out_of_windows, window_sides
 
 SIDE = 4  # patches along a side of a mask unit: two merges of 2 x 2 leave one token
 

@@ -28,8 +28,8 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from mimkit.errors import UserError
+from mimkit.models.layers.windows import cut, global_blocks, into_windows, out_of_windows, window_sides
 from mimkit.units import Grid
-from mimkit.windows import cut, global_blocks, into_windows, out_of_windows, window_sides
 
 PATCH, STRIDE = 16, 4
 SIDE = PATCH // STRIDE  # sub-grids along a side of the stride-4 map

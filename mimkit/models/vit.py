@@ -7,8 +7,8 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mimkit.decoder import sincos_positions
 from mimkit.errors import UserError
+from mimkit.models.layers.pos_embed import sincos_positions
 from mimkit.units import Grid, gather
 
 

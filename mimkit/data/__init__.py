@@ -1,0 +1,1 @@
+"""Data: from any source to deterministic batches."""

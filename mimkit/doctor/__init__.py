@@ -1,0 +1,1 @@
+"""Checks before a run, and the health of a finished run."""

@@ -1,0 +1,1 @@
+"""Weights on disk, on the Hugging Face hub, and in other formats."""

@@ -1,0 +1,1 @@
+"""Pre-training methods: masked autoencoding and SimMIM."""

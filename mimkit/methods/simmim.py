@@ -1,0 +1,84 @@
+"""SimMIM: hide units behind mask tokens, compute the whole map all the same, predict the hidden pixels.
+
+Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022: for networks that cannot skip units.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from mimkit.errors import UserError
+from mimkit.methods.mae import MAEOutput, pixels
+from mimkit.models.protocols import MapEncoder
+from mimkit.units import UnitMask, gather, hide, sample_mask, serialize, unit_grid
+
+
+class PixelHead(nn.Module):
+    """The mask token, and one linear layer from a unit's latent to its pixels.
+
+    That layer is SimMIM's 1 x 1 convolution and pixel shuffle, computed for masked units only.
+
+    Args:
+        in_dim, unit_size, token_dim: `out_dim`, `unit_size` and `token_dim` of the encoder.
+    """
+
+    def __init__(self, in_dim: int, unit_size: int, token_dim: int, in_chans: int = 3):
+        super().__init__()
+        self.config = {"in_dim": in_dim, "unit_size": unit_size, "token_dim": token_dim, "in_chans": in_chans}
+        self.mask_token = nn.Parameter(torch.zeros(token_dim))
+        self.pred = nn.Linear(in_dim, unit_size**2 * in_chans)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b m in_dim) -> (b m p*q*c)"""
+        return self.pred(x)
+
+    def no_weight_decay(self) -> set[str]:
+        """The mask token."""
+        return {"mask_token"}
+
+
+class SimMIM(nn.Module):
+    """Masked image modelling of a network that cannot skip units.
+
+    Args:
+        encoder: any `MapEncoder`: an SViT, or a timm Swin as `MaskedSwin`.
+        decoder: `PixelHead(encoder.out_dim, encoder.unit_size, encoder.token_dim, ...)`.
+        mask_ratio: share of the units that is masked.
+    """
+
+    norm_targets = False  # it predicts pixels as the network sees them
+
+    def __init__(self, encoder: MapEncoder, decoder: PixelHead, mask_ratio: float = 0.6):
+        super().__init__()
+        if not hasattr(encoder, "encode_masked"):
+            raise UserError(
+                f"{type(encoder).__name__} has no encode_masked: pass an SViT, or mimkit.models.swin.MaskedSwin(swin)."
+            )
+        expected = (encoder.out_dim, encoder.unit_size, encoder.token_dim)
+        if (built := tuple(decoder.config.values())[:3]) != expected:
+            raise UserError(f"The head is PixelHead{built}, and the encoder needs PixelHead{expected}: build that.")
+        if not 0 < mask_ratio < 1:
+            raise UserError(f"mask_ratio is {mask_ratio}: it must lie between 0 and 1.")
+        self.encoder, self.decoder, self.mask_ratio = encoder, decoder, mask_ratio
+
+    def forward(
+        self, images: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> MAEOutput:
+        """Images (b c H W); mask noise (b n), or its generator -> L1 loss (), prediction (b m p*q*c), units"""
+        p = self.encoder.unit_size
+        grid = unit_grid(images.shape[-2], images.shape[-1], p)
+        mask = sample_mask(len(images), grid[0] * grid[1], self.mask_ratio, generator, noise)
+        mask = UnitMask(mask.visible.to(images.device), mask.masked.to(images.device))
+        target = pixels(gather(serialize(images, p), mask.masked))
+        # nothing of a masked unit may reach the network: an overlapping stem would see it from next door
+        seen = hide(rearrange(images, "b c h w -> b h w c"), mask.masked, grid, images.new_zeros(images.shape[1]))
+        latent = self.encoder.encode_masked(rearrange(seen, "b h w c -> b c h w"), mask, self.decoder.mask_token)
+        prediction = self.decoder(gather(latent, mask.masked))
+        if prediction.shape != target.shape:
+            raise UserError(
+                f"The head predicts {prediction.shape[-1]} values a unit, not {p} x {p} x {images.shape[1]}: build it "
+                f"with in_chans={images.shape[1]}."
+            )
+        loss = (prediction.float() - target).abs().mean()
+        return MAEOutput(loss, prediction, mask)

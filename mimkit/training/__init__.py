@@ -1,0 +1,1 @@
+"""Training runs: directories, checkpoints, distributed engines, and guards."""
