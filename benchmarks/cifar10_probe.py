@@ -24,10 +24,10 @@ from torch import Tensor
 import mimkit  # noqa: F401  registers the networks with timm
 from mimkit.config import PositiveInt, call
 from mimkit.data.loader import eval_loader
-from mimkit.data.sources import open_labelled
-from mimkit.data.transforms import Normalise
-from mimkit.errors import UserError, one_sentence
-from mimkit.evaluation.features import extract_parts, over
+from mimkit.data.sources import open_labeled
+from mimkit.data.transforms import Normalize
+from mimkit.errors import UserError, cli_entry
+from mimkit.evaluation.features import apply_to_images, extract_parts
 from mimkit.evaluation.knn import knn
 from mimkit.evaluation.probes import linear_probe
 
@@ -82,22 +82,24 @@ def measure(
         trained = timm.create_model(f"local-dir:{run}/encoder", pretrained=True)
         torch.manual_seed(seed)
         random = timm.create_model(f"local-dir:{run}/encoder")  # timm leaves it at random without pretrained=True
-    parts = open_labelled(data)
+    parts = open_labeled(data)
     cfg, size = trained.pretrained_cfg, (img_size, img_size)
     millions = sum(p.numel() for p in trained.parameters()) / 1e6
     print(f"\n{minutes:.1f} minutes in all with kNN and pictures; encoder {millions:.2f} M parameters; seed {seed}\n")
     head = f"| {cfg['architecture']} | linear probe | chosen on held-out training images | kNN, k = 10 |"
     print(f"{head} linear probe of the pooled maps of all stages |\n|---|---|---|---|---|")
     for name, model in (("at random", random), ("pre-trained", trained)):
-        normalise = Normalise(cfg["mean"], cfg["std"])
-        train, test = extract_parts(model, parts, size, normalise, images=(10_000, 10_000))
+        normalize = Normalize(cfg["mean"], cfg["std"])
+        train, test = extract_parts(model, parts, size, normalize, images=(10_000, 10_000))
         probe = linear_probe(train, test)
         chosen = f"decay {probe.weight_decay:g} ({probe.validation:.1f} %)"
         loaders = (eval_loader(part, size, 3, 10_000) for part in parts)
-        maps = linear_probe(*(over(model, loader, normalise, partial(pooled_maps, model)) for loader in loaders))
+        maps = linear_probe(
+            *(apply_to_images(model, loader, normalize, partial(pooled_maps, model)) for loader in loaders)
+        )
         knn10 = knn(train, test)[10]
         print(f"| {name} | {probe.accuracy:.1f} % | {chosen} | {knn10:.1f} % | {maps.accuracy:.1f} % |", flush=True)
 
 
 if __name__ == "__main__":
-    one_sentence(call)(measure, "cifar10_probe.py", sys.argv[1:])
+    cli_entry(call)(measure, "cifar10_probe.py", sys.argv[1:])

@@ -17,7 +17,7 @@ import torch
 
 import mimkit  # noqa: F401  registers the networks with timm
 from mimkit.config import PositiveInt, call
-from mimkit.errors import UserError, one_sentence
+from mimkit.errors import UserError, cli_entry
 from mimkit.flops import count_gmacs
 from mimkit.io.weights import on_meta
 
@@ -68,4 +68,4 @@ def measure(rounds: PositiveInt = 5) -> None:
 
 
 if __name__ == "__main__":
-    one_sentence(call)(measure, "convert_cost.py", sys.argv[1:])
+    cli_entry(call)(measure, "convert_cost.py", sys.argv[1:])

@@ -20,9 +20,9 @@ from torch import Tensor
 from mimkit.config import PositiveInt, call
 from mimkit.conversion.convert import as_pyramid
 from mimkit.conversion.family import Remap, families, plain_vits
-from mimkit.conversion.source import Plain, fit
+from mimkit.conversion.source import Plain, fit_source_args
 from mimkit.conversion.verify import difference, tokens_after
-from mimkit.errors import UserError, one_sentence
+from mimkit.errors import UserError, cli_entry
 from mimkit.io.weights import assemble, on_meta
 from mimkit.models.hpvit import PATCH, plain_vit
 
@@ -49,7 +49,7 @@ def read(name: str) -> Plain:
     own = on_meta(plain_vit, name, **given).state_dict()
     remap = Remap({key: order_one(key, value.shape) for key, value in own.items()}, set(own))
     families()["timm"].remap(remap)
-    return Plain(name, fit(name, remap.found, given, Path("random")), remap.found, remap.rows)
+    return Plain(name, fit_source_args(name, remap.found, given, Path("random")), remap.found, remap.rows)
 
 
 def gap(pyramid: Any, source: Any, x: Tensor) -> float:
@@ -119,4 +119,4 @@ def measure(names: str | None = None, threads: PositiveInt | None = None) -> Non
 
 
 if __name__ == "__main__":
-    one_sentence(call)(measure, "convert_coverage.py", sys.argv[1:])
+    cli_entry(call)(measure, "convert_coverage.py", sys.argv[1:])

@@ -19,11 +19,11 @@ from mim_race import Machine, kept, take_turns
 
 from mimkit.config import NonNegativeInt, PositiveInt, call
 from mimkit.data.transforms import parse_size
-from mimkit.errors import one_sentence
+from mimkit.errors import cli_entry
 from mimkit.flops import gmacs_of
 from mimkit.models.factory import ANY_SIZE
 from mimkit.models.feature_pyramid import Pyramid, takes_windows
-from mimkit.models.pretrained import load
+from mimkit.models.pretrained import load_network
 from mimkit.tasks.segmentation import Segmenter
 
 
@@ -68,7 +68,7 @@ def measure(
     for name in models.split(","):
         path, _, patch = name.partition("@")
         options: dict[str, Any] = {"patch_size": int(patch)} if patch else {}
-        backbone, _ = load(path, img_size=size, **ANY_SIZE, **options)
+        backbone, _ = load_network(path, img_size=size, **ANY_SIZE, **options)
         form: dict[str, Any] = {"neck": neck, "window": window if takes_windows(backbone) else 0}
         net = Segmenter(backbone, 6, width=decoder_dim, **form) if decoder_dim else Summed(Pyramid(backbone, **form))
         networks[name] = net.to(machine.device).train()
@@ -91,4 +91,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    one_sentence(call)(measure, "dense_step.py", sys.argv[1:])
+    cli_entry(call)(measure, "dense_step.py", sys.argv[1:])

@@ -28,11 +28,11 @@ from mimkit.recipes.finetune import Options
 
 from mimkit.config import PositiveInt, call, parse_recipe
 from mimkit.conversion.convert import convert
-from mimkit.data.sources import open_labelled
-from mimkit.errors import UserError, one_sentence
+from mimkit.data.sources import open_labeled
+from mimkit.errors import UserError, cli_entry
 from mimkit.flops import count_gmacs
 from mimkit.methods.checkpoint import load_run
-from mimkit.models.pretrained import load
+from mimkit.models.pretrained import load_network
 from mimkit.training.precision import keep_freed_memory, resolve_precision
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,7 @@ VIT = "--crop-scale [0.5,1] --layer-decay 0.75 --clip-grad 1".split()
 
 def subsets(data: str, folder: Path) -> tuple[Path, Path]:
     """2,000 training images with the 10,000 test images, and with 1,000 other training images."""
-    train, test = open_labelled(data)
+    train, test = open_labeled(data)
     order = np.random.default_rng(0).permutation(train.length)
     for name, judged in (("test", test.rows), ("held", train.rows.select(order[2_000:3_000]))):
         (folder / name).mkdir()
@@ -107,9 +107,9 @@ def labels(data: str, run: str, epochs: float = 10.0, seeds: PositiveInt = 3, ar
     """
     keep_freed_memory()
     config = yaml.safe_load((Path(run) / "config.yaml").read_text())
-    seen = config["epochs"] * open_labelled(data)[0].length
+    seen = config["epochs"] * open_labeled(data)[0].length
     mae = load_run(Path(run))[0].train()
-    network = load(run)[0].train()
+    network = load_network(run)[0].train()
     images = torch.randn(32, 3, *[config["img_size"]] * 2)
     step, other = interleaved(lambda: network(images).sum().backward(), lambda: mae(images).loss.backward())
     more = seen * other / step / 2_000
@@ -192,7 +192,7 @@ def show_times(built: dict[str, list[Any]]) -> None:
     for flags in built.values():
         given = parse_recipe(Options, "fine-tune", "finetune", list(map(str, flags)))
         size = int(given.img_size or 0)
-        network = load(given.model, img_size=size, **given.model_args)[0].train()
+        network = load_network(given.model, img_size=size, **given.model_args)[0].train()
         costs.append(count_gmacs(network, 1, 3, size, size))
         images = torch.randn(32, 3, size, size)
 
@@ -212,4 +212,4 @@ if __name__ == "__main__":
     commands: dict[str, Callable[..., None]] = {"labels": labels, "pyramid": pyramid}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(f"usage: benchmarks/finetune.py {'|'.join(commands)} --help")
-    one_sentence(call)(commands[sys.argv[1]], f"finetune.py {sys.argv[1]}", sys.argv[2:])
+    cli_entry(call)(commands[sys.argv[1]], f"finetune.py {sys.argv[1]}", sys.argv[2:])

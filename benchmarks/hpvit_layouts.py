@@ -4,7 +4,7 @@ python benchmarks/hpvit_layouts.py --data CIFAR10 --checkpoint VIT_S14 [--rows 3
 
 CIFAR10 holds train.parquet and test.parquet; VIT_S14 is a DINOv2 ViT-S/14 that was trained further for saliency, in
 timm's layout (shared/tools/get_vit_s14). 2,000 + 2,000 images at 96 px (84 px for the plain network at its own patch of
-14: the same 6 x 6 tokens), 10 nearest neighbours by the mean patch token of each stage, and by the network's own pooled
+14: the same 6 x 6 tokens), 10 nearest neighbors by the mean patch token of each stage, and by the network's own pooled
 output at its end. GMACs are those spent by the end of that stage.
 """
 
@@ -21,9 +21,9 @@ from mimkit.conversion.convert import as_pyramid
 from mimkit.conversion.source import Plain, read_plain
 from mimkit.conversion.verify import tokens_after
 from mimkit.data.loader import eval_loader
-from mimkit.data.sources import open_labelled
-from mimkit.data.transforms import Normalise
-from mimkit.errors import one_sentence
+from mimkit.data.sources import open_labeled
+from mimkit.data.transforms import Normalize
+from mimkit.errors import cli_entry
 from mimkit.evaluation.features import Features
 from mimkit.evaluation.knn import knn
 from mimkit.flops import gmacs_of
@@ -87,10 +87,10 @@ class UpTo(torch.nn.Module):
 def row(name: str, network: Any, parts: Any, side: int, images: int) -> str:
     """One line of the table."""
     begun, found = time.time(), []
-    normalise = Normalise(network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
+    normalize = Normalize(network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
     for part in parts:
         batches = eval_loader(part, (side, side), 3, min(images, part.length), workers=0)
-        rows = [(features(network, normalise(batch.images)), batch.labels) for batch in batches]
+        rows = [(features(network, normalize(batch.images)), batch.labels) for batch in batches]
         labels = torch.cat([y for _, y in rows])
         found.append([Features(torch.cat(x), labels) for x in zip(*(x for x, _ in rows), strict=True)])
     scores = [knn(train, test)[10] for train, test in zip(*found, strict=True)]
@@ -116,7 +116,7 @@ def measure(data: str, checkpoint: str, rows: str | None = None, images: Positiv
         images: training images, and test images.
     """
     keep_freed_memory()
-    parts = open_labelled(data)
+    parts = open_labeled(data)
     plain: Plain = read_plain(NAME, Path(checkpoint), "timm")
     networks = [
         ("the plain ViT at its own patch of 14, 84 px", lambda: plain.build(any_grid=True), 84),
@@ -133,4 +133,4 @@ def measure(data: str, checkpoint: str, rows: str | None = None, images: Positiv
 
 
 if __name__ == "__main__":
-    one_sentence(call)(measure, "hpvit_layouts.py", sys.argv[1:])
+    cli_entry(call)(measure, "hpvit_layouts.py", sys.argv[1:])

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from mimkit.config import PositiveInt, call
 from mimkit.data.sources import open_source
-from mimkit.errors import UserError, one_sentence
+from mimkit.errors import UserError, cli_entry
 from mimkit.training.checkpoint import checkpoints, step_of
 
 ROOT = Path(__file__).parent.parent
@@ -90,11 +90,11 @@ def lay_out(folder: Path) -> None:
 
 
 def shared(run: Path) -> str:
-    """What ran, by its last checkpoint, and the parts that its optimiser's state lies in."""
+    """What ran, by its last checkpoint, and the parts that its optimizer's state lies in."""
     last = checkpoints(run)[-1]
     parts = [file.stat().st_size for file in sorted(last.rglob("*optim*")) if file.is_file()]
     about = json.loads((last / "state.json").read_text())["engine"]
-    return f"{about}, optimiser's state in files of {' and '.join(f'{size / 1e6:.2f} MB' for size in parts)}"
+    return f"{about}, optimizer's state in files of {' and '.join(f'{size / 1e6:.2f} MB' for size in parts)}"
 
 
 def measure(
@@ -157,4 +157,4 @@ def compare(whole: Path, killed: Path, engine: str) -> int:
 
 
 if __name__ == "__main__":
-    one_sentence(call)(measure, "kills.py", sys.argv[1:])
+    cli_entry(call)(measure, "kills.py", sys.argv[1:])

@@ -4,12 +4,12 @@ python benchmarks/loader.py --data CIFAR10 --out JPEGS --workers 0,1,2
 taskset -c 1 python benchmarks/loader.py --data CIFAR10 --out JPEGS --workers 0,1        on one core of several
 
 JPEGS is made if it is not there: pictures of 500x375 px, quality 90, 4:2:0, each of 4 x 3 images out of CIFAR10, scaled
-up bicubically, under noise with the spectrum of photographs (amplitude 1 / frequency, mostly grey), in class folders.
+up bicubically, under noise with the spectrum of photographs (amplitude 1 / frequency, mostly gray), in class folders.
 
 All three cut out boxes of one law (area uniform in .2-1 of the picture, aspect log-uniform in 3/4-4/3), scale them to
-224 px bicubically with antialiasing, flip one in two, and end as float32 batches, normalised: by torchvision in its
+224 px bicubically with antialiasing, flip one in two, and end as float32 batches, normalized: by torchvision in its
 workers, by timm's prefetcher and by us in the process that trains. One process, interleaved, medians; a round starts a
-pipeline anew, lets a few batches pass, and times the rest of an epoch. Rows of uint8 are without the normalising, which
+pipeline anew, lets a few batches pass, and times the rest of an epoch. Rows of uint8 are without the normalizing, which
 a GPU does. CPU time is that of the process itself, without workers: it means something on a busy machine too.
 """
 
@@ -36,11 +36,11 @@ from torchvision.transforms import v2
 from mimkit.config import PositiveInt, call
 from mimkit.data.decode import decode, decode_pixels
 from mimkit.data.loader import train_loader
-from mimkit.data.order import Plan, cpu_count, seeded, spread
-from mimkit.data.sample import Viewer, read_cell
+from mimkit.data.order import Plan, cpu_count, evenly_spaced, seeded
+from mimkit.data.sample import SampleLoader, read_bytes
 from mimkit.data.sources import open_source
-from mimkit.data.transforms import Normalise, train_transform
-from mimkit.errors import one_sentence
+from mimkit.data.transforms import Normalize, train_transform
+from mimkit.errors import cli_entry
 
 WIDE, HIGH, TILE, SIZE = 500, 375, 125, 224
 SCALE, BICUBIC = (0.2, 1.0), v2.InterpolationMode.BICUBIC
@@ -59,7 +59,7 @@ def natural_noise(rng: np.random.Generator) -> np.ndarray[Any, Any]:
 def make_pictures(data: str, out: Path, count: int) -> None:
     """Write JPEGs into ten class folders."""
     source = open_source(data)
-    tiles = [decode(read_cell(source.rows[i][source.image])) for i in spread(source.length, 4000)]
+    tiles = [decode(read_bytes(source.rows[i][source.image])) for i in evenly_spaced(source.length, 4000)]
     for i in range(count):
         rng = np.random.default_rng(i)
         mosaic = Image.new("RGB", (WIDE, HIGH))
@@ -74,14 +74,14 @@ def make_pictures(data: str, out: Path, count: int) -> None:
         Image.fromarray(pixels).save(folder / f"{i:05}.jpg", quality=90, subsampling="4:2:0")
 
 
-def ours(data: str, batch_size: int, workers: int, turn: int, normalise: bool) -> Iterator[Any]:
+def ours(data: str, batch_size: int, workers: int, turn: int, normalize: bool) -> Iterator[Any]:
     """Batches of one epoch, as a recipe reads them."""
     source = open_source(data)
-    viewer = Viewer(train_transform((SIZE, SIZE), SCALE), 3, 49, 0, (source.image, source.label), pixels=True)
+    viewer = SampleLoader(train_transform((SIZE, SIZE), SCALE), 3, 49, 0, (source.image, source.label), pixels=True)
     epoch = source.length // batch_size
     plan = Plan(source.length, batch_size, (turn + 1) * epoch, start=turn * epoch)
-    scaled = Normalise(*STATISTICS)
-    return ((scaled(b.images) if normalise else b.images) for b in train_loader(source, viewer, plan, workers))
+    scaled = Normalize(*STATISTICS)
+    return ((scaled(b.images) if normalize else b.images) for b in train_loader(source, viewer, plan, workers))
 
 
 def torchvisions(data: str, batch_size: int, workers: int, turn: int) -> Iterable[Any]:
@@ -93,7 +93,7 @@ def torchvisions(data: str, batch_size: int, workers: int, turn: int) -> Iterabl
     return DataLoader(files, batch_size, shuffle=True, drop_last=True, num_workers=workers)
 
 
-def timms(data: str, batch_size: int, workers: int, turn: int, normalise: bool) -> Iterable[Any]:
+def timms(data: str, batch_size: int, workers: int, turn: int, normalize: bool) -> Iterable[Any]:
     """create_loader with its prefetcher, whose inner loader gives uint8."""
     torch.manual_seed(turn)
     files = create_dataset("", root=data, is_training=True)
@@ -109,15 +109,15 @@ def timms(data: str, batch_size: int, workers: int, turn: int, normalise: bool) 
         device=torch.device("cpu"),
         persistent_workers=False,
     )
-    return loader if normalise else loader.loader
+    return loader if normalize else loader.loader
 
 
 PIPELINES: dict[str, Callable[..., Iterable[Any]]] = {
-    "ours": partial(ours, normalise=True),
+    "ours": partial(ours, normalize=True),
     "torchvision": torchvisions,
-    "timm": partial(timms, normalise=True),
-    "ours, uint8": partial(ours, normalise=False),
-    "timm, uint8": partial(timms, normalise=False),
+    "timm": partial(timms, normalize=True),
+    "ours, uint8": partial(ours, normalize=False),
+    "timm, uint8": partial(timms, normalize=False),
 }
 
 
@@ -140,7 +140,7 @@ def stages(files: list[Path]) -> dict[str, float]:
     held = [file.read_bytes() for file in files]
     pictures: list[Any] = [decode(data) for data in held]
     arrays = [decode_pixels(data) for data in held]
-    floats, normalise = torch.rand(8, 3, SIZE, SIZE), Normalise(*STATISTICS)
+    floats, normalize = torch.rand(8, 3, SIZE, SIZE), Normalize(*STATISTICS)
 
     def draw(i: int) -> None:
         with seeded(0, 1, i):
@@ -164,7 +164,7 @@ def stages(files: list[Path]) -> dict[str, float]:
         "the same by `mimkit.data.crop_and_flip` (ours)": lambda i: own(arrays[i]),
         "stacking bytes": lambda i: torch.stack(scaled[i : i + 1]),
         "stacking floats (torchvision)": lambda i: torch.stack([floats[i % 8]]),
-        "normalising from bytes (ours, timm)": lambda i: normalise(scaled[i].contiguous()[None]),
+        "normalizing from bytes (ours, timm)": lambda i: normalize(scaled[i].contiguous()[None]),
     }
     spent: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(5):
@@ -223,7 +223,7 @@ def measure(
         print(f"| {name} | {' | '.join(f'{median(speeds[column]):,.0f}' for column in columns)} |")
     for us, others in (("ours", ("torchvision", "timm")), ("ours, uint8", ("timm, uint8",))):
         cells = []
-        for column in columns:  # by round, each of which had its own neighbours on the machine
+        for column in columns:  # by round, each of which had its own neighbors on the machine
             theirs = [max(speeds) for speeds in zip(*(found[other][column] for other in others), strict=True)]
             ratios = [mine / best for mine, best in zip(found[us][column], theirs, strict=True)]
             cells.append(f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
@@ -235,4 +235,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    one_sentence(call)(measure, "loader.py", sys.argv[1:])
+    cli_entry(call)(measure, "loader.py", sys.argv[1:])

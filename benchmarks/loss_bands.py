@@ -12,7 +12,7 @@ import yaml
 
 from mimkit.config import call
 from mimkit.doctor.loss_bands import BY_CHANCE, FRACTIONS, losses, tolerance
-from mimkit.errors import UserError, one_sentence
+from mimkit.errors import UserError, cli_entry
 from mimkit.files import read_metrics
 
 
@@ -46,4 +46,4 @@ def record(name: str, first: str, second: str) -> None:
 
 
 if __name__ == "__main__":
-    one_sentence(call)(record, "loss_bands.py", sys.argv[1:])
+    cli_entry(call)(record, "loss_bands.py", sys.argv[1:])

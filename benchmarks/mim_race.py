@@ -28,7 +28,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import mimkit  # noqa: F401  registers the networks with timm
 from mimkit.config import call
-from mimkit.errors import UserError, one_sentence
+from mimkit.errors import UserError, cli_entry
 from mimkit.flops import gmacs_of, kept_bytes
 from mimkit.methods.decoder import Decoder
 from mimkit.methods.mae import MAE
@@ -286,12 +286,12 @@ def draw(speeds: dict[str, float], bytes_kept: dict[str, float], title: str, fil
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.38 * len(speeds) + 1.4), sharey=True)
     names = list(speeds)[::-1]
-    colours = ["tab:blue" if name.startswith("MAE") else "tab:orange" for name in names]
+    colors = ["tab:blue" if name.startswith("MAE") else "tab:orange" for name in names]
     for axis, values, label in (
         (axes[0], speeds, "images/s, forward and backward"),
         (axes[1], bytes_kept, "MB kept for the backward pass, an image"),
     ):
-        bars = axis.barh(names, [values[name] for name in names], color=colours)
+        bars = axis.barh(names, [values[name] for name in names], color=colors)
         axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
         axis.set_xlabel(label)
         axis.margins(x=0.12)
@@ -420,4 +420,4 @@ def show_profile(machine: Machine, name: str, batch: int) -> None:
 
 
 if __name__ == "__main__":
-    one_sentence(call)(measure, "mim_race.py", sys.argv[1:])
+    cli_entry(call)(measure, "mim_race.py", sys.argv[1:])

@@ -17,10 +17,10 @@ from torchvision.transforms import v2
 
 from mimkit.config import NonNegativeInt, call
 from mimkit.data.transforms import parse_size
-from mimkit.errors import one_sentence
+from mimkit.errors import cli_entry
 from mimkit.models.factory import ANY_SIZE, input_of
 from mimkit.models.feature_pyramid import Pyramid, takes_windows
-from mimkit.models.pretrained import load
+from mimkit.models.pretrained import load_network
 
 
 @torch.no_grad()
@@ -48,10 +48,10 @@ def measure(
     print(f"{img_size} px padded to {padded_size}\n\n| backbone | window | difference |\n|---|---|---|")
     for name in models.split(","):
         torch.manual_seed(seed)
-        backbone, words = load(name, **ANY_SIZE)
-        normalise = input_of(backbone)[2]
+        backbone, words = load_network(name, **ANY_SIZE)
+        normalize = input_of(backbone)[2]
         pyramid = Pyramid(backbone, window=window if takes_windows(backbone) else 0).eval()
-        x = normalise(pixels)
+        x = normalize(pixels)
         alone = pyramid(x)[2]
         height, width = alone.shape[-2:]
         within = pyramid(F.pad(x, (0, padded[1] - size[1], 0, padded[0] - size[0])))[2][..., :height, :width]
@@ -60,4 +60,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    one_sentence(call)(measure, "padding.py", sys.argv[1:])
+    cli_entry(call)(measure, "padding.py", sys.argv[1:])

@@ -5,7 +5,7 @@ python benchmarks/processes.py --rounds 5
 Each engine is launched as a recipe is, `accelerate launch --config_file recipes/accelerate/ENGINE.yaml`, in turns; one
 process stands for one thread of one core. All make the same global batch of random images at 224 px, with a decoder 512
 wide and 8 deep. "Alone" is forward and backward of a process's share by the bare network, while the other process does
-the same: what a step would take if nothing were exchanged. "Optimiser" is AdamW's own part of a step, and "all-reduce"
+the same: what a step would take if nothing were exchanged. "Optimizer" is AdamW's own part of a step, and "all-reduce"
 that of as many floats as there are gradients.
 """
 
@@ -26,7 +26,7 @@ from mimkit.recipes.mae_hivit import Options
 from torch import nn
 
 from mimkit.config import PositiveInt, call
-from mimkit.errors import UserError, one_sentence
+from mimkit.errors import UserError, cli_entry
 from mimkit.methods.decoder import Decoder
 from mimkit.methods.mae import MAE
 from mimkit.training.optim import adamw
@@ -79,7 +79,7 @@ def train(out: str, model: str, batch_size: int, steps: int) -> None:
             stepper.zero_grad()
 
     found["step"] = timed(step, steps)
-    found["optimiser"] = clock[1] / (steps + 1)
+    found["optimizer"] = clock[1] / (steps + 1)
     if accelerator.is_main_process:
         Path(out).write_text(json.dumps(found))
 
@@ -138,7 +138,7 @@ def measure(
         "images/s",
         "of one process's",
         "alone",
-        "optimiser",
+        "optimizer",
         "all-reduce",
     ]
     print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|")
@@ -147,10 +147,10 @@ def measure(
         middle = {key: median(found[key] for found in all_found) for key in all_found[0]}
         faster = median(one / found["step"] for one, found in zip(first, all_found, strict=True))  # by round
         cells = [str(ENGINES[engine]), f"{middle['step']:.2f}", f"{batch_size / middle['step']:.2f}", f"{faster:.2f} x"]
-        cells += [f"{middle[key]:.2f}" if key in middle else "" for key in ("alone", "optimiser", "all_reduce")]
+        cells += [f"{middle[key]:.2f}" if key in middle else "" for key in ("alone", "optimizer", "all_reduce")]
         print(f"| {engine} | {' | '.join(cells)} |")
     print(f"\n{taken['cpu'][0]['megabytes']:.0f} MB of gradients")
 
 
 if __name__ == "__main__":
-    one_sentence(call)(measure, "processes.py", sys.argv[1:])
+    cli_entry(call)(measure, "processes.py", sys.argv[1:])

@@ -23,7 +23,7 @@ def qkv(tensor: Tensor) -> Tensor:
 
 def remap(m: Remap) -> None:
     """Their modules are nested deeper, and their linear layers are convolutions."""
-    m.drop(rf"{BLOCK}attn\.(?:unfold|fold)\.weights", "a fixed kernel that collects neighbours; ours are slices")
+    m.drop(rf"{BLOCK}attn\.(?:unfold|fold)\.weights", "a fixed kernel that collects neighbors; ours are slices")
     for i in range(4):
         m.rename(rf"patch_embed\.proj\.{3 * i}\.(.*)", rf"stem.convs.{i}.\1")
         m.rename(rf"patch_embed\.proj\.{3 * i + 2}\.(.*)", rf"stem.norms.{i}.\1")

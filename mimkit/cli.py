@@ -20,24 +20,24 @@ import mimkit.recipes
 from mimkit.config import PositiveInt, run_command
 from mimkit.conversion import convert as convert_module
 from mimkit.conversion import family as families_module
-from mimkit.data.loader import eval_loader, guarded, look
+from mimkit.data.loader import eval_loader, limit_bad_images, load_preview
 from mimkit.data.order import cpu_count
-from mimkit.data.sources import open_all, open_labelled, open_source
-from mimkit.data.transforms import Normalise, parse_size
+from mimkit.data.sources import open_all, open_labeled, open_source
+from mimkit.data.transforms import Normalize, parse_size
 from mimkit.doctor.loss_bands import health
-from mimkit.errors import UserError, one_sentence
+from mimkit.errors import UserError, cli_entry
 from mimkit.evaluation import features, probes
 from mimkit.evaluation import knn as knn_module
-from mimkit.evaluation.features import over
+from mimkit.evaluation.features import apply_to_images
 from mimkit.files import replacing_file
 from mimkit.flops import count_gmacs
 from mimkit.io import onnx
 from mimkit.io.hub import check_target, upload
-from mimkit.io.model_card import card, find, lay_out
+from mimkit.io.model_card import find_pushable, lay_out, model_card
 from mimkit.io.weights import on_meta
 from mimkit.methods.checkpoint import load_run
 from mimkit.methods.reconstruction import reconstructions
-from mimkit.models.factory import comes_with_weights, create, input_of
+from mimkit.models.factory import create_network, has_weights, input_of
 from mimkit.tasks.classification import classifier
 from mimkit.tasks.dense_checkpoint import find_dense
 from mimkit.tasks.detection import predict_objects
@@ -73,17 +73,17 @@ def models(img_size: int | str = 224) -> None:
 def _features(
     model: str, data: str, img_size: int | str | None, images: int | None, max_bad: float
 ) -> list[features.Features]:
-    train, test = open_labelled(data)
+    train, test = open_labeled(data)
     options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
-    network = create(model, **options)
-    if not comes_with_weights(model):
+    network = create_network(model, **options)
+    if not has_weights(model):
         print(f"{model} is neither a folder nor a name with a tag: its weights are random")
-    _, own_size, normalise, _ = input_of(network)
+    _, own_size, normalize, _ = input_of(network)
     size = options.get("img_size", own_size)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     workers = cpu_count() if torch.cuda.is_available() else 0
     counts = images, None
-    return features.extract_parts(network, (train, test), size, normalise, counts, workers, max_bad)
+    return features.extract_parts(network, (train, test), size, normalize, counts, workers, max_bad)
 
 
 def knn(
@@ -93,11 +93,11 @@ def knn(
     images: PositiveInt | None = None,
     max_bad: float = 0.01,
 ) -> None:
-    """Accuracy of the nearest neighbours among the training images, weighted as in DINO (temperature .07).
+    """Accuracy of the nearest neighbors among the training images, weighted as in DINO (temperature .07).
 
     Args:
         model: directory of an encoder, such as RUN/encoder, or a name known to timm (random without a tag).
-        data: labelled images: 'sample', a folder with class folders, parquet files, or the name of a set on the hub.
+        data: labeled images: 'sample', a folder with class folders, parquet files, or the name of a set on the hub.
         img_size: input in pixels; the model's own by default.
         images: use so many training images only.
         max_bad: share of images of each part that may be impossible to decode; they are left out.
@@ -118,7 +118,7 @@ def probe(
 
     Args:
         model: directory of an encoder, such as RUN/encoder, or a name known to timm (random without a tag).
-        data: labelled images: 'sample', a folder with class folders, parquet files, or the name of a set on the hub.
+        data: labeled images: 'sample', a folder with class folders, parquet files, or the name of a set on the hub.
         img_size: input in pixels; the model's own by default.
         images: use so many training images only.
         max_bad: share of images of each part that may be impossible to decode; they are left out.
@@ -144,13 +144,13 @@ def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.pn
     if Path(out).suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
         raise UserError(f"--out {out} is no picture: give a name that ends in .png, .pdf, .svg or .jpg.")
     in_chans, *size = config["input_size"]
-    batch = look(open_source(images), (size[0], size[1]), in_chans, count)
+    batch = load_preview(open_source(images), (size[0], size[1]), in_chans, count)
     if not len(batch.images):
         raise UserError(f"--images {images}: none can be decoded, such as {' ('.join(batch.bad[0])}).")
     for name, reason in batch.bad:
         print(f"skipped {name}, which cannot be used ({reason})")
-    normalise = Normalise(config["mean"], config["std"])
-    reconstructions(mae, normalise(batch.images), normalise, Path(out))
+    normalize = Normalize(config["mean"], config["std"])
+    reconstructions(mae, normalize(batch.images), normalize, Path(out))
     print(f"wrote {out}")
 
 
@@ -263,7 +263,7 @@ def predict(
         return
     out = out or "predictions.csv"
     network = classifier(model)
-    in_chans, size, normalise, own_crop = input_of(network)
+    in_chans, size, normalize, own_crop = input_of(network)
     names = network.pretrained_cfg.get("label_names") or list(map(str, range(network.num_classes)))
     if top > len(names):
         raise UserError(f"--top {top} is more than the {len(names)} classes of {model}: ask for fewer.")
@@ -271,9 +271,9 @@ def predict(
     rows = []
     for source in open_all(images):
         loader = eval_loader(source, size, in_chans, batch_size=64, crop_pct=crop_pct or own_crop)
-        for batch in guarded(loader, max_bad * source.length, print):
+        for batch in limit_bad_images(loader, max_bad * source.length, print):
             if len(batch.images):
-                likely, labels = over(network, [batch], normalise, network).x.softmax(1).topk(top)
+                likely, labels = apply_to_images(network, [batch], normalize, network).x.softmax(1).topk(top)
                 for name, shares, chosen in zip(batch.names, likely.tolist(), labels.tolist(), strict=True):
                     rows += [[name, names[label], f"{share:.4f}"] for share, label in zip(shares, chosen, strict=True)]
     with replacing_file(out) as file, open(file, "w", newline="") as opened:
@@ -292,7 +292,7 @@ def export(model: str, out: str = "model.onnx") -> None:
     network = classifier(model)
     known = ("input_size", "mean", "std", "crop_pct", "label_names")
     about = {name: network.pretrained_cfg[name] for name in known if network.pretrained_cfg.get(name) is not None}
-    difference = onnx.export(network, Path(out), about)
+    difference = onnx.export_model(network, Path(out), about)
     print(f"wrote {out}: the same as the model to {difference:.1e} of its largest output")
 
 
@@ -307,9 +307,9 @@ def push(run: str, /, *, to: str, private: bool = False, dry_run: bool = False) 
         dry_run: print the card and leave the hub alone.
     """
     check_target(to)
-    found = find(run)
+    found = find_pushable(run)
     if dry_run:
-        print(card(found, to))
+        print(model_card(found, to))
         return
     with tempfile.TemporaryDirectory() as place:
         lay_out(found, to, Path(place))
@@ -323,7 +323,7 @@ def replay(step: str, /) -> None:
         step: RUN/replay/step-N, which a run leaves: its batch, the weights before it, the names of its images.
     """
     folder = Path(step)
-    recipe, config = replay_module.about(folder)["recipe"], folder.parent.parent / "config.yaml"
+    recipe, config = replay_module.read_about(folder)["recipe"], folder.parent.parent / "config.yaml"
     if recipe not in recipes() or not config.is_file():
         raise UserError(f"{step} is not in the run that left it: pass RUN/replay/step-N, beside RUN/config.yaml.")
     with tempfile.TemporaryDirectory() as place, replaying(folder):
@@ -340,7 +340,7 @@ def doctor(*words: str) -> None:
     """Say whether a recipe is ready to run (doctor RECIPE FLAGS), or a run is healthy (doctor --run DIR).
 
     Of a recipe of pre-training with its own flags, such as `mimkit doctor mae_hivit --data DIR --batch-size 256`, it
-    looks at images, colours, units, steps, speed, memory and disk; of another one it does what --dry-run does there. It
+    looks at images, colors, units, steps, speed, memory and disk; of another one it does what --dry-run does there. It
     trains nothing and writes nothing. Exit code 1: something would spoil the run, or the run is not healthy; 2: the
     recipe refuses the flags.
     """
@@ -363,7 +363,7 @@ def doctor(*words: str) -> None:
     recipe.main([*flags, "--dry-run"])
 
 
-@one_sentence
+@cli_entry
 def main() -> None:
     """The command's entry point."""
     commands: list[Callable[..., None]] = [
@@ -378,7 +378,7 @@ def main() -> None:
         doctor,
         replay,
     ]
-    run_command(commands, "Masked image modelling for hierarchical vision transformers.", version("mimkit"))
+    run_command(commands, "Masked image modeling for hierarchical vision transformers.", version("mimkit"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import yaml
 from safetensors import SafetensorError
 
 REQUEUE = 75  # sysexits.h: a temporary failure, try again
-STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # sent before a kill
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # sent before a kill
 WORKER = "A data worker is stuck or dead ({}): check memory and the disk of --data, then go on with --resume auto."
 PEER = "Another process of this run ended or cannot be reached ({}): see what it said, then go on with --resume auto."
 MEMORY = "Out of memory ({}): choose a smaller --batch-size, more --grad-accum-steps, or --grad-checkpointing true."
@@ -54,7 +54,7 @@ def stop(number: int, *_: Any) -> None:
 
 
 @contextmanager
-def heeding(handlers: dict[Any, Any]) -> Iterator[None]:
+def signal_handlers(handlers: dict[Any, Any]) -> Iterator[None]:
     """Inside, these are what signals call."""
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
@@ -64,14 +64,14 @@ def heeding(handlers: dict[Any, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def one_sentence(main: Callable[P, R]) -> Callable[P, R]:
+def cli_entry(main: Callable[P, R]) -> Callable[P, R]:
     """Decorate an entry point: a wrong file, flag, shape or a full disk ends it with a sentence and exit code 2,
     a signal to stop with `REQUEUE`."""
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            with heeding(dict.fromkeys(STOPS, stop)):
+            with signal_handlers(dict.fromkeys(STOP_SIGNALS, stop)):
                 return main(*args, **kwargs)
         except UserError as error:
             message, code = str(error), 2

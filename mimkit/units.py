@@ -65,7 +65,7 @@ def scatter(base: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return torch.scatter(base, 1, _expand(index, values), values.to(base.dtype))
 
 
-def hide(x: Tensor, masked: Tensor, grid: Grid, token: Tensor) -> Tensor:
+def replace_masked(x: Tensor, masked: Tensor, grid: Grid, token: Tensor) -> Tensor:
     """Map (b h w d), places (b m) of the grid (gh gw), token (d) -> the map with the token all over masked units"""
     gh, gw = grid
     flags = torch.zeros(len(x), gh * gw, dtype=torch.bool, device=x.device).scatter(1, masked, True)

@@ -16,16 +16,16 @@ from mimkit.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, Posit
 from mimkit.data.detection import open_boxes, read_objects, train_objects
 from mimkit.data.loader import train_loader
 from mimkit.data.order import default_workers
-from mimkit.data.sample import Viewer, collate_list
+from mimkit.data.sample import SampleLoader, collate_list
 from mimkit.data.transforms import parse_size
-from mimkit.errors import UserError, one_sentence
+from mimkit.errors import UserError, cli_entry
 from mimkit.models.factory import ANY_SIZE
 from mimkit.models.pretrained import checkpoint_blocks, start_from
 from mimkit.tasks.dense_checkpoint import find_dense, go_on_from
 from mimkit.tasks.detection import Detection, Detector
-from mimkit.training.optim import cosine, drops, groups_with_head, poly, show_groups
+from mimkit.training.optim import cosine, groups_with_head, multistep, poly, show_groups
 from mimkit.training.run import Run
-from mimkit.training.validation import Judge
+from mimkit.training.validation import Evaluator
 
 
 @dataclass
@@ -134,7 +134,7 @@ class Options:
     track: str | None = None
 
 
-@one_sentence
+@cli_entry
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, train, leave the run's directory."""
     options = parse_recipe(Options, __doc__ or "", recipe="detect", argv=argv)
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run("detect", options)
 
     if trained := find_dense(options.model, "detector"):
-        network, about, start, normalise = go_on_from(trained, "detector", Detector, options, truth.names)
+        network, about, start, normalize = go_on_from(trained, "detector", Detector, options, truth.names)
         own = about["detector_args"]
         if own["masks"] != options.masks:
             had = str(own["masks"]).lower()
@@ -156,15 +156,15 @@ def main(argv: list[str] | None = None) -> None:
         options.neck, options.window = own["neck"], own["window"]
         options.fpn_dim, options.roi_samples = own["width"], own["samples"]
     else:
-        backbone, start, normalise = start_from(options, **ANY_SIZE)
+        backbone, start, normalize = start_from(options, **ANY_SIZE)
         heads = options.masks, options.neck, options.window, options.fpn_dim, options.roi_samples
-        mean, std = normalise.values
+        mean, std = normalize.values
         network = Detector(backbone, len(truth.names), *heads, mean=mean, std=std)
     short, long = options.short_side, options.long_side = network.scale_to(options.short_side, options.long_side)
     if options.grad_checkpointing:
         checkpoint_blocks(network.pyramid.backbone)
-    task = Detection(run, test, truth, normalise, options.masks)
-    judge = Judge(run, task)
+    task = Detection(run, test, truth, normalize, options.masks)
+    judge = Evaluator(run, task)
     if options.eval_only:
         if not trained:
             raise UserError(f"--model {options.model} is no run of recipes/detect.py: there is nothing to judge yet.")
@@ -173,15 +173,15 @@ def main(argv: list[str] | None = None) -> None:
 
     inside = "rcnn.backbone.pyramid.backbone"
     groups = groups_with_head(network, inside, options.weight_decay, options.layer_decay, options.pool_scale)
-    transform = train_objects(size, short, long, options.scales, normalise.values[0])
+    transform = train_objects(size, short, long, options.scales, normalize.values[0])
     fields = (data.image, data.label)
-    viewer = Viewer(transform, options.in_chans, 0, options.seed, fields, read_objects(options.masks))
+    viewer = SampleLoader(transform, options.in_chans, 0, options.seed, fields, read_objects(options.masks))
     length = max(data.length, options.batch_size) if options.dry_run else data.length  # a few images rehearse a set
     plan = run.plan(length, options.batch_size, options.epochs)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
     warmup, per_epoch = round(options.warmup_epochs * plan.steps_per_epoch), plan.steps_per_epoch
     if options.schedule == "steps":
-        schedule: Any = drops(optimizer, plan.steps, warmup, [round(e * per_epoch) for e in options.drop_epochs])
+        schedule: Any = multistep(optimizer, plan.steps, warmup, [round(e * per_epoch) for e in options.drop_epochs])
     else:
         schedule = (poly if options.schedule == "poly" else cosine)(optimizer, plan.steps, warmup)
     if options.dry_run:

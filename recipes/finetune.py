@@ -17,18 +17,18 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
 from mimkit.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
-from mimkit.data.loader import look_at, train_loader
+from mimkit.data.loader import check_samples, train_loader
 from mimkit.data.order import default_workers
-from mimkit.data.sample import Viewer
-from mimkit.data.sources import open_labelled
+from mimkit.data.sample import SampleLoader
+from mimkit.data.sources import open_labeled
 from mimkit.data.transforms import finetune_transform, parse_size
-from mimkit.errors import StoppedError, one_sentence
-from mimkit.models.factory import comes_with_weights, input_of
-from mimkit.models.pretrained import checkpoint_blocks, locate, new_head, start_from
+from mimkit.errors import StoppedError, cli_entry
+from mimkit.models.factory import has_weights, input_of
+from mimkit.models.pretrained import checkpoint_blocks, network_folder, new_head, start_from
 from mimkit.tasks.classification import Classification, check_classes, class_names, head_fits, mixing
 from mimkit.training.optim import cosine, layer_groups, show_groups
 from mimkit.training.run import Run
-from mimkit.training.validation import Judge
+from mimkit.training.validation import Evaluator
 
 
 @dataclass
@@ -143,21 +143,21 @@ def train(options: Options) -> tuple[Run, float | None]:
     """One run -> it, and its top-1 accuracy at the end, unless it was a dry one."""
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
-    data, test = open_labelled(options.data)
+    data, test = open_labeled(options.data)
     names = class_names(data, test)
     run = Run("finetune", options)
 
     size = parse_size(options.img_size) if options.img_size else None
-    network, start, normalise = start_from(options, img_size=size, global_pool=options.global_pool)
+    network, start, normalize = start_from(options, img_size=size, global_pool=options.global_pool)
     _, own_size, _, own_crop = input_of(network)
     size = size or own_size
     shape = (options.in_chans, *size)
-    judge = Judge(run, Classification(run, test, shape, normalise, options.crop_pct or own_crop, names))
+    judge = Evaluator(run, Classification(run, test, shape, normalize, options.crop_pct or own_crop, names))
     if options.eval_only:
         check_classes(network, names, options.model, options.data)
         return run, judge.alone(network.to(run.accelerator.device))
 
-    random = options.from_scratch or not (options.init or comes_with_weights(locate(options.model)))
+    random = options.from_scratch or not (options.init or has_weights(network_folder(options.model)))
     if random or not head_fits(network, names):
         start += "; " + new_head(network, len(names), None if random else options.head_std)
     elif not network.pretrained_cfg.get("label_names"):
@@ -167,11 +167,11 @@ def train(options: Options) -> tuple[Run, float | None]:
     if options.grad_checkpointing:
         checkpoint_blocks(network)
     groups = layer_groups(network, options.weight_decay, options.layer_decay, options.pool_scale)
-    transform = finetune_transform(size, options.crop_scale, options.aa, options.reprob, normalise)
-    viewer = Viewer(transform, options.in_chans, 0, options.seed, (data.image, data.label), pixels=True)
+    transform = finetune_transform(size, options.crop_scale, options.aa, options.reprob, normalize)
+    viewer = SampleLoader(transform, options.in_chans, 0, options.seed, (data.image, data.label), pixels=True)
     if options.dry_run:
         for part in (data, test):
-            look_at(part, replace(viewer, fields=(part.image, part.label)))
+            check_samples(part, replace(viewer, fields=(part.image, part.label)))
         run.print(start)
         show_groups(groups, options.lr, run.console)
         return run, None
@@ -180,7 +180,7 @@ def train(options: Options) -> tuple[Run, float | None]:
     run.print(f"{start}; {data.length:,} images, lr {options.lr:.3g}")
 
     loader = train_loader(data, viewer, plan, options.workers)
-    mix = mixing(len(names), plan.share, options.mixup, options.cutmix, options.smoothing)
+    mix = mixing(len(names), plan.micro_batch_size, options.mixup, options.cutmix, options.smoothing)
     criterion = SoftTargetCrossEntropy()
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
@@ -209,7 +209,7 @@ def train(options: Options) -> tuple[Run, float | None]:
     return run, judge.finish(ema.module if ema else network)
 
 
-@one_sentence
+@cli_entry
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, train, leave the run's directory."""
     options = parse_recipe(Options, __doc__ or "", recipe="finetune", argv=argv)

@@ -6,7 +6,7 @@ accelerate launch recipes/linear_probe.py
 accelerate launch recipes/linear_probe.py --config linear_probe_vit_b --data /path/to/imagenet --grad-accum-steps 8
     the published linear probe of MAE's ViT-B; not run
 
-`--probe attentive` pools tokens by a learnt query. `--probe cached` is `mimkit probe`: features are taken
+`--probe attentive` pools tokens by a learned query. `--probe cached` is `mimkit probe`: features are taken
 once, from uncropped images, and the settings of a linear classifier are chosen on a fifth of the training images.
 """
 
@@ -20,18 +20,18 @@ from timm.optim import Lars
 from mimkit.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
 from mimkit.data.loader import train_loader
 from mimkit.data.order import default_workers
-from mimkit.data.sample import Viewer
-from mimkit.data.sources import open_labelled
+from mimkit.data.sample import SampleLoader
+from mimkit.data.sources import open_labeled
 from mimkit.data.transforms import parse_size, train_transform
-from mimkit.errors import UserError, one_sentence
+from mimkit.errors import UserError, cli_entry
 from mimkit.evaluation.features import extract_parts
 from mimkit.evaluation.probes import FrozenProbe, linear_probe
 from mimkit.models.factory import input_of
-from mimkit.models.pretrained import read
+from mimkit.models.pretrained import read_network
 from mimkit.tasks.classification import Classification, class_names
 from mimkit.training.optim import adamw, cosine
 from mimkit.training.run import Run
-from mimkit.training.validation import Judge
+from mimkit.training.validation import Evaluator
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Options:
     track: str | None = None
 
 
-@one_sentence
+@cli_entry
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, train the probe, leave the run's directory."""
     options = parse_recipe(Options, __doc__ or "", recipe="linear_probe", argv=argv)
@@ -100,20 +100,20 @@ def main(argv: list[str] | None = None) -> None:
     options.blr = options.blr or (5e-4 if attentive else 0.1)
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
-    data, test = open_labelled(options.data)
+    data, test = open_labeled(options.data)
     names = class_names(data, test)
     run = Run("linear_probe", options)
     sized: dict[str, Any] = {"img_size": parse_size(options.img_size)} if options.img_size else {}
-    network, start = read(options.model, **sized)
+    network, start = read_network(options.model, **sized)
     network.to(run.accelerator.device)
-    in_chans, own_size, normalise, crop_pct = input_of(network)
+    in_chans, own_size, normalize, crop_pct = input_of(network)
     size = sized.get("img_size", own_size)
-    normalise.to(run.accelerator.device)
+    normalize.to(run.accelerator.device)
     run.print(f"{start}; {options.probe} probe of {len(names)} classes, {data.length:,} images")
 
     if options.probe == "cached":
         limits: dict[str, Any] = {"workers": options.workers, "max_bad": options.max_bad, "log": run.print_once}
-        features = extract_parts(network, (data, test), size, normalise, **limits)
+        features = extract_parts(network, (data, test), size, normalize, **limits)
         found = linear_probe(features[0], features[1])
         run.print(f"{found.accuracy:.2f} % of {len(features[1].y)} test images; decay {found.weight_decay:g}")
         return
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     run.write_config()
     probe = FrozenProbe(network, len(names), attentive)
     transform = train_transform(size, options.crop_scale)
-    viewer = Viewer(transform, in_chans, 0, options.seed, (data.image, data.label), pixels=True)
+    viewer = SampleLoader(transform, in_chans, 0, options.seed, (data.image, data.label), pixels=True)
     loader = train_loader(data, viewer, plan, options.workers)
     optimizer: torch.optim.Optimizer
     if attentive:
@@ -135,13 +135,13 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = Lars(groups, options.lr, momentum=0.9, weight_decay=options.weight_decay)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
     model, stepper = run.prepare(probe, optimizer)
-    judge = Judge(run, Classification(run, test, (in_chans, *size), normalise, crop_pct, names))
+    judge = Evaluator(run, Classification(run, test, (in_chans, *size), normalize, crop_pct, names))
 
     for step, parts in run.steps(loader):
         schedule.step_update(step)
         for batch in parts:
             with run.accumulate(model):
-                loss = F.cross_entropy(model(normalise(batch.images)), batch.labels)
+                loss = F.cross_entropy(model(normalize(batch.images)), batch.labels)
                 run.accelerator.backward(loss)
                 stepper.step()
                 stepper.zero_grad()

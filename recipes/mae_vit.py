@@ -15,19 +15,19 @@ from typing import Any
 from mimkit.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
 from mimkit.data.loader import train_loader
 from mimkit.data.order import default_workers
-from mimkit.data.sample import Viewer
+from mimkit.data.sample import SampleLoader
 from mimkit.data.sources import open_source
-from mimkit.data.transforms import colours, parse_size, train_transform
+from mimkit.data.transforms import default_normalization, parse_size, train_transform
 from mimkit.doctor.preflight import preflight
-from mimkit.doctor.summary import describe, finish
-from mimkit.errors import one_sentence
-from mimkit.methods.checkpoint import initialise
+from mimkit.doctor.summary import describe_method, summarize
+from mimkit.errors import cli_entry
+from mimkit.methods.checkpoint import load_initial_weights
 from mimkit.methods.decoder import Decoder
 from mimkit.methods.mae import MAE
 from mimkit.models import UnitViT
-from mimkit.models.factory import comes_with_weights, create
-from mimkit.training.export import export
-from mimkit.training.online_knn import Watch
+from mimkit.models.factory import create_network, has_weights
+from mimkit.training.export import export_pretrained
+from mimkit.training.online_knn import OnlineKNN
 from mimkit.training.optim import adamw, cosine
 from mimkit.training.run import Run
 
@@ -51,7 +51,7 @@ class Options:
         mean: mean of each channel, in 0-1, or one for all; ImageNet's by default.
         std: deviation of each channel, or one for all.
         mask_ratio: share of the units that is masked.
-        norm_targets: predict units normalised one by one.
+        norm_targets: predict units normalized one by one.
         decode_ratio: share of the masked units that is predicted.
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder.
@@ -122,22 +122,22 @@ class Options:
     track: str | None = None
 
 
-@one_sentence
+@cli_entry
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, train, leave the run's directory."""
     options = parse_recipe(Options, __doc__ or "", recipe="mae_vit", argv=argv)
     size = parse_size(options.img_size)
-    normalise = colours(options.in_chans, options.mean, options.std)
-    options.mean, options.std = normalise.values
+    normalize = default_normalization(options.in_chans, options.mean, options.std)
+    options.mean, options.std = normalize.values
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
     source = open_source(options.data, streaming=options.streaming)
     run = Run("mae_vit", options)
-    normalise.to(run.accelerator.device)
+    normalize.to(run.accelerator.device)
     plan = run.plan(source.length, options.batch_size, options.epochs)
-    watch = Watch(run, source, size, normalise, required=options.knn_every > 0)
+    watch = OnlineKNN(run, source, size, normalize, required=options.knn_every > 0)
 
-    vit = create(
+    vit = create_network(
         options.model,
         num_classes=0,
         fc_norm=False,
@@ -146,21 +146,21 @@ def main(argv: list[str] | None = None) -> None:
         in_chans=options.in_chans,
         **options.model_args,
     )
-    encoder = UnitViT(vit, fixed_positions=not comes_with_weights(options.model))
+    encoder = UnitViT(vit, fixed_positions=not has_weights(options.model))
     vit.set_grad_checkpointing(options.grad_checkpointing)
     width, depth, heads = options.decoder_dim, options.decoder_depth, options.decoder_heads
     decoder = Decoder(encoder.out_dim, encoder.unit_size, options.in_chans, width, depth, heads)
     mae = MAE(encoder, decoder, options.mask_ratio, options.norm_targets, options.decode_ratio)
     if options.init:
-        run.print(initialise(mae, options.init))
+        run.print(load_initial_weights(mae, options.init))
 
     transform = train_transform(size, options.crop_scale)
     units = vit.patch_embed.num_patches
-    viewer = Viewer(transform, options.in_chans, units, options.seed, (source.image, None), pixels=True)
+    viewer = SampleLoader(transform, options.in_chans, units, options.seed, (source.image, None), pixels=True)
     loader = train_loader(source, viewer, plan, options.workers)
     optimizer = adamw(mae, options.lr, options.weight_decay, options.betas)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
-    run.print(describe(mae, source.length, options.lr))
+    run.print(describe_method(mae, source.length, options.lr))
     preflight(run, mae, optimizer, source, viewer)
     if options.dry_run:
         return
@@ -168,12 +168,12 @@ def main(argv: list[str] | None = None) -> None:
     model, stepper = run.prepare(mae, optimizer)
 
     if not plan.start:
-        watch(0, encoder, "at the start" if options.init or comes_with_weights(options.model) else "at random")
+        watch(0, encoder, "at the start" if options.init or has_weights(options.model) else "at random")
     for step, parts in run.steps(loader):
         schedule.step_update(step)
         for batch in parts:
             with run.accumulate(model):
-                loss = model(normalise(batch.images), batch.noise).loss
+                loss = model(normalize(batch.images), batch.noise).loss
                 run.accelerator.backward(loss)
                 stepper.step()
                 stepper.zero_grad()
@@ -182,9 +182,9 @@ def main(argv: list[str] | None = None) -> None:
         if run.due(step, options.knn_every):
             watch(step + 1, encoder, f"after {step + 1} steps")
         if run.due(step, options.save_every):
-            export(run, mae, size, normalise)  # first, so that a run with its last checkpoint has this too
+            export_pretrained(run, mae, size, normalize)  # first, so that a run with its last checkpoint has this too
             run.save(step)
-    finish(run, mae, source, size, normalise)
+    summarize(run, mae, source, size, normalize)
     run.accelerator.end_training()
 
 

@@ -15,17 +15,17 @@ from timm.utils import ModelEmaV3
 from mimkit.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
 from mimkit.data.loader import train_loader
 from mimkit.data.order import default_workers
-from mimkit.data.sample import Viewer
+from mimkit.data.sample import SampleLoader
 from mimkit.data.segmentation import open_masked, train_pairs
 from mimkit.data.transforms import parse_size
-from mimkit.errors import UserError, one_sentence
+from mimkit.errors import UserError, cli_entry
 from mimkit.models.factory import ANY_SIZE
 from mimkit.models.pretrained import checkpoint_blocks, start_from
 from mimkit.tasks.dense_checkpoint import find_dense, go_on_from
 from mimkit.tasks.segmentation import Segmentation, Segmenter, loss_of
 from mimkit.training.optim import cosine, groups_with_head, poly, show_groups
 from mimkit.training.run import Run
-from mimkit.training.validation import Judge
+from mimkit.training.validation import Evaluator
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Options:
     track: str | None = None
 
 
-@one_sentence
+@cli_entry
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, train, leave the run's directory."""
     options = parse_recipe(Options, __doc__ or "", recipe="segment", argv=argv)
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
 
     before: dict[str, Any] = {}  # how the run was judged that is judged again
     if trained := find_dense(options.model, "segmenter"):
-        network, about, start, normalise = go_on_from(trained, "segmenter", Segmenter, options, classes.names)
+        network, about, start, normalize = go_on_from(trained, "segmenter", Segmenter, options, classes.names)
         own = about["segmenter_args"]
         if options.eval_only:
             short, before = options.short_side or about["short"], about
@@ -162,19 +162,19 @@ def main(argv: list[str] | None = None) -> None:
         options.decoder, options.decoder_dim = own["decoder"], own["width"]
     else:
         built = None if options.window else size  # for windows tables are cut from the checkpoint's own
-        backbone, start, normalise = start_from(options, img_size=built, **ANY_SIZE)
+        backbone, start, normalize = start_from(options, img_size=built, **ANY_SIZE)
         shape = options.decoder, options.decoder_dim, options.neck
         network = Segmenter(backbone, len(classes.names), *shape, window=options.window)
     if options.grad_checkpointing:
         checkpoint_blocks(network.pyramid.backbone)
-    normalise.to(run.accelerator.device)
+    normalize.to(run.accelerator.device)
     if options.slide is None:
         options.slide = bool(before.get("crop"))
     if options.flip_test is None:
         options.flip_test = before.get("flip", False)
     crop = (before.get("crop") or size) if options.slide else None
-    task = Segmentation(run, test, classes, normalise, short, crop, options.flip_test)
-    judge = Judge(run, task)
+    task = Segmentation(run, test, classes, normalize, short, crop, options.flip_test)
+    judge = Evaluator(run, task)
     if options.eval_only:
         if not trained:
             raise UserError(f"--model {options.model} is no run of recipes/segment.py: there is nothing to judge yet.")
@@ -184,11 +184,11 @@ def main(argv: list[str] | None = None) -> None:
     groups = groups_with_head(
         network, "pyramid.backbone", options.weight_decay, options.layer_decay, options.pool_scale
     )
-    transform = train_pairs(size, short, options.scales, normalise.values[0])
-    viewer = Viewer(transform, options.in_chans, 0, options.seed, (data.image, data.mask), classes)
+    transform = train_pairs(size, short, options.scales, normalize.values[0])
+    viewer = SampleLoader(transform, options.in_chans, 0, options.seed, (data.image, data.mask), classes)
     length = max(data.length, options.batch_size) if options.dry_run else data.length  # a few images rehearse a set
     plan = run.plan(length, options.batch_size, options.epochs)
-    if options.decoder == "upernet" and plan.share < 2:  # it normalises one number for an image over a batch
+    if options.decoder == "upernet" and plan.micro_batch_size < 2:  # it normalizes one number for an image over a batch
         raise UserError(
             "UPerNet needs 2 images or more in each part of a step on each process: choose a larger --batch-size, "
             "fewer --grad-accum-steps, or --decoder fpn."
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         schedule.step_update(step)
         for batch in parts:
             with run.accumulate(model):
-                loss = loss_of(model(normalise(batch.images)), batch.labels)
+                loss = loss_of(model(normalize(batch.images)), batch.labels)
                 run.accelerator.backward(loss)
                 if options.clip_grad and run.accelerator.sync_gradients:
                     run.accelerator.clip_grad_norm_(model.parameters(), options.clip_grad)

@@ -16,18 +16,18 @@ from typing import Any
 from mimkit.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
 from mimkit.data.loader import train_loader
 from mimkit.data.order import default_workers
-from mimkit.data.sample import Viewer
+from mimkit.data.sample import SampleLoader
 from mimkit.data.sources import open_source
-from mimkit.data.transforms import colours, parse_size, train_transform
+from mimkit.data.transforms import default_normalization, parse_size, train_transform
 from mimkit.doctor.preflight import preflight
-from mimkit.doctor.summary import describe, finish
-from mimkit.errors import UserError, one_sentence
-from mimkit.methods.checkpoint import initialise
+from mimkit.doctor.summary import describe_method, summarize
+from mimkit.errors import UserError, cli_entry
+from mimkit.methods.checkpoint import load_initial_weights
 from mimkit.methods.simmim import PixelHead, SimMIM
 from mimkit.models import SViT
-from mimkit.models.factory import comes_with_weights, create
-from mimkit.training.export import export
-from mimkit.training.online_knn import Watch
+from mimkit.models.factory import create_network, has_weights
+from mimkit.training.export import export_pretrained
+from mimkit.training.online_knn import OnlineKNN
 from mimkit.training.optim import adamw, cosine
 from mimkit.training.run import Run
 from mimkit.units import unit_grid
@@ -115,22 +115,22 @@ class Options:
     track: str | None = None
 
 
-@one_sentence
+@cli_entry
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, train, leave the run's directory."""
     options = parse_recipe(Options, __doc__ or "", recipe="simmim_svit", argv=argv)
     size = parse_size(options.img_size)
-    normalise = colours(options.in_chans, options.mean, options.std)
-    options.mean, options.std = normalise.values
+    normalize = default_normalization(options.in_chans, options.mean, options.std)
+    options.mean, options.std = normalize.values
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
     source = open_source(options.data, streaming=options.streaming)
     run = Run("simmim_svit", options)
-    normalise.to(run.accelerator.device)
+    normalize.to(run.accelerator.device)
     plan = run.plan(source.length, options.batch_size, options.epochs)
-    watch = Watch(run, source, size, normalise, required=options.knn_every > 0)
+    watch = OnlineKNN(run, source, size, normalize, required=options.knn_every > 0)
 
-    encoder = create(
+    encoder = create_network(
         options.model,
         num_classes=0,
         img_size=size,
@@ -146,14 +146,14 @@ def main(argv: list[str] | None = None) -> None:
     head = PixelHead(encoder.out_dim, encoder.unit_size, encoder.token_dim, options.in_chans)
     simmim = SimMIM(encoder, head, options.mask_ratio)
     if options.init:
-        run.print(initialise(simmim, options.init))
+        run.print(load_initial_weights(simmim, options.init))
 
     transform = train_transform(size, options.crop_scale)
-    viewer = Viewer(transform, options.in_chans, units, options.seed, (source.image, None), pixels=True)
+    viewer = SampleLoader(transform, options.in_chans, units, options.seed, (source.image, None), pixels=True)
     loader = train_loader(source, viewer, plan, options.workers)
     optimizer = adamw(simmim, options.lr, options.weight_decay, options.betas)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
-    run.print(describe(simmim, source.length, options.lr))
+    run.print(describe_method(simmim, source.length, options.lr))
     preflight(run, simmim, optimizer, source, viewer)
     if options.dry_run:
         return
@@ -161,12 +161,12 @@ def main(argv: list[str] | None = None) -> None:
     model, stepper = run.prepare(simmim, optimizer)
 
     if not plan.start:
-        watch(0, encoder, "at the start" if options.init or comes_with_weights(options.model) else "at random")
+        watch(0, encoder, "at the start" if options.init or has_weights(options.model) else "at random")
     for step, parts in run.steps(loader):
         schedule.step_update(step)
         for batch in parts:
             with run.accumulate(model):
-                loss = model(normalise(batch.images), batch.noise).loss
+                loss = model(normalize(batch.images), batch.noise).loss
                 run.accelerator.backward(loss)
                 if options.clip_grad and run.accelerator.sync_gradients:
                     run.accelerator.clip_grad_norm_(model.parameters(), options.clip_grad)
@@ -177,9 +177,11 @@ def main(argv: list[str] | None = None) -> None:
         if run.due(step, options.knn_every):
             watch(step + 1, encoder, f"after {step + 1} steps")
         if run.due(step, options.save_every):
-            export(run, simmim, size, normalise)  # first, so that a run with its last checkpoint has this too
+            export_pretrained(
+                run, simmim, size, normalize
+            )  # first, so that a run with its last checkpoint has this too
             run.save(step)
-    finish(run, simmim, source, size, normalise)
+    summarize(run, simmim, source, size, normalize)
     run.accelerator.end_training()
 
 

@@ -26,7 +26,7 @@ import mimkit.models  # noqa: F401  registers the networks with timm
 from mimkit import cli
 from mimkit.data.loader import train_loader
 from mimkit.data.order import Plan
-from mimkit.data.sample import Viewer
+from mimkit.data.sample import SampleLoader
 from mimkit.data.transforms import train_transform
 from mimkit.doctor import preflight
 from mimkit.training import precision
@@ -45,10 +45,29 @@ BACKBONES = {
 }
 
 
+LIMIT, TWO_PROCESSES = 5.0, 30.0  # seconds of CPU that one test of the default tier may take
+
+
 def pytest_collection_modifyitems(items):
-    """Files with the most slow tests first: the last one would keep a single worker busy."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (-slow[item.path], item.path))
+    """Start the files with the most tests of the upper tiers first: the last one would keep a single worker busy."""
+    upper = Counter(item.path for item in items if in_upper_tier(item))
+    items.sort(key=lambda item: (-upper[item.path], item.path))
+
+
+def in_upper_tier(item):
+    return any(item.get_closest_marker(name) for name in ("e2e", "distributed", "slow", "gpu"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fail a test of the default tier that takes more CPU time than `pytest` without arguments can afford."""
+    before = sum(os.times()[:4])
+    result = yield
+    spent = sum(os.times()[:4]) - before
+    limit = TWO_PROCESSES if item.get_closest_marker("two_processes") else LIMIT
+    if spent > limit and not in_upper_tier(item):
+        pytest.fail(f"took {spent:.1f} s of CPU, more than {limit:g} s: make it smaller, or mark it slow or e2e.")
+    return result
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +168,7 @@ def parquet(tmp_path):
 
 
 def viewer(source, seed=0, size=(16, 16), in_chans=3):
-    return Viewer(train_transform(size), in_chans, 16, seed, (source.image, source.label), pixels=True)
+    return SampleLoader(train_transform(size), in_chans, 16, seed, (source.image, source.label), pixels=True)
 
 
 def batches(source, workers=0, **plan):

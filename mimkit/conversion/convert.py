@@ -14,11 +14,11 @@ from timm.layers import to_2tuple
 
 from mimkit.conversion.family import OWN, families, own_family, own_names
 from mimkit.conversion.report import Report, Row, measure, sha256
-from mimkit.conversion.source import DATA, Plain, find, from_pyramid, published, read_family, read_plain
+from mimkit.conversion.source import DATA, Plain, find_source, from_pyramid, published, read_family, read_plain
 from mimkit.conversion.verify import run_checks
 from mimkit.errors import UserError
 from mimkit.files import read_json, replacing
-from mimkit.io.hub import place_of
+from mimkit.io.hub import local_path
 from mimkit.io.weights import State, assemble, disown, load_strictly, on_meta, save_model
 from mimkit.models.hpvit import NAMED, PATCH, Pool, plain_vit
 from mimkit.models.layers.patch_embed import KERNEL, resize_kernel
@@ -101,7 +101,7 @@ def convert(
         dry_run: do all of it but leave no files.
         options: HPViT's.
     """
-    origin = find(source)
+    origin = find_source(source)
     targets = ["timm", "hpvit", *NAMED, *own_names()]
     if to not in targets:
         raise UserError(f"--to {to} is unknown: choose among {', '.join(targets)}.")
@@ -114,7 +114,7 @@ def convert(
         raise UserError(f"--source-args: {', '.join(sorted(reserved))} follow from --from: name another network there.")
     layout = layout or origin.layout or "timm"
     if checkpoint or origin.folder:
-        file = place_of(checkpoint or str(origin.folder))
+        file = local_path(checkpoint or str(origin.folder))
     else:
         file, layout = published(origin.name), "timm"
     if layout not in families():

@@ -19,7 +19,7 @@ from mimkit.conversion.family import Remap, families, own_family, own_names, pla
 from mimkit.conversion.report import Row, sha256
 from mimkit.errors import UserError
 from mimkit.files import read_json
-from mimkit.io.hub import place_of
+from mimkit.io.hub import local_path
 from mimkit.io.weights import State, assemble, misfits, on_meta, open_weights, read_weights
 from mimkit.models.hpvit import PATCH, plain_vit
 from mimkit.models.layers.patch_embed import KERNEL, resize_kernel, restore_kernel
@@ -36,9 +36,9 @@ class Origin(NamedTuple):
     config: dict[str, Any]  # its config.json
 
 
-def find(source: str) -> Origin:
+def find_source(source: str) -> Origin:
     """An alias, a name of timm, or a folder in timm's hub layout."""
-    folder = place_of(source)
+    folder = local_path(source)
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
         name = config.get("architecture")
@@ -103,7 +103,7 @@ class Plain:
         return assemble(net, self.state | {KERNEL: resized}).eval()
 
 
-def fit(name: str, found: State, given: dict[str, Any], origin: Path) -> dict[str, Any]:
+def fit_source_args(name: str, found: State, given: dict[str, Any], origin: Path) -> dict[str, Any]:
     """Arguments with which timm's network of this name has the shape of the state found."""
     net = on_meta(plain_vit, name, **given)
     own = net.state_dict()
@@ -197,7 +197,7 @@ def read_plain(
         return set(on_meta(plain_vit, name, **given).state_dict())
 
     remap, raw, taken = read_family(file, layout, which, wanted)
-    arguments = fit(name, remap.found, given, file)
+    arguments = fit_source_args(name, remap.found, given, file)
     own = on_meta(plain_vit, name, **arguments).state_dict()
     missing, unexpected, misshapen = misfits(own, remap.found)
     problems = [f"{key} is missing" for key in missing] + [f"{key} is not of {name}" for key in unexpected]

@@ -16,11 +16,11 @@ from einops import rearrange
 from timm.models import load_pretrained
 from torch import Tensor
 
-from mimkit.data.loader import look
+from mimkit.data.loader import load_preview
 from mimkit.data.sources import open_source
-from mimkit.data.transforms import Normalise
+from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
-from mimkit.io.weights import State, assemble, materialise, on_meta, read_weights
+from mimkit.io.weights import State, assemble, materialize, on_meta, read_weights
 from mimkit.models.hpvit import PATCH, SIDE, HPViT, set_eps, unfold
 from mimkit.models.layers.patch_embed import KERNEL, resize_kernel, resize_matrix
 
@@ -56,13 +56,11 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return gap if math.isfinite(gap) else math.inf
 
 
-def shipped(size: tuple[int, ...], colours: dict[str, Any], count: int = IMAGES) -> Tensor:
+def shipped(size: tuple[int, ...], colors: dict[str, Any], count: int = IMAGES) -> Tensor:
     """Images that come with mimkit as a network takes them (b c H W), by its size (c H W), mean and std."""
     in_chans, height, width = size
-    mean, std = (
-        list(colours[name]) if len(colours[name]) == in_chans else [0.5] * in_chans for name in ("mean", "std")
-    )
-    return Normalise(mean, std)(look(open_source("sample"), (height, width), in_chans, count).images)
+    mean, std = (list(colors[name]) if len(colors[name]) == in_chans else [0.5] * in_chans for name in ("mean", "std"))
+    return Normalize(mean, std)(load_preview(open_source("sample"), (height, width), in_chans, count).images)
 
 
 def written(folder: Path) -> Any:
@@ -260,7 +258,7 @@ def read_by_timm(plain: "Plain", file: Path, size: tuple[int, ...], x: Tensor) -
         net.load_state_dict = partial(net.load_state_dict, assign=True)
         cfg = {**net.pretrained_cfg, "state_dict": state, "num_classes": net.num_classes, "input_size": size}
         load_pretrained(net, cfg, net.num_classes, size[0], partial(own_filter, **more))
-        return materialise(net).eval().float()
+        return materialize(net).eval().float()
 
     try:
         net = load(dict(plain.raw))

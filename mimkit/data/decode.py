@@ -21,10 +21,10 @@ EXTENSIONS = {e for e, kind in Image.registered_extensions().items() if kind in 
 
 
 def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
-    """Bytes of an image file -> a PIL image (grey for 1 channel, RGB for 3) or an array (c H W).
+    """Bytes of an image file -> a PIL image (gray for 1 channel, RGB for 3) or an array (c H W).
 
-    What a file is follows from its bytes. EXIF rotation is applied, transparency is laid over white, 16-bit grey is
-    scaled to 8, and so is 32-bit grey that needs more than 16; of an animation it is the first picture. `.npy` files,
+    What a file is follows from its bytes. EXIF rotation is applied, transparency is laid over white, 16-bit gray is
+    scaled to 8, and so is 32-bit gray that needs more than 16; of an animation it is the first picture. `.npy` files,
     and TIFF files for other than 1 or 3 channels, stay arrays: uint8 as it is, everything else float32, where uint16 is
     scaled to 0-1 and floats are expected there already.
 
@@ -39,7 +39,7 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
     try:
         image: Image.Image = open_image(data)
     except UnidentifiedImageError:
-        if data.startswith(TIFF):  # of a kind that PIL does not know, such as floating-point colours
+        if data.startswith(TIFF):  # of a kind that PIL does not know, such as floating-point colors
             return read_tiff(data, in_chans)
         raise ValueError("not an image of a known kind" if data else "an empty file") from None
     tags = getattr(image, "tag_v2", {})
@@ -49,12 +49,12 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
     ImageOps.exif_transpose(image, in_place=True)
     if in_chans not in (1, 3):
         return to_tensor(np.asarray(image), in_chans)
-    if image.mode.startswith(("I", "F")):  # 16-bit and floating-point grey, which PIL would clip to 8 bits
-        grey = np.asarray(image)
-        if image.mode == "I" and grey.max() > 65535:  # 32 bits, which PIL takes for signed ones
-            grey = grey.view(np.uint32) >> 16
+    if image.mode.startswith(("I", "F")):  # 16-bit and floating-point gray, which PIL would clip to 8 bits
+        gray = np.asarray(image)
+        if image.mode == "I" and gray.max() > 65535:  # 32 bits, which PIL takes for signed ones
+            gray = gray.view(np.uint32) >> 16
         scale = 255 if image.mode == "F" else 1 / 257
-        image = Image.fromarray(np.clip(grey * scale, 0, 255).astype(np.uint8))
+        image = Image.fromarray(np.clip(gray * scale, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

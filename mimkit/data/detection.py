@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.data.sources import TRAIN, VAL, Source
-from mimkit.data.transforms import Size, Transform, whole_size
+from mimkit.data.transforms import Size, Transform, checked_size
 from mimkit.errors import UserError
 
 MARGIN = 1.0  # px that a box may stick out of its image: annotators round
@@ -26,7 +26,7 @@ Objects = dict[str, Tensor]  # of an image: boxes (n 4) as x y x y, labels (n) f
 
 
 @dataclass(frozen=True)
-class Truth:
+class CocoGroundTruth:
     """A part of a set, as the judge needs it.
 
     Args:
@@ -48,7 +48,7 @@ class Truth:
         return [category["id"] for category in self.coco["categories"]]
 
 
-def open_boxes(data: str, masks: bool) -> tuple[Source, Truth, Source, Truth]:
+def open_boxes(data: str, masks: bool) -> tuple[Source, CocoGroundTruth, Source, CocoGroundTruth]:
     """The training and the test part of a set of objects, and what is true of each; every fifth image is judged where
     there is one part only.
 
@@ -173,7 +173,7 @@ def _subset(coco: dict[str, Any], places: list[Path], chosen: list[bool]) -> tup
     ]
 
 
-def _source(name: str, coco: dict[str, Any], places: list[Path]) -> tuple[Source, Truth]:
+def _source(name: str, coco: dict[str, Any], places: list[Path]) -> tuple[Source, CocoGroundTruth]:
     """Rows of an image's file and its objects as JSON: text in a table is shared by workers, lists are copied."""
     numbers = {category["id"]: 1 + i for i, category in enumerate(coco["categories"])}
     objects: dict[Any, list[Any]] = defaultdict(list)
@@ -187,7 +187,9 @@ def _source(name: str, coco: dict[str, Any], places: list[Path]) -> tuple[Source
     }
     features = datasets.Features({"image": datasets.Image(decode=False), "objects": datasets.Value("large_string")})
     table = datasets.Dataset.from_dict(rows, features=features)
-    return Source(name, table, "image", "objects", len(table)), Truth(coco, [image["id"] for image in coco["images"]])
+    return Source(name, table, "image", "objects", len(table)), CocoGroundTruth(
+        coco, [image["id"] for image in coco["images"]]
+    )
 
 
 def read_objects(masks: bool) -> Callable[[str], dict[str, Any]]:
@@ -244,7 +246,7 @@ def fitting(image: Any, objects: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     Raises:
         ValueError: the image is a strip, or the file of annotations has another size for it.
     """
-    height, width = whole_size(image)
+    height, width = checked_size(image)
     if (height, width) != objects["boxes"].canvas_size:
         declared = "x".join(map(str, objects["boxes"].canvas_size))
         raise ValueError(f"it is {height}x{width}, and {declared} in the file of annotations")
@@ -261,7 +263,7 @@ def train_objects(
             (large-scale jitter: Ghiasi et al., "Simple copy-paste", CVPR 2021); None for whole images.
         short, long: of a whole image: its short side at scale 1, and what its long side is never above.
         scales: a factor is drawn between these.
-        mean: colour of what lies beyond an image (0 in arrays).
+        mean: color of what lies beyond an image (0 in arrays).
     """
     fill = [round(255 * value) for value in mean]
     flip = v2.RandomHorizontalFlip()
@@ -281,8 +283,8 @@ def train_objects(
             objects["masks"] = tv_tensors.Mask(exact)
         if size:
             beyond = [0, 0, max(0, size[1] - scaled[1]), max(0, size[0] - scaled[0])]
-            colour: Any = {Image.Image: fill, tv_tensors.Mask: 0, "others": 0}
-            image, objects = v2.RandomCrop(size)(*v2.Pad(beyond, fill=colour)(image, objects))
+            color: Any = {Image.Image: fill, tv_tensors.Mask: 0, "others": 0}
+            image, objects = v2.RandomCrop(size)(*v2.Pad(beyond, fill=color)(image, objects))
         image, objects = flip(image, objects)
         return image, left_of(objects, cut=size is not None)
 

@@ -17,36 +17,36 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from mimkit.data.order import Order, Plan, spread
-from mimkit.data.sample import Batch, View, Viewer, collate, first_good
+from mimkit.data.order import Order, Plan, evenly_spaced
+from mimkit.data.sample import Batch, Sample, SampleLoader, collate, first_good
 from mimkit.data.sources import Source
 from mimkit.data.streaming import Stream
 from mimkit.data.transforms import Size, eval_transform
-from mimkit.errors import STOPS, WORKER, UserError
+from mimkit.errors import STOP_SIGNALS, WORKER, UserError
 
 WAIT = 100  # seconds after which a worker that gives nothing is stuck
 
 
-class Rows(Dataset[View]):
+class Rows(Dataset[Sample]):
     """(epoch, index) -> view, of a source with rows by index; with `filled` the next good one in the place of a bad."""
 
-    def __init__(self, source: Source, viewer: Viewer, filled: bool = False):
+    def __init__(self, source: Source, viewer: SampleLoader, filled: bool = False):
         self.source, self.viewer, self.filled = source, viewer, filled
 
-    def __getitem__(self, place: tuple[int, int]) -> View:
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
         epoch, index = place
         places = ((index + i) % self.source.length for i in range(self.source.length if self.filled else 1))
         return first_good(self.viewer(self.source.rows[i], epoch, i) for i in places)
 
 
-def heed_parent_only(_: int) -> None:
+def ignore_scheduler_signals(_: int) -> None:
     """In a data worker: schedulers signal every process of a job, but the one that trains still needs the others."""
     if hasattr(signal, "sigwaitinfo"):
         Thread(target=_wait_for_parent, daemon=True).start()
 
 
 def _wait_for_parent() -> None:
-    while signal.sigwaitinfo(STOPS).si_pid != os.getppid():
+    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
         pass
     os._exit(0)
 
@@ -55,7 +55,7 @@ class Loader(DataLoader[Any]):
     """torch's, whose workers heed their parent only, and are killed when stuck; `None` is a sign of life."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **(kwargs | {"worker_init_fn": heed_parent_only}))
+        super().__init__(*args, **(kwargs | {"worker_init_fn": ignore_scheduler_signals}))
 
     def __iter__(self) -> Any:
         with _blocked():
@@ -92,11 +92,11 @@ def _kill(batches: Any) -> None:
 
 @contextmanager
 def _blocked() -> Iterator[None]:
-    """Processes that begin inside do not get `STOPS`, nor do the threads that libraries start in them at once."""
+    """Block `STOP_SIGNALS` in the processes that start inside, and in the threads that libraries start in them."""
     if not hasattr(signal, "sigwaitinfo"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -104,7 +104,7 @@ def _blocked() -> Iterator[None]:
 
 
 def train_loader(
-    source: Source, viewer: Viewer, plan: Plan, workers: int, collate: Callable[[list[View]], Batch] = collate
+    source: Source, viewer: SampleLoader, plan: Plan, workers: int, collate: Callable[[list[Sample]], Batch] = collate
 ) -> DataLoader[Any]:
     """All batches of a run, from its first step to its last, on one set of workers."""
     common: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
@@ -119,21 +119,21 @@ def restart(loader: DataLoader[Any], step: int) -> None:
     holder.plan = replace(holder.plan, start=step)
 
 
-def one_by_one(
-    source: Source, viewer: Viewer, places: Iterable[int], workers: int = 0, collate: Any = collate
+def single_image_loader(
+    source: Source, viewer: SampleLoader, places: Iterable[int], workers: int = 0, collate: Any = collate
 ) -> DataLoader[Any]:
     """Batches of one image, as large as it is; none in a batch whose image is bad."""
     sampler: Any = [(0, i) for i in places]
     return Loader(Rows(source, viewer), 1, sampler=sampler, collate_fn=collate, num_workers=workers)
 
 
-def look_at(source: Source, viewer: Viewer) -> list[Any]:
+def check_samples(source: Source, viewer: SampleLoader) -> list[Any]:
     """Views of 50 images of a set, or of all that it has.
 
     Raises:
         UserError: one of them cannot be used.
     """
-    views = [viewer(source.rows[i], 0, i) for i in spread(source.length, 50)]
+    views = [viewer(source.rows[i], 0, i) for i in evenly_spaced(source.length, 50)]
     for view in views:
         if view.bad:
             raise UserError(f"{view.name} cannot be used ({view.bad[1]}): mend or remove it.")
@@ -151,20 +151,24 @@ def eval_loader(
     share: tuple[int, int] = (0, 1),
 ) -> DataLoader[Any]:
     """Images in order, with labels: evenly spread ones where fewer are wanted, of them the share of (rank, world)."""
-    viewer = Viewer(eval_transform(size, crop_pct), in_chans, 0, 0, (source.image, source.label), part=source.part)
+    viewer = SampleLoader(
+        eval_transform(size, crop_pct), in_chans, 0, 0, (source.image, source.label), part=source.part
+    )
     rank, world = share
-    places: Any = [(0, i) for i in spread(source.length, images or source.length)[rank::world]]
+    places: Any = [(0, i) for i in evenly_spaced(source.length, images or source.length)[rank::world]]
     return Loader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate, num_workers=workers)
 
 
-def look(source: Source, size: Size, in_chans: int, count: int) -> Batch:
+def load_preview(source: Source, size: Size, in_chans: int, count: int) -> Batch:
     """A few images, uncropped: evenly spread ones, or the first of a stream."""
-    viewer = Viewer(eval_transform(size), in_chans, 0, 0, (source.image, source.label))
-    rows = source.rows.take(count) if source.streaming else (source.rows[i] for i in spread(source.length, count))
+    viewer = SampleLoader(eval_transform(size), in_chans, 0, 0, (source.image, source.label))
+    rows = (
+        source.rows.take(count) if source.streaming else (source.rows[i] for i in evenly_spaced(source.length, count))
+    )
     return collate([viewer(row, 0, i) for i, row in enumerate(rows)])
 
 
-def guarded(
+def limit_bad_images(
     batches: Iterable[Batch], limit: float, log: Callable[[str], None], bad: dict[str, str] | None = None
 ) -> Iterator[Batch]:
     """Pass batches on, name each bad image once, and stop when there are more than `limit` of them.

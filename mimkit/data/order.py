@@ -56,15 +56,15 @@ class Plan:
     seed: int = 0
     start: int = 0
     rank: int = 0
-    world: int = 1
-    parts: int = 1
+    world_size: int = 1
+    grad_accum_steps: int = 1
     repeats: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size % (self.world * self.parts):
+        if self.batch_size % (self.world_size * self.grad_accum_steps):
             raise UserError(
-                f"--batch-size {self.batch_size} cannot be shared by {self.world} processes x {self.parts} "
-                f"accumulation steps: choose a multiple of {self.world * self.parts}."
+                f"--batch-size {self.batch_size} cannot be shared by {self.world_size} processes x "
+                f"{self.grad_accum_steps} accumulation steps: choose a multiple of {self.world_size * self.grad_accum_steps}."
             )
         if self.length < self.batch_size:
             raise UserError(
@@ -77,9 +77,9 @@ class Plan:
         return self.length // self.batch_size
 
     @property
-    def share(self) -> int:
+    def micro_batch_size(self) -> int:
         """Images of one forward pass of one process."""
-        return self.batch_size // (self.world * self.parts)
+        return self.batch_size // (self.world_size * self.grad_accum_steps)
 
 
 class Order(Sampler[list[tuple[int, int]]]):
@@ -89,7 +89,7 @@ class Order(Sampler[list[tuple[int, int]]]):
         self.plan = plan
 
     def __len__(self) -> int:
-        return (self.plan.steps - self.plan.start) * self.plan.parts
+        return (self.plan.steps - self.plan.start) * self.plan.grad_accum_steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         plan, drawn = self.plan, -1
@@ -98,7 +98,7 @@ class Order(Sampler[list[tuple[int, int]]]):
             if epoch != drawn:
                 order, drawn = np.random.default_rng([plan.seed, epoch]).permutation(plan.length), epoch
             places = np.arange(k * plan.batch_size, (k + 1) * plan.batch_size)
-            for part in places.reshape(plan.parts, plan.world, plan.share)[:, plan.rank]:
+            for part in places.reshape(plan.grad_accum_steps, plan.world_size, plan.micro_batch_size)[:, plan.rank]:
                 # what is drawn for an image follows from the first number
                 yield [(epoch * plan.repeats + int(i % plan.repeats), int(order[i // plan.repeats])) for i in part]
 
@@ -113,6 +113,6 @@ def default_workers() -> int:
     return min(16, max(0, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
-def spread(length: int, count: int) -> list[int]:
+def evenly_spaced(length: int, count: int) -> list[int]:
     """Places of so many rows, evenly spread."""
     return [int(i) for i in np.linspace(0, length - 1, min(count, length))]

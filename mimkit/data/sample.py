@@ -21,18 +21,18 @@ Index = int | tuple[int, int]  # of an image: its row, or (shard, row) in a stre
 TRIES = 100  # images that may stand in for one that is bad
 
 
-class View(NamedTuple):
+class Sample(NamedTuple):
     """One image as a network sees it."""
 
     image: Tensor | None  # (c H W), uint8 or float32; None when it cannot be decoded
     noise: Tensor  # (n) for the mask
-    label: Any  # its class, or what `Viewer.target` gave, as the transform left it
+    label: Any  # its class, or what `SampleLoader.target` gave, as the transform left it
     name: str  # its file, or its place
     bad: tuple[str, str] | None = None  # what cannot be decoded, and why: this image, or the one it stands in for
 
 
 @dataclass
-class Viewer:
+class SampleLoader:
     """A row -> a view of it, drawn from (seed, epoch, index).
 
     Args:
@@ -53,7 +53,7 @@ class Viewer:
     part: str = ""
     pixels: bool = False
 
-    def __call__(self, row: dict[str, Any], epoch: int, index: Index) -> View:
+    def __call__(self, row: dict[str, Any], epoch: int, index: Index) -> Sample:
         file = row[self.fields[0]] or {"bytes": None, "path": None}
         label = row[self.fields[1]] if self.fields[1] else -1
         key = (index,) if isinstance(index, int) else index
@@ -63,7 +63,7 @@ class Viewer:
         with seeded(self.seed, epoch, *key):
             noise = torch.rand(self.units)
             try:
-                image = (decode_pixels if self.pixels else decode)(read_cell(file), self.in_chans)
+                image = (decode_pixels if self.pixels else decode)(read_bytes(file), self.in_chans)
                 if self.target:
                     image, label = self.transform(image, self.target(label))
                 else:
@@ -72,11 +72,11 @@ class Viewer:
                     image = v2.functional.pil_to_tensor(image)
             except Exception as error:  # readers raise whatever they like on a broken file
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                return View(None, noise, -1, name, (name, reason))
-        return View(image, noise, label if self.target else -1 if label is None else int(label), name)
+                return Sample(None, noise, -1, name, (name, reason))
+        return Sample(image, noise, label if self.target else -1 if label is None else int(label), name)
 
 
-def first_good(views: Iterator[View]) -> View:
+def first_good(views: Iterator[Sample]) -> Sample:
     """The first of them; where it is bad, the next good one of a hundred stands in for it, under its noise."""
     wanted = next(views)
     if not wanted.bad:
@@ -85,7 +85,7 @@ def first_good(views: Iterator[View]) -> View:
     return good._replace(noise=wanted.noise, bad=wanted.bad)
 
 
-def read_cell(file: dict[str, Any]) -> bytes:
+def read_bytes(file: dict[str, Any]) -> bytes:
     """What a cell of images holds, or points at."""
     return file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
 
@@ -105,7 +105,7 @@ class Batch(NamedTuple):
         return self._replace(images=images, noise=noise, labels=labels)
 
 
-def collate_list(views: list[View]) -> Batch:
+def collate_list(views: list[Sample]) -> Batch:
     """Views -> a batch whose images and labels are lists"""
     good = [view for view in views if view.image is not None]
     return Batch(
@@ -117,7 +117,7 @@ def collate_list(views: list[View]) -> Batch:
     )
 
 
-def collate(views: list[View]) -> Batch:
+def collate(views: list[Sample]) -> Batch:
     """[(c H W), ...] -> (b c H W)"""
     batch = collate_list(views)
     images = batch.images

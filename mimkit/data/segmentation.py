@@ -13,12 +13,12 @@ from torchvision.datasets import Cityscapes
 from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.data.decode import EXTENSIONS, open_image
-from mimkit.data.sample import read_cell
+from mimkit.data.sample import read_bytes
 from mimkit.data.sources import TRAIN, VAL, Source, hold_out, open_all
-from mimkit.data.transforms import Size, Transform, whole_size
+from mimkit.data.transforms import Size, Transform, checked_size
 from mimkit.errors import UserError
 
-IGNORE = 255  # in a mask: nothing is known about the pixel, so nothing is learnt from it and nothing judged by it
+IGNORE = 255  # in a mask: nothing is known about the pixel, so nothing is learned from it and nothing judged by it
 UNKNOWN = -1
 MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of PIL: one number for a pixel
 PICTURES = [ending for ending in EXTENSIONS if ending != ".npy"]  # that masks come in
@@ -67,9 +67,9 @@ def read_mask(cell: dict[str, Any] | None) -> np.ndarray[Any, Any]:
     """The numbers in a file of one channel (H W)."""
     if cell is None:
         raise ValueError("it has no mask")
-    picture = ImageOps.exif_transpose(open_image(read_cell(cell)))
+    picture = ImageOps.exif_transpose(open_image(read_bytes(cell)))
     if picture.mode not in MODES:
-        raise ValueError(f"its mask holds colours ({picture.mode}), where one number for a pixel is needed")
+        raise ValueError(f"its mask holds colors ({picture.mode}), where one number for a pixel is needed")
     numbers = np.asarray(picture).astype(np.int64)
     if numbers.min() < 0:
         raise ValueError(f"its mask has class {numbers.min()}, below 0")
@@ -158,9 +158,9 @@ def _cityscapes(root: Path) -> tuple[Source, Source, Classes]:
         parts.append(_source(root / split, [image for image, _ in pairs], [mask for _, mask in pairs]))
         if not parts[-1].length:
             raise UserError(f"--data {root} has no images in leftImg8bit/{split}/: unpack that archive too.")
-    learnt = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE), key=lambda c: c.train_id)
-    ignored = tuple(c.id for c in Cityscapes.classes if c not in learnt and c.id >= 0)
-    return parts[0], parts[1], Classes([c.name for c in learnt], [c.id for c in learnt], ignored)
+    learned = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE), key=lambda c: c.train_id)
+    ignored = tuple(c.id for c in Cityscapes.classes if c not in learned and c.id >= 0)
+    return parts[0], parts[1], Classes([c.name for c in learned], [c.id for c in learned], ignored)
 
 
 def _classes(root: Path, parts: list[Source], count: int | None, zero_ignored: bool) -> Classes:
@@ -205,7 +205,7 @@ def _ids(cell: dict[str, Any]) -> list[int]:
 
 def check_sizes(image: Any, mask: Tensor) -> Size:
     """Height and width of an image whose mask has the same ones."""
-    height, width = whole_size(image)
+    height, width = checked_size(image)
     if (height, width) != tuple(mask.shape):
         raise ValueError(f"it is {height}x{width}, and its mask {mask.shape[0]}x{mask.shape[1]}")
     return height, width
@@ -222,7 +222,7 @@ def train_pairs(size: Size, short: int, scales: tuple[float, float], mean: list[
     """Random scale, crop and flip of an image and its mask.
 
     Args:
-        size: of the crop; what lies beyond an image has the colour `mean` (0 in arrays), and is ignored in its mask.
+        size: of the crop; what lies beyond an image has the color `mean` (0 in arrays), and is ignored in its mask.
         short: pixels of the short side at scale 1.
         scales: a factor is drawn between these.
     """
@@ -249,7 +249,7 @@ def train_pairs(size: Size, short: int, scales: tuple[float, float], mean: list[
     return transform
 
 
-def judged_pairs(short: int) -> Transform:
+def eval_pairs(short: int) -> Transform:
     """An image scaled to so many pixels of its short side, and its mask as it is."""
 
     def transform(image: Any, mask: Tensor) -> tuple[Any, Tensor]:

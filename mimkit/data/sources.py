@@ -231,7 +231,7 @@ def hold_out(source: Source) -> tuple[Source, Source]:
     return train, test
 
 
-def open_labelled(data: str) -> tuple[Source, Source]:
+def open_labeled(data: str) -> tuple[Source, Source]:
     """The training and the test part, both with labels; every fifth image is the test part where there is none."""
     train = open_source(data)
     if train.label is None:

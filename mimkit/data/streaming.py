@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mimkit.data.order import Plan
-from mimkit.data.sample import Batch, Index, View, Viewer, collate, first_good
+from mimkit.data.sample import Batch, Index, Sample, SampleLoader, collate, first_good
 from mimkit.data.sources import Source
 
 WINDOW = 2048  # rows among which a stream is shuffled, beside the shuffle of its shards
@@ -23,7 +23,7 @@ class Stream(IterableDataset[Batch]):
     in the place of a bad one stands the next good one of its step.
     """
 
-    def __init__(self, source: Source, viewer: Viewer, plan: Plan):
+    def __init__(self, source: Source, viewer: SampleLoader, plan: Plan):
         self.source, self.viewer, self.plan = source, viewer, plan
 
     def shuffled(self, epoch: int) -> Iterator[tuple[Index, dict[str, Any]]]:
@@ -56,13 +56,15 @@ class Stream(IterableDataset[Batch]):
                     continue
                 if len(together) < plan.batch_size:
                     return  # shorter than it said: the run tells
-                for part in range(plan.parts):
-                    first = (part * plan.world + plan.rank) * plan.share
+                for part in range(plan.grad_accum_steps):
+                    first = (part * plan.world_size + plan.rank) * plan.micro_batch_size
                     if made % workers == worker:
-                        yield collate([self.view(together, i, epoch) for i in range(first, first + plan.share)])
+                        yield collate(
+                            [self.view(together, i, epoch) for i in range(first, first + plan.micro_batch_size)]
+                        )
                     made += 1
 
-    def view(self, together: list[tuple[Index, dict[str, Any]]], place: int, epoch: int) -> View:
+    def view(self, together: list[tuple[Index, dict[str, Any]]], place: int, epoch: int) -> Sample:
         """Of a row among those of a step."""
         rows = (together[(place + i) % len(together)] for i in range(len(together)))
         return first_good(self.viewer(row, epoch, index) for index, row in rows)

@@ -62,19 +62,19 @@ def draw_box(height: int, width: int, scale: tuple[float, float]) -> tuple[int, 
 
 
 def finetune_transform(
-    size: Size, scale: tuple[float, float], augment: str | None, erase: float, normalise: "Normalise"
+    size: Size, scale: tuple[float, float], augment: str | None, erase: float, normalize: "Normalize"
 ) -> Transform:
     """The augmentation of supervised training: crop and flip, then timm's RandAugment and random erasing.
 
     Args:
         augment: as timm spells it, such as rand-m9-mstd0.5-inc1; None for none.
         erase: share of the images of which a part becomes noise.
-        normalise: comes before the erasing, whose noise is of deviation 1: what results is a network's input.
+        normalize: comes before the erasing, whose noise is of deviation 1: what results is a network's input.
     """
     crop = train_transform(size, scale)
     policy: Any = None
     if augment:
-        fill = tuple(round(255 * mean) for mean in normalise.values[0])
+        fill = tuple(round(255 * mean) for mean in normalize.values[0])
         about: dict[str, Any] = {"translate_const": int(min(size) * 0.45), "interpolation": Image.Resampling.BICUBIC}
         about["img_mean"] = fill if len(fill) > 1 else fill[0]
         make = rand_augment_transform if augment.startswith("rand") else auto_augment_transform
@@ -85,7 +85,7 @@ def finetune_transform(
                 f"--aa {augment} is no policy that timm knows: write one such as rand-m9-mstd0.5-inc1, or null."
             ) from error
     erasing = RandomErasing(erase, mode="pixel", device="cpu")
-    here = Normalise(*normalise.values)  # the other one may be on a GPU, which workers have no part in
+    here = Normalize(*normalize.values)  # the other one may be on a GPU, which workers have no part in
 
     def transform(image: Tensor) -> Tensor:
         pixels = crop(image)
@@ -97,7 +97,7 @@ def finetune_transform(
 
 
 def eval_transform(size: Size, crop_pct: float = 1.0) -> Transform:
-    """Scale until the input is covered, 1 / crop_pct times, and cut out its centre."""
+    """Scale until the input is covered, 1 / crop_pct times, and cut out its center."""
 
     def transform(image: Any) -> Any:
         height, width = v2.functional.get_size(image)
@@ -113,7 +113,7 @@ def eval_transform(size: Size, crop_pct: float = 1.0) -> Transform:
     return transform
 
 
-def whole_size(image: Any) -> Size:
+def checked_size(image: Any) -> Size:
     """(height, width) of an image that is to be looked at whole.
 
     Raises:
@@ -125,7 +125,7 @@ def whole_size(image: Any) -> Size:
     return height, width
 
 
-class Normalise(nn.Module):
+class Normalize(nn.Module):
     """(b c H W) uint8, or float32 in 0-1 -> what a network takes, computed where its buffers are."""
 
     mean: Tensor
@@ -144,7 +144,7 @@ class Normalise(nn.Module):
         return (images - self.mean) / self.std
 
 
-def colours(in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalise:
+def default_normalization(in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalize:
     """By the mean and deviation given, one for each channel or one for all; ImageNet's for RGB, else .5 and .25."""
     rgb = in_chans == 3
     values = {
@@ -157,4 +157,4 @@ def colours(in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | 
                 f"--{name} {numbers} does not fit {in_chans} channels: give one or {in_chans}, std above 0."
             )
         values[name] = numbers * (in_chans // len(numbers))
-    return Normalise(**values)
+    return Normalize(**values)

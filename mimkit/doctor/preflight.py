@@ -1,7 +1,7 @@
 """Before the first step of a pre-training run: are its data what it takes them for, and what will it cost?
 
 A run prints this in its first seconds; `--dry-run`, which `mimkit doctor` passes, looks at more and stops. All of it is
-measured on copies of the network and the optimiser, under a seed of its own: the run that follows is as it would be.
+measured on copies of the network and the optimizer, under a seed of its own: the run that follows is as it would be.
 """
 
 import copy
@@ -29,8 +29,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mimkit.data.loader import train_loader
-from mimkit.data.order import Plan, cpu_count, seeded, spread
-from mimkit.data.sample import Viewer, read_cell
+from mimkit.data.order import Plan, cpu_count, evenly_spaced, seeded
+from mimkit.data.sample import SampleLoader, read_bytes
 from mimkit.data.sources import Source
 from mimkit.data.transforms import Size, parse_size
 from mimkit.doctor.loss_bands import expected
@@ -53,14 +53,16 @@ BRIEF, FULL = Effort(256, 1.0), Effort(1024, 8.0)
 
 
 @dataclass
-class Report:
+class Findings:
     """What was found, by its name, and what would spoil the run, as sentences that say what to do."""
 
     lines: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
-def preflight(run: Run, method: nn.Module, optimizer: torch.optim.Optimizer, source: Source, viewer: Viewer) -> None:
+def preflight(
+    run: Run, method: nn.Module, optimizer: torch.optim.Optimizer, source: Source, viewer: SampleLoader
+) -> None:
     """Print what there is to know, on the main process while the others wait; nothing for a run that is resumed.
 
     With `--dry-run` look closely, and end with exit code 1 where something would spoil the run.
@@ -78,14 +80,14 @@ def preflight(run: Run, method: nn.Module, optimizer: torch.optim.Optimizer, sou
 
 
 def examine(
-    run: Run, method: nn.Module, optimizer: torch.optim.Optimizer, source: Source, viewer: Viewer, effort: Effort
-) -> Report:
+    run: Run, method: nn.Module, optimizer: torch.optim.Optimizer, source: Source, viewer: SampleLoader, effort: Effort
+) -> Findings:
     """Look at the data, then at what a step costs."""
-    options, plan, report = run.options, run.data_plan, Report()
-    look(source, viewer, options, effort, report)
+    options, plan, report = run.options, run.data_plan, Findings()
+    inspect_data(source, viewer, options, effort, report)
     network = Network(run, *copy.deepcopy((method, optimizer)), viewer.in_chans, parse_size(options.img_size))
     about_steps(network, plan, options, report)
-    most = min(plan.share, source.length)
+    most = min(plan.micro_batch_size, source.length)
     speed, batch = network.speed(most, effort.seconds)
     loaded = None
     if source.streaming and effort is BRIEF:  # each worker fills its window first
@@ -99,10 +101,12 @@ def examine(
     return report
 
 
-def look(source: Source, viewer: Viewer, options: Any, effort: Effort, report: Report) -> None:
-    """Sizes, kinds, colours, copies, damage of images spread over the set or the first of a stream, in some time."""
+def inspect_data(source: Source, viewer: SampleLoader, options: Any, effort: Effort, report: Findings) -> None:
+    """Sizes, kinds, colors, copies, damage of images spread over the set or the first of a stream, in some time."""
     count, until = effort.images, time.perf_counter() + 5 * effort.seconds
-    places = np.random.default_rng(0).permutation(spread(source.length, count)).tolist()  # a part of them is spread too
+    places = (
+        np.random.default_rng(0).permutation(evenly_spaced(source.length, count)).tolist()
+    )  # a part of them is spread too
     places = list(range(count)) if source.streaming else places
     rows = source.rows.take(count) if source.streaming else (source.rows[i] for i in places)
     whole = dataclasses.replace(viewer, transform=lambda image: image, units=0)
@@ -115,11 +119,11 @@ def look(source: Source, viewer: Viewer, options: Any, effort: Effort, report: R
         if view.image is None:
             unread.append((index, " (".join(view.bad or ()) + ")"))
             continue
-        data = read_cell(content[source.image])
+        data = read_bytes(content[source.image])
         seen.setdefault(hashlib.sha256(data).digest(), []).append((index, view.name))
         kinds[kind_of(data)] += 1
         sizes.append(tuple(view.image.shape[-2:]))
-        step = max(1, min(view.image.shape[1:]) // 256)  # colours of a photograph need no more of its pixels
+        step = max(1, min(view.image.shape[1:]) // 256)  # colors of a photograph need no more of its pixels
         pixels = view.image[:, ::step, ::step].double() / (255 if view.image.dtype == torch.uint8 else 1)
         moments.append(torch.stack([pixels.mean((1, 2)), pixels.square().mean((1, 2))]))
         if time.perf_counter() > until:
@@ -147,7 +151,7 @@ def look(source: Source, viewer: Viewer, options: Any, effort: Effort, report: R
         report.lines["images"] = (
             f"{' to '.join(words)} px (height x width), {named}, read as {viewer.in_chans} channels"
         )
-        about_colours(torch.stack(moments).mean(0), options, report)
+        about_colors(torch.stack(moments).mean(0), options, report)
 
 
 def kind_of(data: bytes) -> str:
@@ -158,7 +162,7 @@ def kind_of(data: bytes) -> str:
         return "array"
 
 
-def about_colours(moments: Tensor, options: Any, report: Report) -> None:
+def about_colors(moments: Tensor, options: Any, report: Findings) -> None:
     """Mean and square mean of each channel (2 c) beside what is configured."""
     mean, std = moments[0], (moments[1] - moments[0].square()).clamp_min(0).sqrt()
     shift = (mean - torch.tensor(options.mean)) / torch.tensor(options.std)
@@ -166,7 +170,7 @@ def about_colours(moments: Tensor, options: Any, report: Report) -> None:
     found, set_to = (
         f"mean {_numbers(a)}, deviation {_numbers(b)}" for a, b in ((mean, std), (options.mean, options.std))
     )
-    report.lines["colours"] = f"{found}; configured {set_to}"
+    report.lines["colors"] = f"{found}; configured {set_to}"
     if shift.abs().max() > SHIFT or stretch.max() > STRETCH or stretch.min() < 1 / STRETCH:
         report.problems.append(
             f"The images have {found}, far from the configured {set_to}: pass --mean [{_numbers(mean, ',')}] "
@@ -183,7 +187,7 @@ def _named(names: list[str]) -> str:
 
 
 class Network:
-    """Copies of a network and its optimiser, to compute steps of random images with."""
+    """Copies of a network and its optimizer, to compute steps of random images with."""
 
     def __init__(self, run: Run, method: nn.Module, optimizer: torch.optim.Optimizer, in_chans: int, size: Size):
         self.run, self.device = run, run.accelerator.device
@@ -243,15 +247,15 @@ class Network:
         return max(0, round(found[more] + (batch - more) * (found[more] - found[few]) / 2))
 
     def states(self) -> dict[str, int]:
-        """Bytes of weights with buffers, gradients and the optimiser's state; after a step."""
+        """Bytes of weights with buffers, gradients and the optimizer's state; after a step."""
         states = [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         weights = sum(x.nbytes for x in self.method.state_dict().values())
-        return {"weights": weights, "gradients": self.gradients, "optimiser": sum(x.nbytes for x in states)}
+        return {"weights": weights, "gradients": self.gradients, "optimizer": sum(x.nbytes for x in states)}
 
 
-def loader_speed(source: Source, viewer: Viewer, plan: Plan, workers: int, seconds: float) -> float:
+def loader_speed(source: Source, viewer: SampleLoader, plan: Plan, workers: int, seconds: float) -> float:
     """Images a second of one process's loader alone, over whole rounds of its workers, whose batches come at once."""
-    batch = min(32, plan.share, source.length)
+    batch = min(32, plan.micro_batch_size, source.length)
     own = Plan(source.length, batch, steps=1_000_000, seed=plan.seed)
     loader, times, turn = iter(train_loader(source, viewer, own, workers)), [], max(1, workers)
     begun = time.perf_counter()
@@ -262,7 +266,7 @@ def loader_speed(source: Source, viewer: Viewer, plan: Plan, workers: int, secon
     return batch * (len(times) - 1 - turn) / (times[-1] - times[turn])
 
 
-def about_steps(network: Network, plan: Plan, options: Any, report: Report) -> None:
+def about_steps(network: Network, plan: Plan, options: Any, report: Findings) -> None:
     """Units, batch and steps, from the masks of one forward pass."""
     with torch.no_grad():
         units = network.forward(network.images(2)).units
@@ -273,7 +277,8 @@ def about_steps(network: Network, plan: Plan, options: Any, report: Report) -> N
     report.lines["units"] = text + (f", {predicted} of them predicted" if predicted < gh * gw - visible else "")
     warmup = round(options.warmup_epochs * plan.steps_per_epoch)
     report.lines["steps"] = (
-        f"batch {plan.batch_size} = {plan.share} images x {plan.world} processes x {plan.parts} parts; "
+        f"batch {plan.batch_size} = {plan.micro_batch_size} images x {plan.world_size} processes x "
+        f"{plan.grad_accum_steps} parts; "
         f"{plan.steps_per_epoch:,} steps an epoch, {plan.steps:,} in {options.epochs:g} epochs; "
         f"lr {options.lr:.3g} after {warmup:,} steps of warm-up"
     )
@@ -300,7 +305,7 @@ def bottleneck(loader: float, network: float, workers: int) -> str:
     return f"{rates}: the loader is the bottleneck; {todo}"
 
 
-def about_time(network: float, batch: int, loader: float | None, run: Run, report: Report) -> None:
+def about_time(network: float, batch: int, loader: float | None, run: Run, report: Findings) -> None:
     """How fast each is alone, and how long all of it takes."""
     options, plan, on_cpu = run.options, run.data_plan, run.accelerator.device.type == "cpu"
     rate = network
@@ -308,12 +313,12 @@ def about_time(network: float, batch: int, loader: float | None, run: Run, repor
         report.lines["speed"] = bottleneck(loader, network, options.workers)
         cores = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         rate = together(loader, network, options.workers, max(1, cores) if on_cpu else None)
-    seconds = (plan.steps - plan.start) * plan.batch_size / (rate * plan.world)
+    seconds = (plan.steps - plan.start) * plan.batch_size / (rate * plan.world_size)
     hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
     spent = f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds % 60)} s"
     without = "; without torch.compile" if options.compile else ""
     report.lines["time"] = (
-        f"about {spent} and kNN checks, {rate * plan.world:,.0f} images/s, from {batch} images a step on "
+        f"about {spent} and kNN checks, {rate * plan.world_size:,.0f} images/s, from {batch} images a step on "
         f"{machine(run)}{without}"
     )
 
@@ -329,9 +334,9 @@ def machine(run: Run) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def about_memory(network: Network, plan: Plan, run: Run, report: Report) -> None:
+def about_memory(network: Network, plan: Plan, run: Run, report: Findings) -> None:
     """What a process holds at least, beside what there is."""
-    parts = network.states() | {"kept for backward": network.kept(plan.share)}
+    parts = network.states() | {"kept for backward": network.kept(plan.micro_batch_size)}
     need = sum(parts.values())
     if network.device.type == "cuda":
         there = torch.cuda.mem_get_info(network.device)[1]
@@ -340,19 +345,20 @@ def about_memory(network: Network, plan: Plan, run: Run, report: Report) -> None
     words = ", ".join(f"{name} {_size(number)}" for name, number in parts.items())
     report.lines["memory"] = f"at least {_size(need)} of {_size(there)}: {words}"
     if need > there:
-        ways = [k for k in range(2, plan.share + 1) if not plan.share % k]  # to divide its images
+        ways = [k for k in range(2, plan.micro_batch_size + 1) if not plan.micro_batch_size % k]  # to divide its images
         k = next((k for k in ways if need - parts["kept for backward"] * (1 - 1 / k) < there), None)
-        more = f"pass --grad-accum-steps {plan.parts * k}" if k else "choose a smaller --model"
+        more = f"pass --grad-accum-steps {plan.grad_accum_steps * k}" if k else "choose a smaller --model"
         report.problems.append(
-            f"A step of {plan.share} images takes {_size(need)} of memory, and there are {_size(there)}: {more}, or "
+            f"A step of {plan.micro_batch_size} images takes {_size(need)} of memory, and there are "
+            f"{_size(there)}: {more}, or "
             "--grad-checkpointing."
         )
 
 
-def about_disk(network: Network, plan: Plan, folder: Path, options: Any, report: Report) -> None:
+def about_disk(network: Network, plan: Plan, folder: Path, options: Any, report: Findings) -> None:
     """What the checkpoints take that stay, with the one that is written before an old one goes, and the encoder."""
     states = network.states()
-    one = states["weights"] + states["optimiser"]
+    one = states["weights"] + states["optimizer"]
     saves = math.ceil(plan.steps / max(1, round(options.save_every * plan.steps_per_epoch) or plan.steps))
     for_good = saves // options.keep_every if options.keep_every else 0
     most = min(saves, options.keep + 1 + for_good)

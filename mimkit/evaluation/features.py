@@ -1,4 +1,4 @@
-"""What a representation is worth without training it: nearest neighbours and a linear probe."""
+"""What a representation is worth without training it: nearest neighbors and a linear probe."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mimkit.data.loader import eval_loader, guarded
+from mimkit.data.loader import eval_loader, limit_bad_images
 from mimkit.data.sample import Batch
 from mimkit.data.sources import Source
-from mimkit.data.transforms import Normalise, Size
+from mimkit.data.transforms import Normalize, Size
 from mimkit.errors import UserError
 
 
@@ -28,15 +28,17 @@ class NoImagesError(UserError):
 
 
 @torch.no_grad()
-def over(model: Any, batches: Iterable[Batch], normalise: Normalise, compute: Callable[[Tensor], Tensor]) -> Features:
+def apply_to_images(
+    model: Any, batches: Iterable[Batch], normalize: Normalize, compute: Callable[[Tensor], Tensor]
+) -> Features:
     """`compute` of all images, in evaluation mode and on the model's device, and their labels; the mode is kept."""
     training, device = model.training, next(model.parameters()).device
-    normalise = normalise.to(device)
+    normalize = normalize.to(device)
     model.eval()
     found = []
     for batch in batches:
         if len(batch.images):  # else all of them are bad
-            x = compute(normalise(batch.images.to(device)))
+            x = compute(normalize(batch.images.to(device)))
             found.append((x.float().cpu(), batch.labels))
     model.train(training)
     if not found:
@@ -44,17 +46,19 @@ def over(model: Any, batches: Iterable[Batch], normalise: Normalise, compute: Ca
     return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def extract(model: Any, batches: Iterable[Batch], normalise: Normalise) -> Features:
+def extract(model: Any, batches: Iterable[Batch], normalize: Normalize) -> Features:
     """Pooled features, before the classifier, of any timm model."""
     head = model.forward_head
-    return over(model, batches, normalise, lambda x: head(model.forward_features(x), pre_logits=True).flatten(1))
+    return apply_to_images(
+        model, batches, normalize, lambda x: head(model.forward_features(x), pre_logits=True).flatten(1)
+    )
 
 
 def extract_parts(
     model: Any,
     parts: Iterable[Source],
     size: Size,
-    normalise: Normalise,
+    normalize: Normalize,
     images: Iterable[int | None] = (None, None),
     workers: int = 0,
     max_bad: float = 0.01,
@@ -64,6 +68,8 @@ def extract_parts(
     features = []
     for part, n in zip(parts, images, strict=True):
         count = min(n or part.length, part.length)
-        batches = guarded(eval_loader(part, size, model.in_chans, count, workers=workers), max_bad * count, log)
-        features.append(extract(model, batches, normalise))
+        batches = limit_bad_images(
+            eval_loader(part, size, model.in_chans, count, workers=workers), max_bad * count, log
+        )
+        features.append(extract(model, batches, normalize))
     return features

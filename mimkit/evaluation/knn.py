@@ -17,7 +17,7 @@ def knn(train: Features, test: Features, ks: Iterable[int] = (10, 20), temperatu
     bank = F.normalize(train.x, dim=1)
     ks = [k for k in ks if k <= len(bank)]
     if not ks:
-        raise UserError(f"kNN needs at least 10 labelled training images; there are {len(bank)}.")
+        raise UserError(f"kNN needs at least 10 labeled training images; there are {len(bank)}.")
     right = dict.fromkeys(ks, 0)
     for queries, y in zip(F.normalize(test.x, dim=1).split(512), test.y.split(512), strict=True):
         similarity, nearest = (queries @ bank.T).topk(max(ks))

@@ -19,7 +19,7 @@ class FrozenProbe(nn.Module):
     """A classifier on the features of a network that stays as it is, which is no part of its parameters.
 
     linear: on pooled features, behind a BatchNorm without affine (MAE, appendix A.1).
-    attentive: on all tokens, each channel normalised likewise, pooled by a learnt query (timm's AttentionPoolLatent).
+    attentive: on all tokens, each channel normalized likewise, pooled by a learned query (timm's AttentionPoolLatent).
     Masked pre-training leaves what tells classes apart in the tokens, not in their mean, so linear probes
     under-report it.
     """
@@ -102,7 +102,7 @@ def accuracy(head: nn.Module, features: Features) -> float:
 def linear_probe(
     train: Features, test: Features, weight_decays: Iterable[float] = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 ) -> Probe:
-    """Probe cached features, standardised by the training part's mean and deviation.
+    """Probe cached features, standardized by the training part's mean and deviation.
 
     The decay is chosen on a fifth of the training images, then the probe is fitted again on all of them: test labels
     never choose.

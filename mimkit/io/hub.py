@@ -24,7 +24,7 @@ PUSHED = ("README.md", "config.json", *DENSE, *WEIGHTS, "report.json", "curves.p
 TIMEOUT = 10.0  # s, of the first request, after which nothing is tried again
 
 
-def place_of(name: str | Path) -> Path:
+def local_path(name: str | Path) -> Path:
     """What a model or checkpoint is named by -> where it lies: hf-hub:OWNER/NAME[@REVISION] is fetched.
 
     Raises:

@@ -35,7 +35,7 @@ class Found(NamedTuple):
     task: str
 
 
-def find(source: str) -> Found:
+def find_pushable(source: str) -> Found:
     """A run, a part of it, or a folder of a network."""
     root = Path(source).expanduser()
     names = ("config.json", *DENSE)
@@ -83,7 +83,7 @@ def private(value: Any) -> Any:
     return value if not local else parts[-1] if parts[-1] not in ("", "~", "..", home) else "a local folder"
 
 
-def card(found: Found, to: str) -> str:
+def model_card(found: Found, to: str) -> str:
     """The README.md of the repository."""
     report = _report(found.folder)
     dense, config = found.task in ("segmenter", "detector"), found.config
@@ -97,7 +97,7 @@ def card(found: Found, to: str) -> str:
     name = config.get("backbone") or config.get("architecture")
     how = "made by mimkit"
     if (found.folder.parent / "decoder").is_dir() and found.task == "encoder" and found.run:
-        how = "pre-trained by masked image modelling with mimkit; the decoder is in `decoder/`"
+        how = "pre-trained by masked image modeling with mimkit; the decoder is in `decoder/`"
     elif report:
         how = f"converted from {private(report.get('source', 'another network'))} by `mimkit convert`"
     elif found.run:
@@ -137,7 +137,7 @@ def _report(folder: Path) -> dict[str, Any] | None:
 
 def lay_out(found: Found, to: str, place: Path) -> None:
     """All files of the repository into `place`: never checkpoints/, nor a pickle."""
-    (place / "README.md").write_text(card(found, to))
+    (place / "README.md").write_text(model_card(found, to))
     for name in ("config.json", *DENSE, "report.json"):
         if (found.folder / name).is_file():
             content = read_json(found.folder / name)

@@ -13,7 +13,7 @@ from mimkit.errors import UserError
 TOLERANCE = 1e-3  # of the largest difference, relative to the largest output
 
 
-def export(network: Any, out: Path, about: dict[str, Any]) -> float:
+def export_model(network: Any, out: Path, about: dict[str, Any]) -> float:
     """Write `network` as OUT.onnx or OUT.pt2, for any batch size, read it back and compare what both compute.
 
     Args:

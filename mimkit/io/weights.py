@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mimkit.errors import UserError
 from mimkit.files import read_json, replacing
-from mimkit.io.hub import place_of
+from mimkit.io.hub import local_path
 
 State = dict[str, Tensor]
 NAMES = ("model.safetensors", "pytorch_model.bin")  # in a folder, the first that is there
@@ -59,7 +59,7 @@ def read_weights(path: str | Path, which: str | None = None) -> State:
 
 def open_weights(path: str | Path, which: str | None = None) -> tuple[State, str]:
     """The same, and which of the states in the file was taken."""
-    path = place_of(path)
+    path = local_path(path)
     if which not in (None, *WRAPPERS):
         raise UserError(f"--weights {which} is unknown: choose among {', '.join(WRAPPERS)}.")
     try:
@@ -170,10 +170,10 @@ def on_meta(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def assemble(net: nn.Module, state: State) -> Any:
     """Weights into a network on the meta device, without copying them."""
     net.load_state_dict(state, assign=True)
-    return materialise(net)
+    return materialize(net)
 
 
-def materialise(net: nn.Module) -> Any:
+def materialize(net: nn.Module) -> Any:
     """Compute what a network on the meta device has beside its weights."""
     for module in net.modules():
         for name, buffer in module._buffers.items():

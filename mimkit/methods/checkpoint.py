@@ -8,34 +8,34 @@ from safetensors.torch import save_file
 
 from mimkit.errors import UserError
 from mimkit.files import read_json, replacing
-from mimkit.io.hub import place_of
+from mimkit.io.hub import local_path
 from mimkit.io.weights import NAMES, load_strictly, read_weights, split
 from mimkit.methods.decoder import Decoder
 from mimkit.methods.mae import MAE
 from mimkit.methods.simmim import PixelHead, SimMIM
-from mimkit.models.factory import as_map_encoder, as_timm, as_unit_encoder, create, fit
+from mimkit.models.factory import adapt_to_input_size, as_map_encoder, as_unit_encoder, create_network, timm_model
 
 Method = MAE | SimMIM
 
 
-def initialise(mae: Method, source: str) -> str:
+def load_initial_weights(mae: Method, source: str) -> str:
     """Go on from released weights: a run of mimkit, or a file or folder of an encoder, with or without its decoder.
 
     Returns:
         What was taken, in words.
     """
-    run = place_of(source)
+    run = local_path(source)
     folder = encoder_of(run)
     if folder != run or (run / "decoder").is_dir():
         encoder, decoder = read_weights(folder), read_weights(run / "decoder")
     else:
         encoder, decoder = split(read_weights(folder))
-    model = as_timm(mae.encoder)
+    model = timm_model(mae.encoder)
     try:
         if (folder / "config.json").is_file():  # the size that its tables are for
             config = read_json(folder / "config.json")
             model.pretrained_cfg["input_size"] = config["pretrained_cfg"]["input_size"]
-        encoder = fit(encoder, model)
+        encoder = adapt_to_input_size(encoder, model)
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"--init {source} does not hold a {type(model).__name__} ({error}): check --model.") from error
     load_strictly(model, encoder, source)
@@ -52,11 +52,11 @@ def encoder_of(run: Path) -> Path:
 
 def load_run(name: str | Path) -> tuple[Method, dict[str, Any]]:
     """-> the MAE or SimMIM of a run's encoder/ and decoder/; its encoder's pretrained_cfg (input_size, mean, std)"""
-    folder = place_of(name)
+    folder = local_path(name)
     if not (encoder_of(folder) / "config.json").is_file():
         raise UserError(f"--run {name} holds no encoder/: pass the directory of a run that has saved a checkpoint.")
     decoder, method = read_decoder(folder / "decoder")
-    model = create(str(encoder_of(folder)))
+    model = create_network(str(encoder_of(folder)))
     try:
         if isinstance(decoder, PixelHead):
             return SimMIM(as_map_encoder(model), decoder, method["mask_ratio"]).eval(), model.pretrained_cfg

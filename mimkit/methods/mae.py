@@ -19,7 +19,7 @@ class MAEOutput(NamedTuple):
     """What a pre-training step gives."""
 
     loss: Tensor  # ()
-    prediction: Tensor  # (b m p*q*c), of the units in `units.masked`; normalised where the targets are
+    prediction: Tensor  # (b m p*q*c), of the units in `units.masked`; normalized where the targets are
     units: UnitMask  # what was seen, and what was predicted
 
 
@@ -28,7 +28,7 @@ def pixels(units: Tensor) -> Tensor:
     return rearrange(units, "b m c p q -> b m (p q c)")
 
 
-def normalise(target: Tensor) -> Tensor:
+def normalize_units(target: Tensor) -> Tensor:
     """Each unit (b m x) with mean 0 and variance 1 (MAE, section 4)."""
     var, mean = torch.var_mean(target, dim=-1, keepdim=True)
     return (target - mean) / (var + 1e-6).sqrt()
@@ -41,7 +41,7 @@ class MAE(nn.Module):
         encoder: any `UnitEncoder`: a HiViT in its unit form, a `UnitViT`.
         decoder: `Decoder(encoder.out_dim, encoder.unit_size, ...)`.
         mask_ratio: share of the units that is masked.
-        norm_targets: predict units normalised one by one.
+        norm_targets: predict units normalized one by one.
         decode_ratio: predict only this share of the masked units, a random one; 1.0 predicts them all.
     """
 
@@ -98,6 +98,6 @@ class MAE(nn.Module):
                 f"The decoder predicts {values} values a unit, not {p} x {p} x {c}: build it with in_chans={c}."
             )
         if self.norm_targets:
-            target = normalise(target)
+            target = normalize_units(target)
         loss = (prediction.float() - target).square().mean()
         return MAEOutput(loss, prediction, mask)

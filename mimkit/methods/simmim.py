@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mimkit.errors import UserError
 from mimkit.methods.mae import MAEOutput, pixels
 from mimkit.models.protocols import MapEncoder
-from mimkit.units import UnitMask, gather, hide, sample_mask, serialize, unit_grid
+from mimkit.units import UnitMask, gather, replace_masked, sample_mask, serialize, unit_grid
 
 
 class PixelHead(nn.Module):
@@ -39,7 +39,7 @@ class PixelHead(nn.Module):
 
 
 class SimMIM(nn.Module):
-    """Masked image modelling of a network that cannot skip units.
+    """Masked image modeling of a network that cannot skip units.
 
     Args:
         encoder: any `MapEncoder`: an SViT, or a timm Swin as `MaskedSwin`.
@@ -72,7 +72,9 @@ class SimMIM(nn.Module):
         mask = UnitMask(mask.visible.to(images.device), mask.masked.to(images.device))
         target = pixels(gather(serialize(images, p), mask.masked))
         # nothing of a masked unit may reach the network: an overlapping stem would see it from next door
-        seen = hide(rearrange(images, "b c h w -> b h w c"), mask.masked, grid, images.new_zeros(images.shape[1]))
+        seen = replace_masked(
+            rearrange(images, "b c h w -> b h w c"), mask.masked, grid, images.new_zeros(images.shape[1])
+        )
         latent = self.encoder.encode_masked(rearrange(seen, "b h w c -> b c h w"), mask, self.decoder.mask_token)
         prediction = self.decoder(gather(latent, mask.masked))
         if prediction.shape != target.shape:

@@ -12,10 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as fit_vit
 from torch import nn
 
-from mimkit.data.transforms import Normalise, Size
+from mimkit.data.transforms import Normalize, Size
 from mimkit.errors import UserError
 from mimkit.files import read_json
-from mimkit.io.hub import place_of
+from mimkit.io.hub import local_path
 from mimkit.io.weights import State, load_strictly, on_meta, read_weights
 from mimkit.models.hivit import HiViT
 from mimkit.models.hivit import checkpoint_filter_fn as fit_hivit
@@ -42,12 +42,12 @@ def always_strict() -> Iterator[None]:
 ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # timm's ways to say that images may be of any size
 
 
-def input_of(network: Any) -> tuple[int, Size, Normalise, float]:
-    """What a network's weights are for: channels, size, colours and the share of the scaled image."""
+def input_of(network: Any) -> tuple[int, Size, Normalize, float]:
+    """What a network's weights are for: channels, size, colors and the share of the scaled image."""
     config = network.pretrained_cfg
     try:
         channels, height, width = config["input_size"]
-        return channels, (height, width), Normalise(config["mean"], config["std"]), config.get("crop_pct") or 1.0
+        return channels, (height, width), Normalize(config["mean"], config["std"]), config.get("crop_pct") or 1.0
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # of a config.json that was changed
         raise UserError(
             f"The {type(network).__name__} does not say its input_size, mean and std as it should ({error!r}): get "
@@ -55,12 +55,12 @@ def input_of(network: Any) -> tuple[int, Size, Normalise, float]:
         ) from error
 
 
-def comes_with_weights(name: str) -> bool:
+def has_weights(name: str) -> bool:
     """Whether `create` loads weights: from a folder, from a hub, or those that a timm name's tag says."""
     return (Path(name) / "config.json").is_file() or ":" in name or "." in name
 
 
-def create(name: str, weights: bool | None = None, state: State | None = None, **options: Any) -> Any:
+def create_network(name: str, weights: bool | None = None, state: State | None = None, **options: Any) -> Any:
     """timm.create_model, whose errors are a sentence.
 
     Args:
@@ -70,12 +70,12 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
         options: timm's own; `drop_path_rate`, `img_size` and those of `ANY_SIZE` are left out where a network knows no
             such thing.
     """
-    place = place_of(name)
+    place = local_path(name)
     folder = place if (place / "config.json").is_file() else None
     known = f"local-dir:{folder}" if folder else name
     if folder:
         read_json(folder / "config.json")  # or a sentence
-    pretrained = state is not None or (comes_with_weights(name) if weights is None else weights)
+    pretrained = state is not None or (has_weights(name) if weights is None else weights)
     overlay = {"source": "", "state_dict": state, "num_classes": options["num_classes"]} if state is not None else None
     try:
         with always_strict():
@@ -85,7 +85,7 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
         reason = " ".join(" ".join(lines if lines[0].startswith("Error(s) in loading") else lines[:1]).split())
         for unknown in ("drop_path_rate", "img_size", *ANY_SIZE):
             if unknown in options and f"unexpected keyword argument '{unknown}'" in reason:
-                return create(name, weights, state, **{k: v for k, v in options.items() if k != unknown})
+                return create_network(name, weights, state, **{k: v for k, v in options.items() if k != unknown})
         if isinstance(error, UserError):
             raise
         if "Unknown model" in reason:
@@ -106,7 +106,7 @@ def create(name: str, weights: bool | None = None, state: State | None = None, *
     return model
 
 
-def as_timm(encoder: Any) -> Any:
+def timm_model(encoder: Any) -> Any:
     """The timm model that an encoder is, or holds."""
     if isinstance(encoder, UnitViT):
         return encoder.vit
@@ -123,7 +123,7 @@ def as_map_encoder(model: Any) -> MapEncoder:
     return model if hasattr(model, "encode_masked") else MaskedSwin(model)
 
 
-def fit(state: State, model: nn.Module) -> State:
+def adapt_to_input_size(state: State, model: nn.Module) -> State:
     """A checkpoint of another input size for this model: its tables follow."""
     filters: dict[type, Any] = {HiViT: fit_hivit, VisionTransformer: fit_vit, SwinTransformer: fit_swin}
     return next((change(state, model) for kind, change in filters.items() if isinstance(model, kind)), state)

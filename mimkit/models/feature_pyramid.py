@@ -24,7 +24,7 @@ def takes_windows(backbone: Any) -> bool:
 
 
 class Pyramid(nn.Module):
-    """Four maps, each half as wide and high as the one before, normalised over channels.
+    """Four maps, each half as wide and high as the one before, normalized over channels.
 
     What comes from where is the `neck`:
         maps: the ends of the backbone's own stages; one that ends at 1/16 is pooled to 1/32.

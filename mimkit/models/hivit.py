@@ -58,7 +58,7 @@ class StemBlock(nn.Module):
 
 
 class Merge(nn.Module):
-    """2 x 2 neighbours to one of twice the width. The order (dx dy d) is that of the released weights."""
+    """2 x 2 neighbors to one of twice the width. The order (dx dy d) is that of the released weights."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -110,7 +110,7 @@ class Block(nn.Module):
 class HiViT(nn.Module):
     """HiViT in its two forms.
 
-    Supervised (the default): relative position bias in every main block, learnt positions, mean pool, `fc_norm`, head.
+    Supervised (the default): relative position bias in every main block, learned positions, mean pool, `fc_norm`, head.
     Unit form (`unit_form=True`, for masked pre-training): no relative bias, fixed sin-cos positions, no `fc_norm` (and
     with `num_classes=0` no head), and a final `norm` on what `encode_units` returns. There `multi_scale=True` returns
     the features before each merge beside the main output, 7 x embed_dim in all.

@@ -116,7 +116,7 @@ def set_eps(net: Any, eps: float | None) -> None:
 
 
 class Pool(nn.Module):
-    """Four neighbouring tokens become one, by weights that start at `share` of one tap and 1 - share of the mean.
+    """Four neighboring tokens become one, by weights that start at `share` of one tap and 1 - share of the mean.
 
     Args:
         kind: dw (a weight for each channel) or conv (dense).
@@ -153,7 +153,7 @@ class Pool(nn.Module):
 
 
 class Mean(nn.Module):
-    """Four neighbouring tokens become their mean."""
+    """Four neighboring tokens become their mean."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(b 2h 2w d) -> (b h w d)"""
@@ -242,10 +242,10 @@ class HPViT(nn.Module):
         offset = self.padding[0] // STRIDE  # of the sub-grid with the source's own patches
         share = resolve_share(pool_init)
         taps = ((offset % 2, share), (offset // 2, share), (0, 0.0))
-        learnt = [pool != "avg" and (stage < 2 or self.depths[3] > 0) for stage in range(3)]
+        learned = [pool != "avg" and (stage < 2 or self.depths[3] > 0) for stage in range(3)]
         self.pools = nn.ModuleList(
             Pool(self.embed_dim, pool, part, (tap, tap)) if learns else Mean()
-            for (tap, part), learns in zip(taps, learnt, strict=True)
+            for (tap, part), learns in zip(taps, learned, strict=True)
         )
         self.pools.to(net.patch_embed.proj.weight)
         self.feature_info = []
@@ -512,7 +512,7 @@ def unfold(x: Tensor, side: int, grid: Grid, attention: str) -> Tensor:
 def midpoints(angles: Tensor) -> Tensor:
     """RoPE's sines and cosines (... h w d) at 0, 1, 2, ... -> the same at .5, 2.5, ... on both axes.
 
-    The rotation midway between two is their sum, scaled back to length 1: exact while neighbours are less than pi
+    The rotation midway between two is their sum, scaled back to length 1: exact while neighbors are less than pi
     apart, as they are but on small grids (`_aliased`). At an odd border there is one token: its own rotation.
     """
     h, w = angles.shape[-3:-1]
@@ -541,7 +541,7 @@ def relative_bias(table: Tensor, old: Grid, new: Grid, index: Tensor) -> Tensor:
 
 
 def _aliased(rope: Any) -> int:
-    """Largest side of a grid on which neighbours are pi or more apart in a RoPE's fastest band."""
+    """Largest side of a grid on which neighbors are pi or more apart in a RoPE's fastest band."""
     if hasattr(rope, "periods"):  # DINOv3: coordinates from -1 to 1, a period of 1 at the fastest
         return int(4 / float(rope.periods.min()))
     return int(max(rope.ref_feat_shape) / math.pi) if getattr(rope, "ref_feat_shape", None) else 0

@@ -8,11 +8,11 @@ from torch import nn
 
 from mimkit.conversion.convert import as_own
 from mimkit.conversion.family import families, own_family
-from mimkit.data.transforms import Normalise, colours
+from mimkit.data.transforms import Normalize, default_normalization
 from mimkit.errors import UserError
-from mimkit.io.hub import place_of
+from mimkit.io.hub import local_path
 from mimkit.io.weights import on_meta, read_weights, split
-from mimkit.models.factory import ANY_SIZE, comes_with_weights, create, input_of
+from mimkit.models.factory import ANY_SIZE, create_network, has_weights, input_of
 
 # Where the forms of a network differ: in pre-training it ends in a norm of its own, and HiViT has no relative bias
 ENDS = ("fc_norm.", "norm.")
@@ -20,18 +20,18 @@ TABLE = "relative_position_bias_table"
 FORM = ("unit_form", "multi_scale", "fc_norm", "use_fc_norm", "num_classes", "global_pool")
 
 
-def locate(name: str) -> str:
+def network_folder(name: str) -> str:
     """A run -> the folder of its network: encoder/ of a pre-training, best/ of a fine-tuning; else the name itself."""
-    inside = [place_of(name) / part for part in ("encoder", "best")]
+    inside = [local_path(name) / part for part in ("encoder", "best")]
     found = next((str(folder) for folder in inside if (folder / "config.json").is_file()), name)
-    if place_of(found).is_dir() and not (place_of(found) / "config.json").is_file():
+    if local_path(found).is_dir() and not (local_path(found) / "config.json").is_file():
         raise UserError(f"--model {name} holds no config.json: pass a run, its encoder/, or a converted checkpoint.")
     if name.startswith("runs/") and not Path(name).exists():
         raise UserError(f"--model {name} is not there: `accelerate launch recipes/mae_hivit.py` makes runs/mae_hivit.")
     return found
 
 
-def read(name: str, init: str | None = None, scratch: bool = False, **options: Any) -> tuple[Any, str]:
+def read_network(name: str, init: str | None = None, scratch: bool = False, **options: Any) -> tuple[Any, str]:
     """A network as its checkpoint has it: built with its own classes and form, loaded strictly.
 
     Args:
@@ -43,12 +43,12 @@ def read(name: str, init: str | None = None, scratch: bool = False, **options: A
     Returns:
         The network, and in words what it starts with.
     """
-    name = locate(name)
+    name = network_folder(name)
     if init and not scratch:
-        network = _from_file(name, place_of(init), options)
+        network = _from_file(name, local_path(init), options)
     else:
-        network = create(name, weights=False if scratch else None, **options)
-    loaded = not scratch and (init or comes_with_weights(name))
+        network = create_network(name, weights=False if scratch else None, **options)
+    loaded = not scratch and (init or has_weights(name))
     origin = f"all weights of {init or name}" if loaded else "weights at random"
     return network, f"{network.pretrained_cfg['architecture']}: {origin}"
 
@@ -56,19 +56,21 @@ def read(name: str, init: str | None = None, scratch: bool = False, **options: A
 def _from_file(name: str, file: Path, options: dict[str, Any]) -> Any:
     if file.is_dir():
         raise UserError(f"--init {file} is a folder, which says itself what it holds: pass it as --model.")
-    layout = None if place_of(name).exists() else own_family(name)
+    layout = None if local_path(name).exists() else own_family(name)
     if layout and families()[layout].fits(read_weights(file)):
         target, _ = as_own(name, file, **options)
         form, state = {**target.net._model_args, "num_classes": target.net.num_classes}, target.state
     else:
         state = split(read_weights(file))[0]
         counts = [
-            len(state[f"{head}.weight"]) for head in _heads(on_meta(create, name, False)) if f"{head}.weight" in state
+            len(state[f"{head}.weight"])
+            for head in _heads(on_meta(create_network, name, False))
+            if f"{head}.weight" in state
         ]
         form = {"num_classes": counts[0] if counts else 0}
         if "fc_norm.weight" in state and "norm.weight" not in state:
             form["global_pool"] = "avg"
-    return create(name, state=state, **form | options)
+    return create_network(name, state=state, **form | options)
 
 
 def _heads(network: Any) -> list[str]:
@@ -76,7 +78,7 @@ def _heads(network: Any) -> list[str]:
     return [found] if isinstance(found, str) else list(found)
 
 
-def load(
+def load_network(
     name: str, init: str | None = None, scratch: bool = False, global_pool: str | None = None, **options: Any
 ) -> tuple[Any, str]:
     """`read`, in the form that classifies.
@@ -87,13 +89,13 @@ def load(
     Args:
         global_pool: as in timm; the checkpoint's own by default.
     """
-    own, words = read(name, init, scratch, **options)
+    own, words = read_network(name, init, scratch, **options)
     unit_form, pool = getattr(own, "unit_form", False), _get_global_pool(own)
     if not unit_form and global_pool in (None, pool):
         return own, words
     arguments = {key: value for key, value in own._model_args.items() if key not in FORM}
     arguments |= {"global_pool": global_pool} if global_pool else {}
-    network = create(own.pretrained_cfg["architecture"], weights=False, num_classes=0, **arguments)
+    network = create_network(own.pretrained_cfg["architecture"], weights=False, num_classes=0, **arguments)
     network.pretrained_cfg.update(own.pretrained_cfg)
     if scratch:
         return network, words
@@ -133,7 +135,7 @@ def checkpoint_blocks(network: Any) -> None:
         raise UserError(f"--grad-checkpointing: timm has none for a {type(network).__name__}; leave it.") from error
 
 
-def start_from(options: Any, **given: Any) -> tuple[Any, str, Normalise]:
+def start_from(options: Any, **given: Any) -> tuple[Any, str, Normalize]:
     """`load`, as the options of a recipe say.
 
     Args:
@@ -143,16 +145,16 @@ def start_from(options: Any, **given: Any) -> tuple[Any, str, Normalise]:
             the checkpoint's own.
 
     Returns:
-        The network, in words what it starts with, and the colours that it takes.
+        The network, in words what it starts with, and the colors that it takes.
     """
     given |= {"in_chans": options.in_chans, "drop_path_rate": options.drop_path}
     if twice := options.model_args.keys() & {*given, "num_classes"} - {*ANY_SIZE}:
         raise UserError(f"--model-args has {', '.join(twice)}, which follows from an option or the data: leave it out.")
     given = {key: value for key, value in given.items() if value is not None}
-    network, words = load(options.model, options.init, options.from_scratch, **given | options.model_args)
+    network, words = load_network(options.model, options.init, options.from_scratch, **given | options.model_args)
     own = input_of(network)[2].values
     if len(own[0]) == options.in_chans:
         options.mean, options.std = options.mean or own[0], options.std or own[1]
-    normalise = colours(options.in_chans, options.mean, options.std)
-    options.mean, options.std = normalise.values
-    return network, words, normalise
+    normalize = default_normalization(options.in_chans, options.mean, options.std)
+    options.mean, options.std = normalize.values
+    return network, words, normalize

@@ -5,7 +5,7 @@ In the first two, tokens are softly assigned to the super tokens around them, wh
 two every token is its own super token, and this is ordinary attention. 3 x 3 convolutions in every block tell places.
 
 Those convolutions cross mask units, so nothing can be skipped as freely as in HiViT. Here the state of the network is
-the visible tokens alone. Where an association looks at neighbours, masked ones are zero, just as those beyond the
+the visible tokens alone. Where an association looks at neighbors, masked ones are zero, just as those beyond the
 image's border are; where a convolution does, they are the mean of the image's visible tokens. With nothing masked this
 is the ordinary network.
 """
@@ -23,7 +23,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from mimkit.errors import UserError
-from mimkit.units import Grid, UnitMask, hide, unit_grid
+from mimkit.units import Grid, UnitMask, replace_masked, unit_grid
 
 SIDE = 8  # tokens of the first stage along a side of a mask unit, which is one token of the last
 STRIDES = {4: (2, 1, 2, 1), 2: (2, 1, 1, 1), 1: (1, 1, 1, 1)}  # of the stem's convolutions, by patch size
@@ -77,7 +77,7 @@ def wide(x: Tensor) -> Tensor:
 def convolve(conv: Any, x: Tensor, places: Places) -> Tensor:
     """A 3 x 3 convolution of a state: (... d) -> (... d'), half as wide and high if its stride is 2
 
-    A masked neighbour counts as an average one. Zeros would make what comes out depend on how many neighbours there are
+    A masked neighbor counts as an average one. Zeros would make what comes out depend on how many neighbors there are
     more than on the image, as tokens share a large mean: trained so, the network is another one on whole images, whose
     features were 1.4 deviations away from those of masked ones (benchmarks/cifar10_probe.md).
     """
@@ -86,7 +86,7 @@ def convolve(conv: Any, x: Tensor, places: Places) -> Tensor:
 
 
 def batch_norm(norm: Any, x: Tensor, places: Places) -> Tensor:
-    """Batch normalisation of a state (... d), by the statistics of the tokens that count.
+    """Batch normalization of a state (... d), by the statistics of the tokens that count.
 
     Raises:
         UserError: one token alone, which would be divided by a deviation of 0.
@@ -94,7 +94,7 @@ def batch_norm(norm: Any, x: Tensor, places: Places) -> Tensor:
     counted = places.counted(x) if norm.training else x
     if norm.training and counted.numel() == counted.shape[-1]:
         raise UserError(
-            "SViT normalises by the visible tokens of a step's part in one process, and there is one: take a larger "
+            "SViT normalizes by the visible tokens of a step's part in one process, and there is one: take a larger "
             "batch or image, fewer --grad-accum-steps, or a lower --mask-ratio."
         )
     if counted is x:
@@ -111,15 +111,15 @@ def batch_norm(norm: Any, x: Tensor, places: Places) -> Tensor:
     return torch.addcmul(norm.bias - mean * scale, x, scale).to(x.dtype)
 
 
-def neighbours(x: Tensor) -> Tensor:
+def neighbors(x: Tensor) -> Tensor:
     """(b h w d) -> (b h w 9 d): the 3 x 3 around each, zero beyond the border"""
     h, w = x.shape[1:3]
     x = F.pad(x, (0, 0, 1, 1, 1, 1))
     return torch.stack([x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], dim=3)
 
 
-def to_neighbours(x: Tensor) -> Tensor:
-    """(b h w 9 d) -> (b h w d): what each gets from the 3 x 3 around it, the adjoint of `neighbours`"""
+def to_neighbors(x: Tensor) -> Tensor:
+    """(b h w 9 d) -> (b h w d): what each gets from the 3 x 3 around it, the adjoint of `neighbors`"""
     shifts = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     parts = [F.pad(part, (0, 0, j, -j, i, -i)) for part, (i, j) in zip(x.unbind(3), shifts, strict=True)]
     return torch.stack(parts).sum(0)
@@ -165,19 +165,19 @@ class Attention(nn.Module):
     @staticmethod
     def around(tokens: Tensor, places: Places) -> Tensor:
         """(... hh ww d) -> (... hh ww 9 d): the super tokens around each, zero for those that are not there"""
-        return places.to_state(neighbours(places.to_map(tokens)))
+        return places.to_state(neighbors(places.to_map(tokens)))
 
     @staticmethod
     def back(parts: Tensor, places: Places) -> Tensor:
         """(... hh ww 9 d) -> (... hh ww d): what super tokens get from the cells around them"""
-        return places.to_state(to_neighbours(places.to_map(parts)))
+        return places.to_state(to_neighbors(places.to_map(parts)))
 
 
 # The network ---------------------------------------------------------------------------------------------------------
 
 
 class Stem(nn.Module):
-    """Four 3 x 3 convolutions, each followed by GELU and batch normalisation; a token sees 19 x 19 pixels."""
+    """Four 3 x 3 convolutions, each followed by GELU and batch normalization; a token sees 19 x 19 pixels."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int):
         super().__init__()
@@ -232,7 +232,7 @@ class Block(nn.Module):
 
 
 class Merge(nn.Module):
-    """A 3 x 3 convolution of stride 2, and batch normalisation."""
+    """A 3 x 3 convolution of stride 2, and batch normalization."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
@@ -308,7 +308,7 @@ class SViT(nn.Module):
         self.norm: nn.Module = nn.BatchNorm2d(tail_dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
-        for module in self.modules():  # convolutions stay at torch's start: normalisation follows them
+        for module in self.modules():  # convolutions stay at torch's start: normalization follows them
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
@@ -354,7 +354,7 @@ class SViT(nn.Module):
         """
         grid = unit_grid(images.shape[-2], images.shape[-1], self.unit_size)
         places = Places(mask.visible, grid, skip=False)
-        x = hide(self.embed(images, places), mask.masked, grid, token)
+        x = replace_masked(self.embed(images, places), mask.masked, grid, token)
         return self.run(x, places)[-1].flatten(1, 2)
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from mimkit.errors import UserError
-from mimkit.units import UnitMask, hide, unit_grid
+from mimkit.units import UnitMask, replace_masked, unit_grid
 
 
 class MaskedSwin(nn.Module):
@@ -31,5 +31,5 @@ class MaskedSwin(nn.Module):
     def encode_masked(self, images: Tensor, mask: UnitMask, token: Tensor) -> Tensor:
         """Images (b c H W), places (b v) and (b m), mask token (token_dim) -> latent of all units (b n out_dim)"""
         grid = unit_grid(images.shape[-2], images.shape[-1], self.unit_size)
-        x = hide(self.swin.patch_embed(images), mask.masked, grid, token)
+        x = replace_masked(self.swin.patch_embed(images), mask.masked, grid, token)
         return rearrange(self.swin.norm(self.swin.layers(x)), "b gh gw d -> b (gh gw) d")

@@ -20,7 +20,7 @@ class UnitViT(nn.Module):
     Args:
         vit: a timm `VisionTransformer`, best built with `num_classes=0, fc_norm=False` (its final norm is then used),
             and with `dynamic_img_size=True` where the input size varies.
-        fixed_positions: replace its learnt position table by MAE's fixed sin-cos one (MAE, section 3).
+        fixed_positions: replace its learned position table by MAE's fixed sin-cos one (MAE, section 3).
     """
 
     def __init__(self, vit: nn.Module, fixed_positions: bool = False):

@@ -9,14 +9,14 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from mimkit.data.loader import eval_loader, guarded
+from mimkit.data.loader import eval_loader, limit_bad_images
 from mimkit.data.sources import Source
-from mimkit.data.transforms import Normalise
+from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
-from mimkit.evaluation.features import NoImagesError, over
+from mimkit.evaluation.features import NoImagesError, apply_to_images
 from mimkit.io.weights import write_model
-from mimkit.models.factory import comes_with_weights, create
-from mimkit.models.pretrained import locate
+from mimkit.models.factory import create_network, has_weights
+from mimkit.models.pretrained import network_folder
 from mimkit.tasks.plots import confusions
 from mimkit.training.run import Run
 
@@ -48,10 +48,10 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
 
 def classifier(model: str) -> Any:
     """A network that has been fine-tuned, from a run, a folder or a name of timm with a tag."""
-    folder = locate(model)
-    if not comes_with_weights(folder):
+    folder = network_folder(model)
+    if not has_weights(folder):
         raise UserError(f"--model {model} has no weights: pass a run of recipes/finetune.py, or a folder of a model.")
-    network = create(folder)
+    network = create_network(folder)
     if not network.num_classes:
         raise UserError(f"--model {model} has no classifier, which recipes/finetune.py gives it: pass what that left.")
     return network
@@ -103,7 +103,7 @@ def mixing(
 
 
 class Classification:
-    """Accuracy on labelled images.
+    """Accuracy on labeled images.
 
     Args:
         shape: of the input, (c H W).
@@ -119,11 +119,11 @@ class Classification:
         run: Run,
         test: Source,
         shape: tuple[int, int, int],
-        normalise: Normalise,
+        normalize: Normalize,
         crop_pct: float,
         names: Sequence[str],
     ):
-        self.run, self.test, self.shape, self.normalise = run, test, shape, normalise
+        self.run, self.test, self.shape, self.normalize = run, test, shape, normalize
         self.crop_pct, self.names = crop_pct, list(names)
 
     def score(self, network: Any) -> dict[str, float]:
@@ -138,10 +138,10 @@ class Classification:
             crop_pct=self.crop_pct,
             share=(accelerator.process_index, accelerator.num_processes),
         )
-        batches = guarded(loader, run.options.max_bad * self.test.length, run.print_once)
+        batches = limit_bad_images(loader, run.options.max_bad * self.test.length, run.print_once)
         try:
             with accelerator.autocast():
-                found = over(network, batches, self.normalise, network)
+                found = apply_to_images(network, batches, self.normalize, network)
             counts = score(found.x, found.y)
         except NoImagesError:  # for this process: the others wait for it
             counts = Scores(torch.zeros(len(self.names), len(self.names), dtype=torch.int64), torch.tensor(0))
@@ -157,7 +157,7 @@ class Classification:
 
     def write(self, network: Any, folder: Path) -> None:
         """In timm's layout, with the names of its classes."""
-        mean, std = self.normalise.values
+        mean, std = self.normalize.values
         about = {"input_size": self.shape, "crop_pct": self.crop_pct, "interpolation": "bicubic"}
         write_model(network, folder, mean=mean, std=std, label_names=self.names, **about)
 

@@ -7,16 +7,16 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from mimkit.data.transforms import Normalise, colours
+from mimkit.data.transforms import Normalize, default_normalization
 from mimkit.errors import UserError
 from mimkit.files import read_json, replacing
-from mimkit.io.hub import place_of
+from mimkit.io.hub import local_path
 from mimkit.io.weights import load_strictly
-from mimkit.models.factory import create
+from mimkit.models.factory import create_network
 
 
 def write_dense(
-    model: Any, folder: Path, kind: str, names: list[str], values: list[int], normalise: Normalise, **about: Any
+    model: Any, folder: Path, kind: str, names: list[str], values: list[int], normalize: Normalize, **about: Any
 ) -> None:
     """model.safetensors and KIND.json.
 
@@ -28,7 +28,7 @@ def write_dense(
     """
     backbone = model.pyramid.backbone
     arguments = {key: value for key, value in backbone._model_args.items() if key != "num_classes"}
-    mean, std = normalise.values
+    mean, std = normalize.values
     own = {
         "backbone": backbone.pretrained_cfg["architecture"],
         "backbone_args": json.loads(json.dumps(arguments)),
@@ -48,7 +48,7 @@ def write_dense(
 
 def find_dense(name: str, kind: str) -> Path | None:
     """A run, its last/ or best/ -> the folder that holds its network, if it is one of that kind."""
-    return next((p for p in (place_of(name), place_of(name) / "best") if (p / f"{kind}.json").is_file()), None)
+    return next((p for p in (local_path(name), local_path(name) / "best") if (p / f"{kind}.json").is_file()), None)
 
 
 def read_dense(folder: Path, kind: str, build: Callable[..., Any]) -> tuple[Any, dict[str, Any]]:
@@ -61,7 +61,7 @@ def read_dense(folder: Path, kind: str, build: Callable[..., Any]) -> tuple[Any,
         own = read_json(folder / f"{kind}.json")
         state = load_file(folder / "model.safetensors")
         arguments = {"in_chans": own["in_chans"], **own["backbone_args"]}
-        backbone = create(own["backbone"], weights=False, num_classes=0, **arguments)
+        backbone = create_network(own["backbone"], weights=False, num_classes=0, **arguments)
         model = build(backbone, len(own["class_names"]), **own[f"{kind}_args"])
     except UserError:
         raise
@@ -73,14 +73,14 @@ def read_dense(folder: Path, kind: str, build: Callable[..., Any]) -> tuple[Any,
 
 def go_on_from(
     folder: Path, kind: str, build: Callable[..., Any], options: Any, names: list[str]
-) -> tuple[Any, dict[str, Any], str, Normalise]:
+) -> tuple[Any, dict[str, Any], str, Normalize]:
     """`read_dense`, as the options of a recipe say; its `in_chans`, `mean` and `std` become those of the network.
 
     Args:
         names: of the classes in the data.
 
     Returns:
-        The network, what is to be known about it, in words what it starts with, and the colours that it takes.
+        The network, what is to be known about it, in words what it starts with, and the colors that it takes.
 
     Raises:
         UserError: an option that is for another start, or other classes.
@@ -94,6 +94,6 @@ def go_on_from(
             f"--model {options.model} knows {len(known)} classes ({', '.join(known[:4])}, ...), and "
             f"--data {options.data} has {len(names)} ({', '.join(names[:4])}, ...): pass data of the same ones."
         )
-    normalise = colours(own["in_chans"], own["mean"], own["std"])
-    options.in_chans, (options.mean, options.std) = own["in_chans"], normalise.values
-    return network, own, f"all weights of {folder}", normalise
+    normalize = default_normalization(own["in_chans"], own["mean"], own["std"])
+    options.in_chans, (options.mean, options.std) = own["in_chans"], normalize.values
+    return network, own, f"all weights of {folder}", normalize

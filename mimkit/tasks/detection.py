@@ -21,13 +21,13 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
 
-from mimkit.data.detection import Objects, Truth, fitting, read_objects
-from mimkit.data.loader import guarded, look_at, one_by_one
-from mimkit.data.order import spread
-from mimkit.data.sample import Viewer, collate_list
+from mimkit.data.detection import CocoGroundTruth, Objects, fitting, read_objects
+from mimkit.data.loader import check_samples, limit_bad_images, single_image_loader
+from mimkit.data.order import evenly_spaced
+from mimkit.data.sample import SampleLoader, collate_list
 from mimkit.data.segmentation import resize_short
 from mimkit.data.sources import Source, open_all
-from mimkit.data.transforms import Normalise, Size, whole_size
+from mimkit.data.transforms import Normalize, Size, checked_size
 from mimkit.errors import UserError
 from mimkit.files import replacing_file
 from mimkit.models.feature_pyramid import Pyramid
@@ -40,9 +40,9 @@ KINDS = {"box": "bbox", "mask": "segm"}  # what is judged, as COCO names it
 FIGURES = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5}  # places in COCO's summary
 
 
-class Levels(nn.Module):
+class FPNBackbone(nn.Module):
     """A feature pyramid network over a `Pyramid`: maps of one width at 1/4, 1/8, 1/16, 1/32 and 1/64 (Lin et al., CVPR
-    2017), normalised over channels."""
+    2017), normalized over channels."""
 
     def __init__(self, pyramid: Pyramid, width: int):
         super().__init__()
@@ -54,12 +54,12 @@ class Levels(nn.Module):
         return self.fpn({str(i): m for i, m in enumerate(self.pyramid(x))})
 
 
-def exactly(module: nn.Module, inputs: Any, output: Any) -> Any:
+def cast_fp32(module: nn.Module, inputs: Any, output: Any) -> Any:
     """A head's output in float32: bf16 would round boxes of 1,000 px to 4, and let NMS merge those of many classes."""
     return tree_map(Tensor.float, output)
 
 
-def unpasted(module: nn.Module, inputs: Any, output: Any) -> None:
+def keep_small_masks(module: nn.Module, inputs: Any, output: Any) -> None:
     """Masks stay as small as they are found, under another name: up to 100 would be pasted into floats of the whole
     image at once, gigabytes for a photograph."""
     for found in output[0]:
@@ -90,7 +90,7 @@ class Detector(nn.Module):
         width: channels of the feature pyramid and the heads; torchvision's are the default.
         samples: regions of an image that the heads learn from.
         short, long: an image that is judged is scaled to this short side, unless its long side were longer than that.
-        mean, std: of the colours.
+        mean, std: of the colors.
     """
 
     def __init__(
@@ -124,22 +124,22 @@ class Detector(nn.Module):
             heads["mask_predictor"] = MaskRCNNPredictor(width, width, kinds)
         network: Any = MaskRCNN if masks else FasterRCNN
         self.rcnn = network(
-            Levels(pyramid, width),
+            FPNBackbone(pyramid, width),
             **heads,
             image_mean=mean,
             image_std=std,
             box_batch_size_per_image=samples,
         )
-        colours = self.rcnn.transform.image_mean, self.rcnn.transform.image_std
-        self.rcnn.transform = Scaling(short, long, *colours, size_divisible=pyramid.multiple)
+        colors = self.rcnn.transform.image_mean, self.rcnn.transform.image_std
+        self.rcnn.transform = Scaling(short, long, *colors, size_divisible=pyramid.multiple)
         for pool in (self.rcnn.roi_heads.box_roi_pool, self.rcnn.roi_heads.mask_roi_pool):
             if pool is not None:  # it would guess them from the first image's size without its padding, once
                 pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
                 pool.map_levels = initLevelMapper(2, 5, pool.canonical_scale, pool.canonical_level)
         for head in (self.rcnn.rpn.head, self.rcnn.roi_heads.box_predictor, self.rcnn.roi_heads.mask_predictor):
             if head is not None:
-                head.register_forward_hook(exactly)
-        self.rcnn.roi_heads.register_forward_hook(unpasted)
+                head.register_forward_hook(cast_fp32)
+        self.rcnn.roi_heads.register_forward_hook(keep_small_masks)
         self._model_args: dict[str, Any] = {
             "masks": masks,
             "neck": pyramid.neck,
@@ -205,8 +205,8 @@ def as_results(found: dict[str, Tensor], image: Any, numbers: list[int], size: S
     return results
 
 
-def judge_as_coco(
-    truth: Truth, results: list[dict[str, Any]], ids: list[Any], kind: str
+def coco_metrics(
+    truth: CocoGroundTruth, results: list[dict[str, Any]], ids: list[Any], kind: str
 ) -> tuple[dict[str, float], list[float]]:
     """COCO's average precision, in %, over these images.
 
@@ -240,12 +240,12 @@ class Detection:
     figure = "box_ap"
     hints: tuple[str, ...] = ("predict --model {} --images FOLDER --out found.json",)
 
-    def __init__(self, run: Run, test: Source, truth: Truth, normalise: Normalise, masks: bool):
-        self.run, self.test, self.truth, self.normalise = run, test, truth, normalise
+    def __init__(self, run: Run, test: Source, truth: CocoGroundTruth, normalize: Normalize, masks: bool):
+        self.run, self.test, self.truth, self.normalize = run, test, truth, normalize
         self.kinds = ("box", "mask") if masks else ("box",)
         fields = (test.image, test.label)
-        in_chans = len(normalise.values[0])
-        self.viewer = Viewer(fitting, in_chans, 0, 0, fields, read_objects(masks))
+        in_chans = len(normalize.values[0])
+        self.viewer = SampleLoader(fitting, in_chans, 0, 0, fields, read_objects(masks))
         self.shown: list[tuple[Tensor, Any, Any]] = []
 
     @torch.no_grad()
@@ -254,10 +254,10 @@ class Detection:
         run, training = self.run, network.training
         network.eval()
         self.images = min(images or self.test.length, self.test.length)
-        places = spread(self.test.length, self.images)
+        places = evenly_spaced(self.test.length, self.images)
         share = places[run.accelerator.process_index :: run.accelerator.num_processes]
-        loader = one_by_one(self.test, self.viewer, share, run.options.workers, collate_list)
-        batches = guarded(loader, run.options.max_bad * self.images, run.print_once)
+        loader = single_image_loader(self.test, self.viewer, share, run.options.workers, collate_list)
+        batches = limit_bad_images(loader, run.options.max_bad * self.images, run.print_once)
         results: list[dict[str, Any]] = []
         judged: list[Any] = []  # of images that can be used: nothing could be found in the others
         self.shown = []
@@ -281,20 +281,20 @@ class Detection:
             raise UserError(f"Nothing of {self.test.name} can be judged: not one of its images can be used.")
         figures: list[Any] = [None, None]
         if run.accelerator.is_main_process:
-            both = [judge_as_coco(self.truth, results, judged, kind) for kind in self.kinds]
+            both = [coco_metrics(self.truth, results, judged, kind) for kind in self.kinds]
             figures = [{name: value for own, _ in both for name, value in own.items()}, [each for _, each in both]]
         broadcast_object_list(figures)
         self.each: list[list[float]] = figures[1]
         return figures[0]
 
-    def rehearse(self, network: Any, viewer: Viewer, data: Source) -> None:
+    def rehearse(self, network: Any, viewer: SampleLoader, data: Source) -> None:
         """Two images through everything that training and judging do; tell what there is.
 
         Raises:
             UserError: an image or its objects cannot be used.
         """
         for part, look in ((data, viewer), (self.test, self.viewer)):
-            views = look_at(part, look)
+            views = check_samples(part, look)
             labels = torch.cat([view.label["labels"] for view in views]).bincount(minlength=1 + len(self.truth.names))
             seen = [f"{name} {n}" for name, n in zip(self.truth.names, labels[1:].tolist(), strict=True) if n]
             empty = [view.name for view in views if not len(view.label["labels"])]
@@ -322,7 +322,7 @@ class Detection:
 
     def write(self, network: Any, folder: Path) -> None:
         """The network and its classes."""
-        write_dense(network, folder, "detector", self.truth.names, self.truth.numbers, self.normalise)
+        write_dense(network, folder, "detector", self.truth.names, self.truth.numbers, self.normalize)
 
     def draw(self, folder: Path) -> list[str]:
         """Images with their objects and what was found, and a table of classes."""
@@ -356,16 +356,16 @@ def predict_objects(folder: Path, images: str, out: str, max_bad: float) -> int:
     device = next(model.parameters()).device
 
     def transform(image: Any) -> Any:
-        whole_size(image)
+        checked_size(image)
         return image
 
     pictures: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         for source in open_all(images):
-            viewer = Viewer(transform, own["in_chans"], 0, 0, (source.image, None), part=source.part)
-            loader = one_by_one(source, viewer, range(source.length), collate=collate_list)
-            for batch in guarded(loader, max_bad * source.length, print):
+            viewer = SampleLoader(transform, own["in_chans"], 0, 0, (source.image, None), part=source.part)
+            loader = single_image_loader(source, viewer, range(source.length), collate=collate_list)
+            for batch in limit_bad_images(loader, max_bad * source.length, print):
                 if batch.images:
                     height, width = batch.images[0].shape[-2:]
                     about = {"id": len(pictures) + 1, "file_name": batch.names[0], "height": height, "width": width}

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mimkit.data.loader import guarded, look_at, one_by_one
-from mimkit.data.order import spread
-from mimkit.data.sample import Batch, Viewer, collate
-from mimkit.data.segmentation import IGNORE, Classes, judged_pairs, resize_short
+from mimkit.data.loader import check_samples, limit_bad_images, single_image_loader
+from mimkit.data.order import evenly_spaced
+from mimkit.data.sample import Batch, SampleLoader, collate
+from mimkit.data.segmentation import IGNORE, Classes, eval_pairs, resize_short
 from mimkit.data.sources import Source, open_all
-from mimkit.data.transforms import Normalise, Size, whole_size
+from mimkit.data.transforms import Normalize, Size, checked_size
 from mimkit.errors import UserError
 from mimkit.files import replacing, replacing_file
 from mimkit.models.feature_pyramid import Pyramid
@@ -167,15 +167,15 @@ class Segmentation:
         run: Run,
         test: Source,
         classes: Classes,
-        normalise: Normalise,
+        normalize: Normalize,
         short: int,
         crop: Size | None = None,
         flip: bool = False,
     ):
-        self.run, self.test, self.classes, self.normalise = run, test, classes, normalise
+        self.run, self.test, self.classes, self.normalize = run, test, classes, normalize
         self.short, self.crop, self.flip = short, crop, flip
         fields = (test.image, test.mask)
-        self.viewer = Viewer(judged_pairs(short), len(normalise.values[0]), 0, 0, fields, classes, test.part)
+        self.viewer = SampleLoader(eval_pairs(short), len(normalize.values[0]), 0, 0, fields, classes, test.part)
         self.shown: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def predicted(self, network: Any, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -184,7 +184,7 @@ class Segmentation:
             if len(batch.images):  # else it is bad
                 images, _, masks, *_ = batch.to(self.run.accelerator.device)
                 with self.run.accelerator.autocast():
-                    scores = scores_of(network, self.normalise(images), self.crop, self.flip)
+                    scores = scores_of(network, self.normalize(images), self.crop, self.flip)
                 yield images, masks.long(), best_of(scores.float(), masks.shape[-2:])
 
     @torch.no_grad()
@@ -196,9 +196,11 @@ class Segmentation:
         network.eval()
         counts = torch.zeros(2, n, n, dtype=torch.int64, device=self.run.accelerator.device)
         run, self.images = self.run, min(images or self.test.length, self.test.length)
-        share = spread(self.test.length, self.images)[run.accelerator.process_index :: run.accelerator.num_processes]
-        loader = one_by_one(self.test, self.viewer, share, run.options.workers)
-        batches = guarded(loader, run.options.max_bad * self.images, run.print_once)
+        share = evenly_spaced(self.test.length, self.images)[
+            run.accelerator.process_index :: run.accelerator.num_processes
+        ]
+        loader = single_image_loader(self.test, self.viewer, share, run.options.workers)
+        batches = limit_bad_images(loader, run.options.max_bad * self.images, run.print_once)
         self.shown = []
         for pictures, masks, found in self.predicted(network, batches):
             near = masks.masked_fill(~near_edges(masks), IGNORE)
@@ -217,14 +219,14 @@ class Segmentation:
         accuracy = 100 * float(self.confusion.diagonal().sum() / self.confusion.sum())
         return {"miou": miou, "boundary_miou": boundary, "pixel_accuracy": accuracy}
 
-    def rehearse(self, network: Any, viewer: Viewer, data: Source) -> None:
+    def rehearse(self, network: Any, viewer: SampleLoader, data: Source) -> None:
         """Two images through everything that training and judging do; tell what there is.
 
         Raises:
             UserError: an image or a mask cannot be used.
         """
         for part, look in ((data, viewer), (self.test, self.viewer)):
-            views = look_at(part, look)
+            views = check_samples(part, look)
             counts = torch.stack(
                 [torch.bincount(torch.as_tensor(view.label).flatten(), minlength=IGNORE + 1) for view in views]
             ).sum(0)
@@ -235,7 +237,7 @@ class Segmentation:
         batch = collate([viewer(data.rows[i % data.length], 0, i) for i in range(2)]).to(self.run.accelerator.device)
         network.train()
         with self.run.accelerator.autocast():
-            loss = loss_of(network(self.normalise(batch.images)), batch.labels)
+            loss = loss_of(network(self.normalize(batch.images)), batch.labels)
         loss.backward()
         network.zero_grad()
         self.run.print(f"loss of 2 images {loss.item():.3f}; {self.words(self.score(network, 2))}")
@@ -251,7 +253,7 @@ class Segmentation:
     def write(self, network: Any, folder: Path) -> None:
         """The network, its classes and how images come to it."""
         about = {"short": self.short, "crop": self.crop, "flip": self.flip}
-        write_dense(network, folder, "segmenter", self.classes.names, self.classes.values, self.normalise, **about)
+        write_dense(network, folder, "segmenter", self.classes.names, self.classes.values, self.normalize, **about)
 
     def draw(self, folder: Path) -> list[str]:
         """Images with their masks and what was predicted, and a table of classes."""
@@ -284,22 +286,24 @@ def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
     model, own = read_dense(folder, "segmenter", Segmenter)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     device = next(model.parameters()).device
-    normalise = Normalise(own["mean"], own["std"]).to(device)
+    normalize = Normalize(own["mean"], own["std"]).to(device)
 
     def transform(image: Any, _: Any) -> tuple[Any, Tensor]:
-        size = whole_size(image)
+        size = checked_size(image)
         return resize_short(image, size, own["short"]), torch.tensor(size)
 
     sources = open_all(images)
     written: set[Path] = set()
     with replacing(out) as temporary, torch.inference_mode():
         for part, source in enumerate(sources):
-            viewer = Viewer(transform, own["in_chans"], 0, 0, (source.image, None), lambda cell: cell, source.part)
-            loader = one_by_one(source, viewer, range(source.length))
-            for batch in guarded(loader, max_bad * source.length, print):
+            viewer = SampleLoader(
+                transform, own["in_chans"], 0, 0, (source.image, None), lambda cell: cell, source.part
+            )
+            loader = single_image_loader(source, viewer, range(source.length))
+            for batch in limit_bad_images(loader, max_bad * source.length, print):
                 if not len(batch.images):
                     continue
-                scores = scores_of(model, normalise(batch.images.to(device)), own["crop"], own["flip"])
+                scores = scores_of(model, normalize(batch.images.to(device)), own["crop"], own["flip"])
                 found = best_of(scores, batch.labels[0].tolist())[0].cpu()
                 place = Path(batch.names[0])
                 if place.is_relative_to(images) and place != Path(images):
@@ -316,9 +320,9 @@ def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
 
 
 def paint(mask: Tensor, values: list[int], file: Path) -> None:
-    """(H W) -> a PNG of these numbers, which viewers show in colours."""
+    """(H W) -> a PNG of these numbers, which viewers show in colors."""
     picture = Image.fromarray(mask.numpy().astype(np.uint8), mode="P")
-    colours = np.zeros((256, 3), np.uint8)
-    colours[values] = palette(len(values))
-    picture.putpalette(colours.flatten().tolist())
+    colors = np.zeros((256, 3), np.uint8)
+    colors[values] = palette(len(values))
+    picture.putpalette(colors.flatten().tolist())
     picture.save(file)

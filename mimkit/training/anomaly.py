@@ -25,7 +25,7 @@ class Bad(NamedTuple):
     reason: str
 
 
-class Guard:
+class AnomalyGuard:
     """Sees the loss of every step and the gradients that are applied.
 
     Args:
@@ -81,7 +81,7 @@ class Guard:
         return [(step, value) for (step, _), value in zip(seen, values, strict=True)]
 
 
-def passed_by(run: Path) -> dict[int, str]:
+def skipped_steps(run: Path) -> dict[int, str]:
     """Steps of a run that it does not make, and why."""
     return {
         int(file.parent.name.removeprefix("step-")): read_json(file, reason=str)["reason"]

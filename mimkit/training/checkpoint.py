@@ -56,7 +56,7 @@ def seal(folder: Path, states: dict[str, State], own: dict[str, Any]) -> None:
     digest(folder / MANIFEST)  # which is on the disk then, as the others are
 
 
-def why_torn(folder: Path) -> str:
+def verify_checkpoint(folder: Path) -> str:
     """What a checkpoint suffers from; empty where every file is what was written, and none that is read was added."""
     try:
         hashes = dict(json.loads((folder / MANIFEST).read_text()))

@@ -92,12 +92,12 @@ def describe(accelerator: Accelerator) -> str:
     return name if accelerator.distributed_type is DistributedType.NO else f"{name}, {many} processes"
 
 
-def own_files(accelerator: Accelerator) -> bool:
+def sharded_checkpoint(accelerator: Accelerator) -> bool:
     """Whether the engine's state is in parts that only itself can write and read."""
     return accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
-def shares_weights(accelerator: Accelerator) -> bool:
+def sharded_params(accelerator: Accelerator) -> bool:
     """Whether a process holds a part of the weights only."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return accelerator.distributed_type is DistributedType.FSDP or bool(plugin and plugin.zero_stage == 3)
@@ -116,7 +116,7 @@ def compile_network(accelerator: Accelerator, model: nn.Module) -> None:
     Blocks share its code, which is compiled for each size and rate of drop-path among them: for any size at once, a
     window's took minutes.
     """
-    if shares_weights(accelerator):
+    if sharded_params(accelerator):
         kinds = blocks_of(model)
         blocks = [module for module in model.modules() if type(module) in kinds]
         limits = torch._dynamo.config

@@ -19,7 +19,7 @@ BEAT, MISSED = 5.0, 16  # seconds between signs of life, and how many may be mis
 ENDED = "ended"
 
 
-class Watch:
+class Heartbeat:
     """Ends this process, with a sentence, when the next one gives no sign of life; those before it then find its
     connections closed.
 

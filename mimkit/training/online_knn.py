@@ -2,27 +2,27 @@
 
 from typing import Any
 
-from mimkit.data.sources import Source, open_labelled
-from mimkit.data.transforms import Normalise, Size
+from mimkit.data.sources import Source, open_labeled
+from mimkit.data.transforms import Normalize, Size
 from mimkit.errors import UserError
 from mimkit.evaluation import features, knn
-from mimkit.models.factory import as_timm
+from mimkit.models.factory import timm_model
 from mimkit.training.run import Run
 
 
-class Watch:
-    """kNN accuracy of an encoder on at most 5,000 + 2,000 labelled images, on the main process."""
+class OnlineKNN:
+    """kNN accuracy of an encoder on at most 5,000 + 2,000 labeled images, on the main process."""
 
-    def __init__(self, run: Run, source: Source, size: Size, normalise: Normalise, required: bool):
-        self.run, self.size, self.normalise = run, size, normalise
+    def __init__(self, run: Run, source: Source, size: Size, normalize: Normalize, required: bool):
+        self.run, self.size, self.normalize = run, size, normalize
         self.parts: tuple[Source, Source] | None = None
         try:
             if source.streaming:
                 raise UserError("a stream has no rows to choose from, which kNN needs: pass --streaming false.")
             if run.accelerator.is_main_process:
-                parts = open_labelled(source.name)
+                parts = open_labeled(source.name)
                 if parts[0].length < 10:
-                    raise UserError(f"{parts[0].length} training images are fewer than its 10 neighbours.")
+                    raise UserError(f"{parts[0].length} training images are fewer than its 10 neighbors.")
                 self.parts = parts
         except UserError as error:
             if required:
@@ -34,10 +34,10 @@ class Watch:
         encoder = self.run.whole(encoder)
         if self.parts:
             train, test = features.extract_parts(
-                as_timm(encoder),
+                timm_model(encoder),
                 self.parts,
                 self.size,
-                self.normalise,
+                self.normalize,
                 images=(5_000, 2_000),
                 workers=self.run.options.workers,
                 max_bad=1.0,  # it is the images of training that are counted

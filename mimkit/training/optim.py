@@ -29,7 +29,7 @@ def show_groups(groups: list[dict[str, Any]], lr: float, console: Console) -> No
 POOLS = "pools."  # what HPViT's names of its pools begin with
 
 
-def spared(model: nn.Module) -> set[str]:
+def no_decay_names(model: nn.Module) -> set[str]:
     """Names that any part of the model lists in `no_weight_decay()`."""
     return {
         f"{prefix}.{name}" if prefix else name
@@ -41,7 +41,7 @@ def spared(model: nn.Module) -> set[str]:
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW without decay on 1-D tensors and on what any part of the model lists in `no_weight_decay()`."""
-    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared(model))
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=no_decay_names(model))
     return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
 
@@ -59,7 +59,7 @@ def layer_groups(model: Any, weight_decay: float, layer_decay: float, pool_scale
     layers = group_parameters(model, model.group_matcher(), reverse=True) if matched else auto_group_layers(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups: list[dict[str, Any]] = []
-    for group in param_groups_layer_decay(model, weight_decay, spared(model), layer_decay=layer_decay):
+    for group in param_groups_layer_decay(model, weight_decay, no_decay_names(model), layer_decay=layer_decay):
         pools = [parameter for parameter in group["params"] if names[parameter].startswith(POOLS)]
         others = [parameter for parameter in group["params"] if not names[parameter].startswith(POOLS)]
         groups += [{**group, "params": others}] if others else []
@@ -99,7 +99,7 @@ def poly(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> PolyLRSch
     return PolyLRScheduler(optimizer, power=1.0, **_warmed_up(steps, warmup))
 
 
-def drops(optimizer: torch.optim.Optimizer, steps: int, warmup: int, at: Sequence[int]) -> MultiStepLRScheduler:
+def multistep(optimizer: torch.optim.Optimizer, steps: int, warmup: int, at: Sequence[int]) -> MultiStepLRScheduler:
     """Linear warm-up from 0, then the rate as it is, a tenth of it from each of these steps on."""
     if list(at) != sorted(set(at)) or not all(warmup < step < steps for step in at):
         raise UserError(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
-from mimkit.figures import _write
+from mimkit.figures import save_figure
 
 
 def curves(metrics: list[dict[str, float]], file: Path) -> None:
@@ -23,4 +23,4 @@ def curves(metrics: list[dict[str, float]], file: Path) -> None:
         axis.set_title(titles.get(name, name))
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    _write(figure, file)
+    save_figure(figure, file)

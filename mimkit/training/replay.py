@@ -17,15 +17,15 @@ from mimkit.files import read_json, replacing, replacing_file
 from mimkit.io.weights import State
 
 
-def flat(nest: Any, name: str = "") -> State:
+def flatten(nest: Any, name: str = "") -> State:
     """Tensors in dicts and lists -> each by the keys and places that lead to it, such as 0.labels.3.boxes"""
     if isinstance(nest, Tensor):
         return {name: nest.to("cpu", copy=True).contiguous()}
     items = nest.items() if isinstance(nest, dict) else enumerate(nest)
-    return {k: v for key, value in items for k, v in flat(value, f"{name}.{key}" if name else f"{key}").items()}
+    return {k: v for key, value in items for k, v in flatten(value, f"{name}.{key}" if name else f"{key}").items()}
 
 
-def nested(tensors: State) -> Any:
+def unflatten(tensors: State) -> Any:
     """The reverse"""
     if "" in tensors:
         return tensors[""]
@@ -33,37 +33,37 @@ def nested(tensors: State) -> Any:
     for name, tensor in tensors.items():
         key, _, rest = name.partition(".")
         parts.setdefault(key, {})[rest] = tensor
-    found = {key: nested(part) for key, part in parts.items()}
+    found = {key: unflatten(part) for key, part in parts.items()}
     places = [str(i) for i in range(len(found))]
     return [found[i] for i in places] if found.keys() == {*places} else found
 
 
-def keep_batch(folder: Path, rank: int, parts: list[Batch]) -> None:
+def save_batch(folder: Path, rank: int, parts: list[Batch]) -> None:
     """One process's share of a bad step: images, noise and labels as they were, and names."""
     given = {str(i): {"images": x.images, "noise": x.noise, "labels": x.labels} for i, x in enumerate(parts)}
     with replacing(folder / f"rank-{rank}") as temporary:
-        save_file(flat(given), temporary / "batch.safetensors")
+        save_file(flatten(given), temporary / "batch.safetensors")
         names = {"names": [batch.names for batch in parts], "bad": [batch.bad for batch in parts]}
         (temporary / "names.json").write_text(json.dumps(names, indent=1))
 
 
-def keep_weights(folder: Path, model: nn.Module, recipe: str, step: int, reason: str) -> None:
+def save_weights(folder: Path, model: nn.Module, recipe: str, step: int, reason: str) -> None:
     """Those before a bad step, and what is known of it."""
     with replacing(folder / "weights") as temporary:
         save_file(model.state_dict(), temporary / "model.safetensors")
-    about = {"recipe": recipe, "step": step, "reason": reason}
+    read_about = {"recipe": recipe, "step": step, "reason": reason}
     with replacing_file(folder / "about.json") as file:
-        file.write_text(json.dumps(about, indent=1))
+        file.write_text(json.dumps(read_about, indent=1))
 
 
-def kept_batches(folder: Path) -> list[tuple[int, Batch]]:
+def load_batches(folder: Path) -> list[tuple[int, Batch]]:
     """(process, batch) of all processes."""
     batches = []
     for rank, kept in sorted((int(path.name.removeprefix("rank-")), path) for path in folder.glob("rank-*")):
-        parts = nested(load_file(kept / "batch.safetensors"))
-        about = read_json(kept / "names.json", names=list, bad=list)
+        parts = unflatten(load_file(kept / "batch.safetensors"))
+        read_about = read_json(kept / "names.json", names=list, bad=list)
         try:
-            for part, names, bad in zip(parts, about["names"], about["bad"], strict=True):
+            for part, names, bad in zip(parts, read_about["names"], read_about["bad"], strict=True):
                 batches.append((rank, Batch(**part, names=names, bad=[tuple(found) for found in bad])))
         except (TypeError, ValueError) as error:
             raise UserError(f"{kept} holds names and images of other parts ({error}): get another copy.") from error
@@ -72,7 +72,7 @@ def kept_batches(folder: Path) -> list[tuple[int, Batch]]:
     return batches
 
 
-def about(folder: Path) -> dict[str, Any]:
+def read_about(folder: Path) -> dict[str, Any]:
     """What is known of a step that was passed by: recipe, step, reason."""
     if not (folder / "about.json").is_file():
         raise UserError(

@@ -34,14 +34,14 @@ from rich.progress import BarColumn, Progress, TextColumn
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mimkit.data.loader import guarded, restart
+from mimkit.data.loader import limit_bad_images, restart
 from mimkit.data.order import Plan, cpu_count
 from mimkit.data.sample import Batch
-from mimkit.errors import STOPS, StoppedError, UserError, heeding, is_full
+from mimkit.errors import STOP_SIGNALS, StoppedError, UserError, is_full, signal_handlers
 from mimkit.files import read_metrics, read_options, replacing, replacing_file
 from mimkit.io.weights import load_strictly, read_weights
 from mimkit.training import anomaly, distributed, heartbeat, replay
-from mimkit.training.checkpoint import checkpoints, read, seal, step_of, sweep, trim, why_torn, write
+from mimkit.training.checkpoint import checkpoints, read, seal, step_of, sweep, trim, verify_checkpoint, write
 from mimkit.training.precision import keep_freed_memory, resolve_precision
 from mimkit.training.run_dir import MAY_CHANGE
 
@@ -86,7 +86,7 @@ class Run:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.twin: nn.Module | None = None  # what `whole` fills
-        self.guard = anomaly.Guard(getattr(options, "max_spike", None))
+        self.guard = anomaly.AnomalyGuard(getattr(options, "max_spike", None))
         self.bad: anomaly.Bad | None = None  # a step that is to be passed by
         self.passed: dict[int, str] = {}  # those that were, and why
         self.skipped: dict[str, str] = {}  # images that cannot be used, and why
@@ -96,7 +96,7 @@ class Run:
         self.cpus: Any = None
         if (world := self.accelerator.num_processes) > 1:
             self.cpus = torch.distributed.new_group(backend="gloo")
-            heartbeat.Watch(self.accelerator.process_index, world, self.cpus)
+            heartbeat.Heartbeat(self.accelerator.process_index, world, self.cpus)
         self.saved: Path | None = None  # the last checkpoint
         self.saver = ThreadPoolExecutor(1)
         self.saving: Future[Path] | None = None
@@ -176,7 +176,7 @@ class Run:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         plan = Plan(length, batch_size, 0, self.options.seed, 0, rank, world, self.options.grad_accum_steps)
         self.saved = self._last_whole() if self.options.resume else None
-        start = step_of(self.saved) if self.saved else replay.about(REPLAYED[-1])["step"] if REPLAYED else 0
+        start = step_of(self.saved) if self.saved else replay.read_about(REPLAYED[-1])["step"] if REPLAYED else 0
         steps = round(epochs * plan.steps_per_epoch)
         if steps < 1:
             raise UserError(f"--epochs {epochs:g} of {plan.steps_per_epoch} steps is not one step: train for longer.")
@@ -191,7 +191,7 @@ class Run:
         """
         self.model, self.optimizer, self.beside, accelerator = model, optimizer, beside, self.accelerator
         self.twin = (
-            distributed.twin_of(model).to(accelerator.device) if distributed.shares_weights(accelerator) else None
+            distributed.twin_of(model).to(accelerator.device) if distributed.sharded_params(accelerator) else None
         )
         if self.twin and beside:
             raise UserError(
@@ -199,17 +199,17 @@ class Run:
                 f"{distributed.describe(accelerator)} "
                 "share them: leave it out, or launch with ddp.yaml or zero2.yaml."
             )
-        clip, share = getattr(self.options, "clip_grad", None), self.data_plan.share
+        clip, share = getattr(self.options, "clip_grad", None), self.data_plan.micro_batch_size
         if getattr(self.options, "compile", False) and not REPLAYED:  # hooks of a replay see each module
             distributed.compile_network(accelerator, model)
         prepared = distributed.prepare(accelerator, model, optimizer, share, self.options.precision, clip)
         for module in beside.values():
             module.to(accelerator.device)
         self.guard.watch(optimizer)
-        self.passed = anomaly.passed_by(self.folder)
+        self.passed = anomaly.skipped_steps(self.folder)
         if self.saved:
             self.load(self.saved)
-        elif not distributed.own_files(accelerator):
+        elif not distributed.sharded_checkpoint(accelerator):
             self.begun = self._state(0)
         elif not REPLAYED:
             self.save(-1)  # so that there is something to go back to
@@ -227,7 +227,7 @@ class Run:
         return self.twin.get_submodule(names[0])
 
     def accumulate(self, model: nn.Module) -> Any:
-        """accelerate's context: gradients are synchronised and applied at the last part of a step only."""
+        """accelerate's context: gradients are synchronized and applied at the last part of a step only."""
         return self.accelerator.accumulate(model)
 
     # Going through the data ------------------------------------------------------------------------------------------
@@ -244,9 +244,9 @@ class Run:
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), plan.start
         text = "{task.fields[text]}"
         columns = TextColumn("training"), BarColumn(), TextColumn(text)
-        own = {signal.SIGINT: self._interrupt} | dict.fromkeys(STOPS, self._tell)
+        own = {signal.SIGINT: self._interrupt} | dict.fromkeys(STOP_SIGNALS, self._tell)
         progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        with progress as self.bar, heeding(own):
+        with progress as self.bar, signal_handlers(own):
             self.task = self.bar.add_task("", total=plan.steps, completed=plan.start, text="")
             self.step = plan.start
             while self.step < plan.steps:
@@ -265,11 +265,11 @@ class Run:
 
     def _replay(self, folder: Path) -> Iterator[tuple[int, Iterator[Batch]]]:
         """The step that was passed by, once more, and where its numbers stop being finite; then the end."""
-        batches, tracer = replay.kept_batches(folder), replay.Tracer(self.model, self.optimizer)
+        batches, tracer = replay.load_batches(folder), replay.Tracer(self.model, self.optimizer)
         self.accelerator.gradient_accumulation_steps = len(batches)  # those of all processes make one step here
         load_strictly(self.model, read_weights(folder / "weights"), folder)
         self.step = self.data_plan.start
-        reason = replay.about(folder)["reason"]
+        reason = replay.read_about(folder)["reason"]
         self.bad = anomaly.Bad(self.step, reason)  # nothing is due
         yield self.step, self._kept(batches)
         self.print(f"step {self.step}, of which it was said: {reason}")
@@ -291,7 +291,9 @@ class Run:
         restart(loader, start)
         limit = self.options.max_bad * self.data_plan.length  # over the epochs each process meets all of them
         loaded = iter(loader)  # which draws a number, and may not do so inside the first step
-        return guarded(loaded, limit, self.print_once if self.accelerator.is_main_process else print, self.skipped)
+        return limit_bad_images(
+            loaded, limit, self.print_once if self.accelerator.is_main_process else print, self.skipped
+        )
 
     def _seed(self, rank: int) -> None:
         key = [self.options.seed, self.step, rank]
@@ -309,14 +311,14 @@ class Run:
         folder = self._keep(self.step, parts)
         model = self.whole(self.model)
         if self.accelerator.is_main_process:
-            replay.keep_weights(folder, model, self.name, self.step, self.passed[self.step])
+            replay.save_weights(folder, model, self.name, self.step, self.passed[self.step])
             self.print(f"passed step {self.step} by: look at it with mimkit replay {folder}")
         return True
 
     def _keep(self, step: int, parts: Iterator[Batch]) -> Path:
         """A bad step's batch. -> where it is"""
         folder = self.folder / "replay" / f"step-{step:08d}"
-        replay.keep_batch(folder, self.accelerator.process_index, list(parts))
+        replay.save_batch(folder, self.accelerator.process_index, list(parts))
         self.accelerator.wait_for_everyone()
         return folder
 
@@ -377,13 +379,13 @@ class Run:
         )
 
     def _parts(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for _ in range(self.data_plan.parts):
+        for _ in range(self.data_plan.grad_accum_steps):
             begun = time.perf_counter()
             batch = next(batches, None)
             self.waited += time.perf_counter() - begun
             if batch is None:
                 raise UserError("The data ended before the run did: it has fewer images than it said; check its files.")
-            if len(batch.images) < self.data_plan.share:
+            if len(batch.images) < self.data_plan.micro_batch_size:
                 raise UserError(
                     f"{batch.bad[0][0]} cannot be used ({batch.bad[0][1]}), nor can those that could stand in for it: "
                     "remove or mend them."
@@ -397,7 +399,7 @@ class Run:
         self.count += 1
         self.guard.see(values["loss"])
         engine = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
-        if engine and self.accelerator.sync_gradients:  # where they are not finite it leaves the optimiser out
+        if engine and self.accelerator.sync_gradients:  # where they are not finite it leaves the optimizer out
             self.guard.see_gradient(engine.engine.get_global_grad_norm(), self.accelerator.device)
 
     def total(self, *counts: Tensor) -> list[Tensor]:
@@ -494,7 +496,7 @@ class Run:
         found: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             for folder in reversed([folder for folder in checkpoints(self.folder) if step_of(folder) <= before]):
-                if not (reason := why_torn(folder)):
+                if not (reason := verify_checkpoint(folder)):
                     found = [str(folder), None]
                     break
                 aside = folder.with_name(f"torn-{folder.name}")
@@ -517,7 +519,7 @@ class Run:
         folder = self._checkpoint(step)
         if self.accelerator.is_main_process:
             sweep(self.folder)
-        if distributed.own_files(self.accelerator):
+        if distributed.sharded_checkpoint(self.accelerator):
             self._save_parts(folder, self._averages(), self._own(step + 1))
         elif self.accelerator.is_main_process:
             self.saving = self.saver.submit(self._write, folder, *self._state(step + 1))
@@ -595,9 +597,11 @@ class Run:
             ) from error
 
     def load(self, folder: Path) -> None:
-        """Weights, optimiser and scaler from a checkpoint; the rest of a run's state is a function of its step."""
+        """Weights, optimizer and scaler from a checkpoint; the rest of a run's state is a function of its step."""
         (states, own), engine = read(folder), distributed.describe(self.accelerator)
-        if engine != own.get("engine") and (distributed.own_files(self.accelerator) or "optimizer" not in states):
+        if engine != own.get("engine") and (
+            distributed.sharded_checkpoint(self.accelerator) or "optimizer" not in states
+        ):
             raise UserError(
                 f"{folder} was written by {own.get('engine')}, and this is {engine}: launch the same, or start a new "
                 "run from its weights with --init."
@@ -611,7 +615,7 @@ class Run:
             self._restore(states, own, folder)
         except (KeyError, TypeError, AttributeError) as error:  # its hash was rewritten too
             raise UserError(f"{folder} is not what a run wrote ({error!r}): start anew with another --out.") from error
-        if distributed.own_files(self.accelerator):
+        if distributed.sharded_checkpoint(self.accelerator):
             self.accelerator.load_state(str(folder))
         self.print(f"going on from {folder}")
 

@@ -28,7 +28,7 @@ class Task(Protocol):
         """Pictures and tables of what was scored last. -> their names"""
 
 
-class Judge:
+class Evaluator:
     """Scores a network now and then, and keeps the last and the best one of a run."""
 
     def __init__(self, run: Run, task: Task):
@@ -66,7 +66,7 @@ class Judge:
         return figures
 
     def alone(self, network: Any) -> float:
-        """Judge a network as it is; with --out leave the pictures. -> the figure that counts"""
+        """Evaluator a network as it is; with --out leave the pictures. -> the figure that counts"""
         figures = self.score(network)
         self.run.print(self.task.words(figures))
         if self.run.options.out:

@@ -10,10 +10,10 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from mimkit.errors import UserError
 from mimkit.io.weights import write_model
-from mimkit.methods.checkpoint import initialise
+from mimkit.methods.checkpoint import load_initial_weights
 from mimkit.methods.decoder import Decoder
-from mimkit.methods.mae import MAE, normalise, pixels
-from mimkit.methods.reconstruction import reconstruct, unnormalise_from_visible
+from mimkit.methods.mae import MAE, normalize_units, pixels
+from mimkit.methods.reconstruction import reconstruct, unnormalize_from_visible
 from mimkit.models import UnitViT
 from mimkit.models.layers.pos_embed import sincos_positions
 from mimkit.units import gather, sample_mask, serialize, unserialize
@@ -56,8 +56,8 @@ def official(state):
     return state
 
 
-@pytest.mark.parametrize("normalised", [True, False])
-def test_parity_with_transformers_through_an_official_file(normalised, tmp_path):
+@pytest.mark.parametrize("normalized", [True, False])
+def test_parity_with_transformers_through_an_official_file(normalized, tmp_path):
     config = ViTMAEConfig(
         hidden_size=32,
         num_hidden_layers=2,
@@ -69,7 +69,7 @@ def test_parity_with_transformers_through_an_official_file(normalised, tmp_path)
         decoder_num_hidden_layers=2,
         decoder_num_attention_heads=4,
         decoder_intermediate_size=96,
-        norm_pix_loss=normalised,
+        norm_pix_loss=normalized,
         layer_norm_eps=1e-6,
     )
     theirs = ViTMAEForPreTraining(config).eval()
@@ -79,8 +79,8 @@ def test_parity_with_transformers_through_an_official_file(normalised, tmp_path)
     fill(theirs).decoder.decoder_pos_embed.data.copy_(fixed)
     file = tmp_path / "mae_visualize.pth"
     torch.save({"model": official(theirs.state_dict()), "args": argparse.Namespace(lr=1)}, file)
-    ours = small_mae(norm_targets=normalised).eval()
-    assert "encoder and decoder" in initialise(ours, str(file))
+    ours = small_mae(norm_targets=normalized).eval()
+    assert "encoder and decoder" in load_initial_weights(ours, str(file))
 
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     expected = theirs(images, noise=noise)
@@ -202,7 +202,7 @@ def test_decoding_a_part_sees_only_that_part():
     assert some.prediction.shape == (2, 3, 192)
     assert torch.equal(some.units.masked, all_of_them.units.masked[:, :3])
     assert torch.equal(some.units.visible, all_of_them.units.visible)
-    target = normalise(pixels(gather(serialize(images, 8), some.units.masked)))
+    target = normalize_units(pixels(gather(serialize(images, 8), some.units.masked)))
     assert torch.allclose(some.loss, (some.prediction - target).square().mean())
     seen = torch.stack([whole(images, noise=torch.rand(2, 16)).units.masked[:, 0] for _ in range(200)])
     assert len(seen.unique()) == 16  # which part is decoded is random
@@ -232,7 +232,7 @@ def test_init_goes_on_from_a_folder_and_refuses_what_does_not_fit(tmp_path):
     write_model(first, tmp_path / "encoder", input_size=(3, 32, 32))
     second = timm.create_model("hivit_nano", multi_scale=True, **options)
     mae = MAE(second, Decoder(second.out_dim, 4, dim=32, depth=1, num_heads=4))
-    assert "no decoder" in initialise(mae, str(tmp_path / "encoder"))
+    assert "no decoder" in load_initial_weights(mae, str(tmp_path / "encoder"))
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
@@ -241,24 +241,24 @@ def test_init_goes_on_from_a_folder_and_refuses_what_does_not_fit(tmp_path):
     write_model(wide, tmp_path / "wide", input_size=(3, 32, 64))
     other = timm.create_model("hivit_nano", multi_scale=True, **(options | {"img_size": (64, 32)}))
     other = MAE(other, Decoder(other.out_dim, 4, dim=32, depth=1, num_heads=4))
-    initialise(other, str(tmp_path / "wide"))
+    load_initial_weights(other, str(tmp_path / "wide"))
     table = wide.absolute_pos_embed.unflatten(1, (8, 16))
     resized = resample_abs_pos_embed(table.flatten(1, 2), [16, 8], [8, 16], num_prefix_tokens=0)
     assert torch.allclose(other.encoder.absolute_pos_embed, resized)
 
     torch.save(first.state_dict() | {"mask_token": torch.zeros(1, 1, 8)}, tmp_path / "released.pth")  # a leftover
-    assert "no decoder" in initialise(mae, str(tmp_path / "released.pth"))
+    assert "no decoder" in load_initial_weights(mae, str(tmp_path / "released.pth"))
     torn = dict(first.state_dict())
     del torn["blocks.6.attn.qkv.weight"]
     torch.save(torn, tmp_path / "torn.pth")
     with pytest.raises(UserError, match=r"missing: blocks\.6\.attn\.qkv\.weight"):
-        initialise(mae, str(tmp_path / "torn.pth"))
+        load_initial_weights(mae, str(tmp_path / "torn.pth"))
     narrow = timm.create_model("hivit_nano", multi_scale=False, **options)
     mae = MAE(narrow, Decoder(narrow.out_dim, 4, dim=32, depth=1, num_heads=4))
     with pytest.raises(UserError, match=r"norm\.weight \(896,\) for \(128,\)"):
-        initialise(mae, str(tmp_path / "encoder"))
+        load_initial_weights(mae, str(tmp_path / "encoder"))
     with pytest.raises(UserError, match=r"missing: .*cls_token.*check the model's name"):
-        initialise(small_mae(), str(tmp_path / "encoder"))
+        load_initial_weights(small_mae(), str(tmp_path / "encoder"))
 
 
 def test_reconstruction_uses_visible_pixels_only():
@@ -272,10 +272,10 @@ def test_reconstruction_uses_visible_pixels_only():
     assert torch.equal(made[~masked], images[~masked])
 
 
-def test_unnormalising_recovers_a_picture_of_even_contrast():
+def test_unnormalizing_recovers_a_picture_of_even_contrast():
     units = torch.randn(1, 16, 3, 8, 8)
     units = (units - units.mean((2, 3, 4), keepdim=True)) / units.std((2, 3, 4), keepdim=True) * 0.3 + 0.7
     mask = sample_mask(1, 16, 0.5)
     target = pixels(gather(units, mask.masked))
-    made = unnormalise_from_visible(normalise(target), units, mask, (4, 4))
+    made = unnormalize_from_visible(normalize_units(target), units, mask, (4, 4))
     assert torch.allclose(made, target, atol=1e-4)

@@ -20,20 +20,20 @@ from torchvision.datasets import Cityscapes
 
 from mimkit.config import presets
 from mimkit.conversion.verify import difference
-from mimkit.data.segmentation import IGNORE, Classes, judged_pairs, open_masked, train_pairs
-from mimkit.data.transforms import Normalise
+from mimkit.data.segmentation import IGNORE, Classes, eval_pairs, open_masked, train_pairs
+from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
 from mimkit.io.weights import write_model
-from mimkit.models.pretrained import load
+from mimkit.models.pretrained import load_network
 from mimkit.tasks.dense_checkpoint import read_dense, write_dense
 from mimkit.tasks.segmentation import Segmenter, best_of, iou, loss_of, near_edges, scores_of, windows
 from mimkit.training.optim import groups_with_head
 
 
 def squares(folder, count=8, classes=3, size=(40, 56), seed=0):
-    """Images of coloured rectangles on grey, and masks that say which: anything learns them."""
+    """Images of colored rectangles on gray, and masks that say which: anything learns them."""
     rng = np.random.default_rng(seed)
-    colours = np.array([[90, 90, 90], [250, 40, 40], [40, 60, 250], [40, 240, 40]], dtype=np.uint8)
+    colors = np.array([[90, 90, 90], [250, 40, 40], [40, 60, 250], [40, 240, 40]], dtype=np.uint8)
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -42,7 +42,7 @@ def squares(folder, count=8, classes=3, size=(40, 56), seed=0):
             top, left = rng.integers(0, size[0] - 16), rng.integers(0, size[1] - 16)
             mask[top : top + 16, left : left + 16] = label
         noise = rng.integers(-20, 20, (*size, 3))
-        Image.fromarray(np.clip(colours[mask] + noise, 0, 255).astype(np.uint8)).save(folder / "images" / f"{i}.jpg")
+        Image.fromarray(np.clip(colors[mask] + noise, 0, 255).astype(np.uint8)).save(folder / "images" / f"{i}.jpg")
         Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
     return folder
 
@@ -79,7 +79,7 @@ def test_scores_are_of_the_image(name, decoder):
 def test_windows_are_remembered(name, tmp_path):
     options = {"hivit_nano": {"depths": (1, 1, 8)}, "vit_tiny_patch16_224": {"depth": 8}}
     model = Segmenter(backbone(name, **options.get(name, {})), 3, width=32, window=2).eval()
-    write_dense(model, tmp_path / "m", "segmenter", ["a", "b", "c"], [0, 1, 2], Normalise([0.5] * 3, [0.5] * 3))
+    write_dense(model, tmp_path / "m", "segmenter", ["a", "b", "c"], [0, 1, 2], Normalize([0.5] * 3, [0.5] * 3))
     again = read_dense(tmp_path / "m", "segmenter", Segmenter)[0].eval()
     x = torch.randn(1, 3, 64, 96)
     assert again.pyramid.window == 2
@@ -199,8 +199,8 @@ def test_what_is_wrong_with_masks_is_said_with_the_file(tmp_path, data, capsys):
     folder = broken(tmp_path / "a", lambda f: (f / "masks" / "3.png").unlink())
     assert "1 images have no mask of the same name" in recipe("--data", folder)
     folder = broken(tmp_path / "b", lambda f: picture(0, (56, 40)).save(f / "masks" / "3.png"))
-    assert "3.png: its mask holds colours (RGB)" in recipe("--data", folder)
-    assert "3.jpg cannot be used (its mask holds colours" in recipe("--data", folder, "--classes", "3")
+    assert "3.png: its mask holds colors (RGB)" in recipe("--data", folder)
+    assert "3.jpg cannot be used (its mask holds colors" in recipe("--data", folder, "--classes", "3")
     folder = broken(tmp_path / "c", lambda f: None)
     assert "cannot be used (its mask has class 2, where 0 to 1 and 255" in recipe("--data", folder, "--classes", "2")
     folder = broken(tmp_path / "d", lambda f: Image.new("L", (56, 41)).save(f / "masks" / "3.png"))
@@ -273,7 +273,7 @@ def test_files_that_masks_come_in(tmp_path):
 
 def test_judged_images_keep_their_mask():
     mask = torch.randint(3, (50, 70), dtype=torch.uint8)
-    image, same = judged_pairs(100)(picture(size=(70, 50)), mask)
+    image, same = eval_pairs(100)(picture(size=(70, 50)), mask)
     assert same is mask
     assert image.size == (140, 100)
 
@@ -451,7 +451,9 @@ def test_a_network_with_patches_of_1_px_gets_them_at_4(data, tmp_path, capsys):
     assert "at 1, 2, 4: pass --model-args.patch_size 4." in capsys.readouterr().err
     segment.main([*argv, "--model-args.patch_size", "4"])
     assert "loss of 2 images" in capsys.readouterr().out
-    own, other = (load(str(tmp_path / "encoder"), **options)[0] for options in ({}, {"patch_size": 4, "img_size": 128}))
+    own, other = (
+        load_network(str(tmp_path / "encoder"), **options)[0] for options in ({}, {"patch_size": 4, "img_size": 128})
+    )
     x = torch.randn(2, 3, 32, 32)
     large = F.interpolate(x, scale_factor=4)
     maps = (net.forward_intermediates(image, intermediates_only=True) for net, image in ((own, x), (other, large)))

@@ -134,12 +134,12 @@ def test_the_third_pool_is_the_mean_of_valid_tokens():
     torch.testing.assert_close(fourth[..., 1, 0], third[..., 2, :2].mean(2))
     stage3, stage4 = pyramid(depths="1-1-2-0")[0].stages(torch.randn(1, 3, 48, 80))[2:]
     torch.testing.assert_close(stage3[0][:, 0], stage4[0][:, 0])  # the class token passes unchanged
-    learnt, _ = pyramid(depths="1-1-1-1")
+    learned, _ = pyramid(depths="1-1-1-1")
     x = torch.randn(1, 3, 48, 80)
     mean, _ = pyramid(depths="1-1-1-1", pool="avg")
-    mean.load_state_dict({k: v for k, v in learnt.state_dict().items() if not k.startswith("pools.")})
-    mean.pools[0], mean.pools[1] = learnt.pools[0], learnt.pools[1]
-    torch.testing.assert_close(learnt(x), mean(x))
+    mean.load_state_dict({k: v for k, v in learned.state_dict().items() if not k.startswith("pools.")})
+    mean.pools[0], mean.pools[1] = learned.pools[0], learned.pools[1]
+    torch.testing.assert_close(learned(x), mean(x))
 
 
 @torch.no_grad()

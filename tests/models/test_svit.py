@@ -19,8 +19,8 @@ from mimkit.io.weights import write_model
 from mimkit.methods.decoder import Decoder
 from mimkit.methods.mae import MAE
 from mimkit.methods.simmim import PixelHead, SimMIM
-from mimkit.models.svit import Attention, Places, neighbours, to_neighbours
-from mimkit.units import UnitMask, gather, hide, sample_mask, scatter, serialize, unserialize
+from mimkit.models.svit import Attention, Places, neighbors, to_neighbors
+from mimkit.units import UnitMask, gather, replace_masked, sample_mask, scatter, serialize, unserialize
 
 NAMES = timm.list_models("svit_*")
 MILLIONS = {"s": 25.495624, "b": 51.691288, "l": 94.971096}
@@ -274,7 +274,7 @@ def test_super_token_attention_by_loops(cell, size):
     for i, j in tokens:
         total, mass = torch.zeros(d).double(), 0.0
         for n, (di, dj) in enumerate(ring):
-            other = (i - di, j - dj)  # this one is the n-th neighbour of that one
+            other = (i - di, j - dj)  # this one is the n-th neighbor of that one
             for t, token in enumerate(tokens.get(other, [])):
                 total, mass = total + weights[(*other, t)][n] * token, mass + weights[(*other, t)][n]
         supers[i, j] = total / (mass + 1e-12)
@@ -299,12 +299,12 @@ def test_super_token_attention_by_loops(cell, size):
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3))
 @settings(max_examples=20, deadline=None)
-def test_neighbours_are_unfold_and_fold(h, w, d):
+def test_neighbors_are_unfold_and_fold(h, w, d):
     x, parts = torch.randn(2, h, w, d), torch.randn(2, h, w, 9, d)
     expected = rearrange(F.unfold(x.movedim(-1, 1), 3, padding=1), "b (d k) (h w) -> b h w k d", k=9, w=w)
-    assert torch.equal(neighbours(x), expected)
+    assert torch.equal(neighbors(x), expected)
     folded = F.fold(rearrange(parts, "b h w k d -> b (d k) (h w)"), (h, w), 3, padding=1)
-    assert torch.allclose(to_neighbours(parts), folded.movedim(1, -1), atol=1e-5)
+    assert torch.allclose(to_neighbors(parts), folded.movedim(1, -1), atol=1e-5)
 
 
 def test_the_association_has_no_gradient():
@@ -312,13 +312,13 @@ def test_the_association_has_no_gradient():
     x = torch.randn(1, 4, 4, 8).double().requires_grad_()
     attn(x, Places()).square().sum().backward()
     supers = x.detach().unflatten(2, (2, 2)).unflatten(1, (2, 2)).movedim(3, 2).flatten(3, 4)  # by hand, weights fixed
-    near = neighbours(supers.mean(3))
+    near = neighbors(supers.mean(3))
     weights = (supers @ near.mT * 8**-0.5).softmax(-1)
     again = x.detach().clone().requires_grad_()
     cells = again.unflatten(2, (2, 2)).unflatten(1, (2, 2)).movedim(3, 2).flatten(3, 4)
-    mass = to_neighbours(weights.sum(3)[..., None])
-    tokens = to_neighbours(weights.mT @ cells) / mass
-    (weights @ neighbours(attn.attend(tokens))).square().sum().backward()
+    mass = to_neighbors(weights.sum(3)[..., None])
+    tokens = to_neighbors(weights.mT @ cells) / mass
+    (weights @ neighbors(attn.attend(tokens))).square().sum().backward()
     assert torch.allclose(x.grad, again.grad, rtol=0, atol=1e-10)
 
 
@@ -327,7 +327,7 @@ def test_low_precision_is_safe(dtype):
     """Association that underflows: the mass of some super tokens is 0, and 1e-12 is 0 too in half precision."""
     attn = Attention(16, 2, 4).to(dtype)
     x = torch.randn(1, 12, 12, 16, dtype=dtype)
-    x[:, 4:8, 4:8] = 60  # neighbours give all that they have to the cell in the middle
+    x[:, 4:8, 4:8] = 60  # neighbors give all that they have to the cell in the middle
     x[:, :4] = x[:, 8:] = 30
     x[:, :, :4] = x[:, :, 8:] = 30
     out = attn(x, Places())
@@ -528,7 +528,7 @@ def test_nothing_at_masked_places_changes_a_bit(train, monkeypatch):
     nothing = torch.full((2, 16, 3, 8, 8), torch.nan).double()
     hidden = scatter(nothing, mask.visible, gather(serialize(images, 8), mask.visible))
     assert torch.equal(skipping(net, unserialize(hidden, (4, 4)), mask), expected)
-    # 4 convolutions of the stem, 3 merges, 2 in each of 8 blocks; in 3 blocks the super tokens' neighbours (twice),
+    # 4 convolutions of the stem, 3 merges, 2 in each of 8 blocks; in 3 blocks the super tokens' neighbors (twice),
     # their mass and their update
     assert len(dirtied) == 4 + 3 + 2 * 8 + 4 * 3
     monkeypatch.undo()
@@ -601,7 +601,7 @@ def test_products_of_the_whole_encoder_are_those_of_visible_units():
         assert work[v] / work[49] == pytest.approx(v / 49, rel=0.1)
 
 
-def test_one_token_cannot_be_normalised():
+def test_one_token_cannot_be_normalized():
     encoder = timm.create_model("svit_nano", num_classes=0)
     mae = MAE(encoder, Decoder(encoder.out_dim, 32, dim=32, depth=1, num_heads=4), mask_ratio=0.6)
     sim = SimMIM(encoder, PixelHead(192, 32, 32), 0.6)
@@ -623,7 +623,7 @@ def test_mae_trains_an_svit():
 
 
 def test_mask_tokens_stay_out_of_statistics():
-    """In train mode every normalisation goes by visible tokens; masked ones are normalised by the same."""
+    """In train mode every normalization goes by visible tokens; masked ones are normalized by the same."""
     net, images, mask = small().train(), torch.randn(2, 3, 32, 32).double(), sample_mask(2, 16, 0.6)
     token = torch.randn(32).double()
     seen = scatter(torch.zeros(2, 16, 3, 8, 8).double(), mask.visible, gather(serialize(images, 8), mask.visible))
@@ -655,7 +655,7 @@ def test_mask_tokens_stay_out_of_statistics():
 def test_hide():
     x, token = torch.randn(2, 8, 12, 3), torch.tensor([7.0, 8.0, 9.0])
     masked = torch.tensor([[0, 5], [3, 1]])
-    hidden = hide(x, masked, (2, 3), token)
+    hidden = replace_masked(x, masked, (2, 3), token)
     expected = x.clone()
     for image, units in enumerate(masked.tolist()):
         for unit in units:

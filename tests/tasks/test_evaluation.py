@@ -3,8 +3,8 @@ import timm
 import torch
 from torch import nn
 
-from mimkit.data.sources import open_labelled
-from mimkit.data.transforms import Normalise
+from mimkit.data.sources import open_labeled
+from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
 from mimkit.evaluation.features import Features, extract_parts
 from mimkit.evaluation.knn import knn
@@ -12,10 +12,10 @@ from mimkit.evaluation.probes import fit_path, linear_probe
 
 
 def clouds(n, seed=0, noise=1.0, classes=4, d=16):
-    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(7)) * 2
+    centers = torch.randn(classes, d, generator=torch.Generator().manual_seed(7)) * 2
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(classes, (n,), generator=generator)
-    return Features(centres[y] + noise * torch.randn(n, d, generator=generator), y)
+    return Features(centers[y] + noise * torch.randn(n, d, generator=generator), y)
 
 
 def slow_knn(train, test, k):
@@ -89,11 +89,11 @@ def test_fit_is_the_optimum_for_each_decay_though_features_are_ill_conditioned()
 
 
 def test_features_of_any_timm_model_in_its_own_mode():
-    parts = open_labelled("sample")
+    parts = open_labeled("sample")
     for name, size in (("hivit_nano", (32, 32)), ("resnet18", (32, 32))):
         model = timm.create_model(name, num_classes=3, img_size=32) if "hivit" in name else timm.create_model(name)
         model.train()
-        train, test = extract_parts(model, parts, size, Normalise([0.5] * 3, [0.5] * 3), images=(20, 10))
+        train, test = extract_parts(model, parts, size, Normalize([0.5] * 3, [0.5] * 3), images=(20, 10))
         assert train.x.shape == (20, model.num_features)
         assert (train.y >= 0).all()
         assert len(test.y) == 10

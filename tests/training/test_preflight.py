@@ -32,7 +32,7 @@ def _quick(monkeypatch):
 
 @pytest.fixture
 def images(tmp_path):
-    """37 grey images as bright as half of all, in a folder."""
+    """37 gray images as bright as half of all, in a folder."""
     (tmp_path / "images").mkdir()
     for i in range(37):
         pixels = np.random.default_rng(i).normal(128, 64, (20, 24 + i % 2)).clip(0, 255).astype(np.uint8)
@@ -67,8 +67,8 @@ def test_numbers_are_right(doctor, images):
     assert lines["steps"].startswith("batch 8 = 8 images x 1 processes x 1 parts; 4 steps an epoch, 8 in 2 epochs; ")
     assert lines["steps"].endswith("lr 0.01 after 1 steps of warm-up")
     numbers = np.concatenate([np.asarray(Image.open(file)).ravel() for file in sorted(images.iterdir())]) / 255
-    assert f"mean {' '.join([f'{numbers.mean():.3f}'] * 3)}" in lines["colours"]
-    assert float(lines["colours"].split("deviation ")[1].split()[0]) == pytest.approx(numbers.std(), abs=2e-3)
+    assert f"mean {' '.join([f'{numbers.mean():.3f}'] * 3)}" in lines["colors"]
+    assert float(lines["colors"].split("deviation ")[1].split()[0]) == pytest.approx(numbers.std(), abs=2e-3)
     assert "no reference: data is" in lines["loss"]
 
 
@@ -81,7 +81,7 @@ def test_memory_and_disk(doctor, images, tmp_path, capsys):
     assert lines["disk"].startswith("2 checkpoints of ")
     assert float(lines["disk"].split()[3]) == pytest.approx(written / 1e6, rel=0.03)
     parts = dict(part.rsplit(" ", 2)[:2] for part in lines["memory"].split(": ")[1].split(", "))
-    assert float(parts["gradients"]) * 2 == pytest.approx(float(parts["optimiser"]), rel=0.02)
+    assert float(parts["gradients"]) * 2 == pytest.approx(float(parts["optimizer"]), rel=0.02)
     twice = float(doctor("--data", images, "--batch-size", "16")[1]["memory"].split("backward ")[1].split()[0])
     assert twice == pytest.approx(2 * float(parts["kept for backward"]), rel=0.05)
     assert "grad" not in capsys.readouterr().err

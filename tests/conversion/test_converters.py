@@ -386,7 +386,7 @@ def test_every_tensor_is_counted_once(tmp_path):
         origins = [origin for row in report.rows for origin in row.origins]
         assert sorted(origins) == sorted(mimkit.checkpoint.read_weights(file)), build.__name__
         targets = [target for row in report.rows if row.target for target in row.target.split(", ")]
-        pyramid = timm.create_model("hpvit", source=source.find(name).name, source_args=arguments, num_classes=0)
+        pyramid = timm.create_model("hpvit", source=source.find_source(name).name, source_args=arguments, num_classes=0)
         assert len(targets) == len(set(targets))
         assert set(targets) >= {key for key in pyramid.state_dict() if "norm." not in key and "relative" not in key}
         assert all(row.why for row in report.rows if row.action in ("dropped", "fresh", "resized"))

@@ -14,7 +14,7 @@ from mimkit.errors import UserError
 from mimkit.methods.simmim import PixelHead, SimMIM
 from mimkit.models.factory import as_map_encoder
 from mimkit.models.swin import MaskedSwin
-from mimkit.units import hide, sample_mask, serialize, unserialize
+from mimkit.units import replace_masked, sample_mask, serialize, unserialize
 
 SWIN = {"embed_dim": 24, "depths": (2, 2, 1, 1), "num_heads": (1, 2, 4, 8), "window_size": 4, "num_classes": 0}
 SWIN["drop_path_rate"] = 0.0  # timm's default is .1
@@ -31,7 +31,7 @@ class Pyramid(nn.Module):
 
     def encode_masked(self, images, mask, token):
         x = self.stem(images).permute(0, 2, 3, 1)
-        x = hide(x, mask.masked, (images.shape[-2] // 8, images.shape[-1] // 8), token)
+        x = replace_masked(x, mask.masked, (images.shape[-2] // 8, images.shape[-1] // 8), token)
         return self.merge(x.permute(0, 3, 1, 2)).flatten(2).mT
 
 

@@ -41,7 +41,7 @@ def main(found, recipe, *argv):
             engine=run.accelerator.distributed_type.value,
             stage=plugin.zero_stage if plugin else 0,
             weights=held(model.parameters()) / total,
-            optimised=held(own) / trained,
+            optimized=held(own) / trained,
         )
         return out
 

@@ -24,12 +24,12 @@ from mimkit.recipes import detect, finetune, linear_probe, mae_hivit, segment, s
 from safetensors.torch import save_file
 
 from mimkit import cli
-from mimkit.data.sample import View, collate
+from mimkit.data.sample import Sample, collate
 from mimkit.errors import UserError
 from mimkit.io.weights import write_model
 from mimkit.methods.checkpoint import write_decoder
 from mimkit.methods.decoder import Decoder
-from mimkit.training.replay import keep_batch, keep_weights
+from mimkit.training.replay import save_batch, save_weights
 from mimkit.training.run import Run
 
 EXAMPLES = settings(
@@ -61,8 +61,8 @@ def root(tmp_path_factory):
     decoder = Decoder(encoder.out_dim, encoder.unit_size, 3, 24, 1, 4)
     write_decoder(decoder, root / "run/decoder", mask_ratio=0.75, norm_targets=True)
     step = root / "run/replay/step-00000003"
-    keep_batch(step, 0, [collate([View(torch.rand(3, 32, 32), torch.rand(4), -1, "a")] * 4)])
-    keep_weights(step, encoder, "mae_hivit", 3, "its loss is not finite")
+    save_batch(step, 0, [collate([Sample(torch.rand(3, 32, 32), torch.rand(4), -1, "a")] * 4)])
+    save_weights(step, encoder, "mae_hivit", 3, "its loss is not finite")
     (root / "run/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     options = mae_hivit.Options(
         model="hivit_nano", img_size=32, batch_size=4, epochs=1.0, warmup_epochs=0.0, data="sample"
@@ -99,7 +99,7 @@ def root(tmp_path_factory):
         "deep.yaml": b"[" * 3000,
         "alias.yaml": b"model_args: &a {x: *a}\n",
         "nul.yaml": b'data: "a\\0b"\nmodel: "a\\0b"\nout: "a\\0b"\n',
-        "unknown.yaml": b"colour: red\n",
+        "unknown.yaml": b"color: red\n",
         "twice.yaml": b"config: twice.yaml\n",
         "n\new\nlines.yaml": b"seed: [\n",
         "\u00fcn\u00ef\u4e2d\U0001f600": b"",
@@ -229,9 +229,7 @@ def values(root):
 def argvs(root, flags):
     """One to three flags, most of them known, in both ways to write them; now and then a stray word."""
     often = [name for name in PATHS if name in flags]  # what is looked up before anything else
-    names = (
-        st.sampled_from(often or flags) | st.sampled_from(flags) | st.sampled_from(["--colour", "--", "-x", "--Out"])
-    )
+    names = st.sampled_from(often or flags) | st.sampled_from(flags) | st.sampled_from(["--color", "--", "-x", "--Out"])
     pairs = st.tuples(names, values(root), st.booleans())
     words = pairs.map(lambda pair: [f"{pair[0]}={pair[1]}"] if pair[2] else [pair[0], pair[1]])
     stray = values(root).map(lambda word: [word])

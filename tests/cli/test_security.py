@@ -28,7 +28,7 @@ from mimkit.data.segmentation import read_mask
 from mimkit.data.sources import _open_hub, open_source
 from mimkit.errors import UserError
 from mimkit.io.weights import read_weights
-from mimkit.training.checkpoint import digest, trim, why_torn
+from mimkit.training.checkpoint import digest, trim, verify_checkpoint
 from mimkit.training.run import Run
 
 FILES = sorted(
@@ -281,21 +281,21 @@ def test_a_pickle_in_the_place_of_a_file_is_not_run(kind, resealed, protocol, ma
 def test_a_manifest_names_files_of_its_checkpoint_and_all_that_is_read(made, tmp_path):
     checkpoint = tmp_path / "step-00000004"
     shutil.copytree(next((made[0] / "run/checkpoints").iterdir()), checkpoint)
-    assert not why_torn(checkpoint)
+    assert not verify_checkpoint(checkpoint)
     manifest = checkpoint / "manifest.json"
     own = json.loads(manifest.read_text())
     (tmp_path / "secret").write_text("outside")
     for name in ("../secret", str(tmp_path / "secret"), "nowhere"):
         manifest.write_text(json.dumps({**own, name: digest(tmp_path / "secret")}))
-        assert why_torn(checkpoint) == f"{name}: not what was written"
+        assert verify_checkpoint(checkpoint) == f"{name}: not what was written"
     for content in ("[" * 100_000, "[]", "7", json.dumps({"state.json": None}), "{}"):
         manifest.write_text(content)
-        assert why_torn(checkpoint)
+        assert verify_checkpoint(checkpoint)
     manifest.write_text(json.dumps(own))
     shutil.copy(checkpoint / "model.safetensors", checkpoint / "added.safetensors")
-    assert why_torn(checkpoint) == "added.safetensors: not what was written"
+    assert verify_checkpoint(checkpoint) == "added.safetensors: not what was written"
     (checkpoint / "added.safetensors").rename(checkpoint / "mp_rank_!_model_states.pt")  # an engine would unpickle it
-    assert why_torn(checkpoint) == "mp_rank_!_model_states.pt: not what was written"
+    assert verify_checkpoint(checkpoint) == "mp_rank_!_model_states.pt: not what was written"
 
 
 def test_a_pickle_where_a_checkpoint_is_kept_that_goes(made, tmp_path):

@@ -51,7 +51,7 @@ def test_a_bad_step_is_passed_by(step, images, tmp_path, capsys, monkeypatch, po
 
     # it is the run in which that step's parts were left out
     bad.clear()
-    monkeypatch.setattr(anomaly, "passed_by", lambda folder: {step: "told"})
+    monkeypatch.setattr(anomaly, "skipped_steps", lambda folder: {step: "told"})
     mae_hivit.main([*argv, "--out", str(tmp_path / "told")])
     told = load_file(tmp_path / "told" / "encoder" / "model.safetensors")
     assert all(torch.equal(weights[name], told[name]) for name in weights)
@@ -105,14 +105,18 @@ def test_three_end_the_run(images, tmp_path, capsys, poisoned):
     kept = {f.name: {x.name for x in f.iterdir()} for f in (tmp_path / "run" / "replay").iterdir()}
     whole = {"rank-0", "weights", "about.json"}
     assert kept == {"step-00000003": whole, "step-00000011": whole, "step-00000012": {"rank-0"}}
-    (_, batch) = replay.kept_batches(tmp_path / "run" / "replay" / "step-00000012")[0]
+    (_, batch) = replay.load_batches(tmp_path / "run" / "replay" / "step-00000012")[0]
     assert len(batch.images) == len(batch.names) == 8
 
 
 def test_gradients_that_overflow_at_any_scale():
     """Of fp16, whose scaler drops steps by itself: a few are as it should be."""
     weight = torch.nn.Parameter(torch.ones(1))
-    optimizer, scaler, guard = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu", init_scale=4), anomaly.Guard()
+    optimizer, scaler, guard = (
+        torch.optim.SGD([weight]),
+        torch.amp.GradScaler("cpu", init_scale=4),
+        anomaly.AnomalyGuard(),
+    )
     guard.watch(optimizer)
     accelerator, found = SimpleNamespace(scaler=scaler, reduce=lambda values, how: values), []
     for guard.step in range(3):
@@ -154,7 +158,7 @@ def test_it_holds_for_every_recipe(images, tmp_path, capsys, poisoned):
 def test_a_stuck_or_dead_worker_ends_the_run(how, images, tmp_path, capsys, monkeypatch):
     """One that is stopped cannot hand over the batch before either, which torch waits for without a limit."""
     monkeypatch.setattr(loader, "WAIT", 3)
-    view = sample.Viewer.__call__
+    view = sample.SampleLoader.__call__
     ends = {"asleep": lambda: time.sleep(600), "dead": lambda: os._exit(9)}
     ends["stopped"] = lambda: os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -163,7 +167,7 @@ def test_a_stuck_or_dead_worker_ends_the_run(how, images, tmp_path, capsys, monk
             ends[how]()
         return view(viewer, row, epoch, index)
 
-    monkeypatch.setattr(sample.Viewer, "__call__", wait)
+    monkeypatch.setattr(sample.SampleLoader, "__call__", wait)
     with pytest.raises(SystemExit) as stop:
         mae_hivit.main(["--data", images, *TINY, "--workers", "2", "--out", str(tmp_path / how)])
     assert stop.value.code == 2
@@ -181,15 +185,15 @@ def test_nothing_to_replay(tmp_path, capsys, monkeypatch):
         code, _, said = command(capsys, monkeypatch, "replay", tmp_path)
         assert (code, said.endswith("get another copy of it.\n")) == (2, True)
     with pytest.raises(anomaly.UserError, match="holds no batch"):
-        replay.kept_batches(tmp_path)
-    replay.keep_batch(tmp_path / "odd", 0, [])
+        replay.load_batches(tmp_path)
+    replay.save_batch(tmp_path / "odd", 0, [])
     (tmp_path / "odd/rank-0/names.json").write_text('{"names": [[]], "bad": []}')
     with pytest.raises(anomaly.UserError, match=r"names and images of other parts .*: get another copy"):
-        replay.kept_batches(tmp_path / "odd")
+        replay.load_batches(tmp_path / "odd")
     for name in ("0", "0.images", "0.images.1.x", "x.images", ""):
         save_file({name: torch.ones(2)}, tmp_path / "odd/rank-0/batch.safetensors")
         with pytest.raises(anomaly.UserError, match=r"names and images of other parts .*: get another copy"):
-            replay.kept_batches(tmp_path / "odd")
+            replay.load_batches(tmp_path / "odd")
 
 
 def test_a_batch_is_kept_as_it_was(tmp_path):
@@ -200,8 +204,8 @@ def test_a_batch_is_kept_as_it_was(tmp_path):
     lists = Batch(images, torch.rand(11, 4), labels, [f"{i}.png" for i in range(11)], [("bad.png", "empty")])
     stacked = Batch(torch.rand(2, 3, 8, 8), torch.rand(2, 4), torch.tensor([1, 2]), ["a", "b"], [])
     for rank, parts in enumerate(([lists, stacked], [stacked, stacked])):
-        replay.keep_batch(tmp_path, rank, parts)
-    found = replay.kept_batches(tmp_path)
+        replay.save_batch(tmp_path, rank, parts)
+    found = replay.load_batches(tmp_path)
     assert [rank for rank, _ in found] == [0, 0, 1, 1]
     for (_, batch), kept in zip(found, (lists, stacked, stacked, stacked), strict=True):
         torch.testing.assert_close(batch[:3], kept[:3], rtol=0, atol=0)

@@ -13,19 +13,19 @@ from safetensors.torch import load_file
 ENGINES = {file.stem: file for file in sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))}
 TINY = ["--epochs", "4", "--batch-size", "8", "--decoder-dim", "24", "--workers", "0", "--save-every", "2"]
 CLOSE = 1e-4
-# accelerate's name, the stage of ZeRO, and each process's share of the weights and of what is optimised
+# accelerate's name, the stage of ZeRO, and each process's share of the weights and of what is optimized
 FACTS = {"ddp": ("MULTI_CPU", 0, 1, 1), "zero2": ("DEEPSPEED", 2, 1, 0.5), "zero3": ("DEEPSPEED", 3, 0.5, 0.5)}
 
 
 def probed(engine, recipe, out, *argv):
     """A recipe under an engine, which is the one that was asked for and shares what it should
     -> its losses, and how much each process has compiled"""
-    launched(engine, ROOT / "tests" / "engine_probe.py", out, recipe, "--out", out, *TINY, *argv)
+    launched(engine, ROOT / "tests" / "training" / "engine_probe.py", out, recipe, "--out", out, *TINY, *argv)
     facts = [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(2)]
-    name, stage, weights, optimised = FACTS[engine]
+    name, stage, weights, optimized = FACTS[engine]
     for fact in facts:
         assert (fact["engine"], fact["stage"]) == (name, stage)
-        for share, found in ((weights, fact["weights"]), (optimised, fact["optimised"])):
+        for share, found in ((weights, fact["weights"]), (optimized, fact["optimized"])):
             assert found == (1 if share == 1 else pytest.approx(share, abs=0.01))
     return losses(out), [fact["compiled"] for fact in facts]
 

@@ -19,7 +19,7 @@ from mimkit.conversion import convert as convert_module
 from mimkit.conversion import verify
 from mimkit.conversion.convert import convert
 from mimkit.conversion.family import Remap, families, plain_vits
-from mimkit.conversion.source import find, read_plain
+from mimkit.conversion.source import find_source, read_plain
 from mimkit.conversion.verify import difference, in_float64, linear_cka
 from mimkit.errors import UserError
 from mimkit.io.weights import read_weights, write_model
@@ -126,7 +126,7 @@ def test_every_alias_is_a_plain_vit_with_weights():
     for layout, family in families().items():
         for alias, name in family.aliases.items():
             assert name in timm.list_models(f"{name.split('.')[0]}.*", pretrained=True), alias
-            assert find(alias)[:2] == (name, layout)
+            assert find_source(alias)[:2] == (name, layout)
 
 
 # What it refuses -----------------------------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def test_an_encoder_that_was_pretrained_here(tmp_path):
     write_model(vit, tmp_path / "encoder", mean=(0.5,) * 3, std=(0.25,) * 3)
     report = convert(str(tmp_path / "encoder"), out=tmp_path / "out")
     assert [check["result"] for check in report.checks] == ["passed", "passed", "passed"]
-    assert "vit_tiny_patch16_224" in report.sizes  # and not the tag or licence of timm's default weights
+    assert "vit_tiny_patch16_224" in report.sizes  # and not the tag or license of timm's default weights
     assert "license" not in (tmp_path / "out" / "config.json").read_text()
     pyramid = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True)
     assert (pyramid.grid, pyramid.pretrained_cfg["input_size"]) == ((8, 8), (3, 128, 128))
@@ -384,7 +384,7 @@ def test_written_for_timm_is_read_by_transformers(file, tmp_path):
         torch.testing.assert_close(wrapped(pixel_values=x).last_hidden_state, net.forward_features(x))
 
 
-def test_neighbours_of_the_output_stay(file, tmp_path):
+def test_neighbors_of_the_output_stay(file, tmp_path):
     """Only what a killed conversion left is removed: not another folder, not what a living process writes."""
     left = {".out-backup": True, ".out.mimkit-1-abc": True, f".out.mimkit-{2**22 + 1}-abc": False}
     for name in left:

@@ -77,7 +77,7 @@ def test_patch_embed_is_the_convolution():
 
 
 def test_merge_order_is_dx_dy():
-    """Neighbours [0,0], [1,0], [0,1], [1,1] by (row, column): a (dy dx) order fails this."""
+    """Neighbors [0,0], [1,0], [0,1], [1,1] by (row, column): a (dy dx) order fails this."""
     merge = Merge(1)
     merge.norm = nn.Identity()
     weight = torch.tensor([[1.0, 10.0, 100.0, 1000.0], [0.0, 1.0, 0.0, 0.0]])

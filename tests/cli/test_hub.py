@@ -16,15 +16,15 @@ from conftest import command, fill
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 
-from mimkit.data.transforms import Normalise
+from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
 from mimkit.io import hub
-from mimkit.io.hub import place_of
-from mimkit.io.model_card import figures, find, private
+from mimkit.io.hub import local_path
+from mimkit.io.model_card import figures, find_pushable, private
 from mimkit.io.weights import write_model
 from mimkit.methods.checkpoint import load_run, write_decoder
 from mimkit.methods.decoder import Decoder
-from mimkit.models.factory import create
+from mimkit.models.factory import create_network
 from mimkit.tasks.classification import classifier
 from mimkit.tasks.dense_checkpoint import write_dense
 from mimkit.tasks.segmentation import Segmenter
@@ -107,11 +107,11 @@ def test_a_run_comes_back_from_the_hub(fake, run, capsys, monkeypatch):
     decoder = {"decoder/config.json", "decoder/model.safetensors"}
     assert there == {"README.md", "config.json", "model.safetensors", "curves.png", *decoder}
     x = torch.randn(2, 3, 32, 32)
-    ours = create(str(run / "encoder")).eval()
+    ours = create_network(str(run / "encoder")).eval()
     theirs = timm.create_model(f"local-dir:{fake.root}/me/mine", pretrained=True).eval()
     for name in ("hf-hub:me/mine", "hf_hub:me/mine@v1"):
         hub._fetched.cache_clear()
-        assert torch.equal(ours(x), create(name).eval()(x))
+        assert torch.equal(ours(x), create_network(name).eval()(x))
     assert torch.equal(ours(x), theirs(x))
     mae, _ = load_run("hf-hub:me/mine")
     assert mae.mask_ratio == 0.75
@@ -134,8 +134,8 @@ def test_a_classifier_takes_the_place_of_what_was_there(fake, tmp_path, capsys, 
     lines = [{"step": 1, "top1": 60.0}, {"step": 2, "top1": 70.0, "top1_raw": 1.0}, {"step": 3, "top1": 65.0}]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
-    assert figures(find(str(tmp_path / "run"))) == [("top1", 70.0, 2)]
-    assert figures(find(str(tmp_path / "run" / "last"))) == [("top1", 65.0, 3)]
+    assert figures(find_pushable(str(tmp_path / "run"))) == [("top1", 70.0, 2)]
+    assert figures(find_pushable(str(tmp_path / "run" / "last"))) == [("top1", 65.0, 3)]
     code, out, _ = command(capsys, monkeypatch, "push", tmp_path / "run", "--to", "me/mine", "--dry-run")
     assert code == 0
     assert "mimkit predict --model hf-hub:me/mine" in out
@@ -166,7 +166,7 @@ def test_code_of_its_own_is_refused(fake, config, tags, card):
     (place / "modeling.py").write_text("raise SystemExit")
     save_file({"a": torch.zeros(1)}, place / "model.safetensors")
     with pytest.raises(UserError, match="asks for code of its own"):
-        place_of("hf-hub:evil/net")
+        local_path("hf-hub:evil/net")
     assert {file.name for file in fake.cache.rglob("*") if file.is_file()} == {"config.json", "README.md"}
 
 
@@ -175,7 +175,7 @@ def test_a_pickle_is_not_fetched(fake):
     (fake.root / "old/net/config.json").write_text("{}")
     torch.save({"a": torch.zeros(1)}, fake.root / "old/net/pytorch_model.bin")
     with pytest.raises(UserError, match="no pickle is read"):
-        place_of("hf-hub:old/net")
+        local_path("hf-hub:old/net")
     assert not list(fake.cache.rglob("*.bin"))
 
 
@@ -231,8 +231,8 @@ def test_a_segmenter_comes_back(fake, tmp_path, folder, capsys, monkeypatch):
     network = Segmenter(backbone, 3, "fpn", 32).eval()
     about = {"short": 32, "crop": None, "flip": False}
     place = tmp_path / "run" / "best"
-    colours = Normalise((0.5,) * 3, (0.25,) * 3)
-    write_dense(network, place, "segmenter", ["a", "b", "c"], [0, 1, 2], colours, **about)
+    colors = Normalize((0.5,) * 3, (0.25,) * 3)
+    write_dense(network, place, "segmenter", ["a", "b", "c"], [0, 1, 2], colors, **about)
     assert command(capsys, monkeypatch, "push", tmp_path / "run", "--to", "me/seg")[0] == 0
     assert "library_name: mimkit" in (fake.root / "me/seg/README.md").read_text()
     argv = ["predict", "--images", folder, "--model"]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mimkit.config import presets
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")

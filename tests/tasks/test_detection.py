@@ -19,14 +19,14 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from mimkit.config import presets
-from mimkit.data.detection import Truth, around, draw_mask, fitting, open_boxes, read_objects, train_objects
-from mimkit.data.sample import Viewer, collate_list
-from mimkit.data.transforms import Normalise
+from mimkit.data.detection import CocoGroundTruth, around, draw_mask, fitting, open_boxes, read_objects, train_objects
+from mimkit.data.sample import SampleLoader, collate_list
+from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
 from mimkit.tasks import detection
 from mimkit.tasks.dense_checkpoint import read_dense, write_dense
-from mimkit.tasks.detection import Detector, as_results, judge_as_coco, masks_of
-from mimkit.training.optim import drops, groups_with_head
+from mimkit.tasks.detection import Detector, as_results, coco_metrics, masks_of
+from mimkit.training.optim import groups_with_head, multistep
 from mimkit.training.run import Run
 
 TINY = {"source_args": {"embed_dim": 32, "depth": 3, "num_heads": 2}, "depths": "1-1-1-0"}
@@ -36,7 +36,7 @@ BACKBONES = {
     "svit_nano": {},
     "vit_tiny_patch16_224": {"embed_dim": 32, "depth": 2, "num_heads": 2, "dynamic_img_size": True},
 }
-COLOURS = np.array([[90, 90, 90], [250, 40, 40], [40, 60, 250]], dtype=np.uint8)
+COLORS = np.array([[90, 90, 90], [250, 40, 40], [40, 60, 250]], dtype=np.uint8)
 
 
 def detector(name="hivit_nano", **options):
@@ -61,7 +61,7 @@ def runs(mask):
 
 
 def objects(folder, file, count=8, size=(64, 80), seed=0, first=0):
-    """Red and blue squares on grey, the masks of which are polygons and run lengths, and one image without any."""
+    """Red and blue squares on gray, the masks of which are polygons and run lengths, and one image without any."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     coco = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "blue"}, {"id": 3, "name": "red"}]}
@@ -86,7 +86,7 @@ def objects(folder, file, count=8, size=(64, 80), seed=0, first=0):
                 {**about, "bbox": [left, top, side, side], "area": side * side, "segmentation": drawn}
             )
         noise = rng.integers(-20, 20, (*size, 3))
-        Image.fromarray(np.clip(COLOURS[picture] + noise, 0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(np.clip(COLORS[picture] + noise, 0, 255).astype(np.uint8)).save(folder / f"{i}.png")
         coco["images"].append({"id": first + i, "file_name": f"{i}.png", "height": size[0], "width": size[1]})
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(coco))
@@ -219,7 +219,7 @@ def test_an_image_of_another_size_is_bad(data):
     train, *_ = open_boxes(str(data), masks=True)
     Image.new("RGB", (80, 65)).save(data / "train2017" / "3.png")
     for transform in (train_objects(None, 64, 96, (1, 1), [0.5] * 3), fitting):
-        view = Viewer(transform, 3, 0, 0, ("image", "objects"), read_objects(True))(train.rows[3], 0, 3)
+        view = SampleLoader(transform, 3, 0, 0, ("image", "objects"), read_objects(True))(train.rows[3], 0, 3)
         assert view.bad[1] == "it is 65x80, and 64x80 in the file of annotations"
 
 
@@ -303,7 +303,7 @@ def test_all_of_a_detector_learns_and_it_finds_in_pixels_of_the_image(name, mask
     model = detector(name, masks=masks)
     joined(model.rcnn.backbone.pyramid)
     transform = train_objects(None, 64, 96, (0.8, 1.0), [0.5] * 3)
-    viewer = Viewer(transform, 3, 0, 0, ("image", "objects"), read_objects(masks))
+    viewer = SampleLoader(transform, 3, 0, 0, ("image", "objects"), read_objects(masks))
     batch = collate_list([viewer(train.rows[i], 0, i) for i in range(3)])  # the first is without objects
     losses = model(batch.images, batch.labels)
     assert ("loss_mask" in losses) is masks
@@ -354,7 +354,7 @@ def test_masks_laid_into_the_image_one_at_a_time_are_torchvisions(monkeypatch):
         assert result["segmentation"] == {"size": [100, 150], "counts": packed["counts"].decode()}
 
 
-def test_background_alone_is_learnt_from():
+def test_background_alone_is_learned_from():
     model = detector()
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 64, 64)}
     losses = model([torch.rand(3, 64, 64)], [{**empty, "masks": empty["masks"].byte()}])
@@ -391,7 +391,7 @@ def test_every_parameter_has_a_rate_once(name):
 
 def test_a_rate_drops_after_the_steps_that_it_should():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = drops(optimizer, 20, 4, [10, 15])
+    schedule = multistep(optimizer, 20, 4, [10, 15])
     rates = []
     for step in range(20):
         schedule.step_update(step)
@@ -399,7 +399,7 @@ def test_a_rate_drops_after_the_steps_that_it_should():
     assert rates == pytest.approx([0, 0.5, 1, 1.5, *[2] * 6, *[0.2] * 5, *[0.02] * 5])
     for wrong in ([3, 10], [10, 10], [15, 10], [10, 20]):
         with pytest.raises(UserError, match="rising --drop-epochs"):
-            drops(optimizer, 20, 4, wrong)
+            multistep(optimizer, 20, 4, wrong)
 
 
 # Judging -------------------------------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_average_precision_is_pycocotools(kind, data, capsys):
     _, _, _, truth = open_boxes(str(data), masks=True)
     results = noisy(truth.coco)
     ids = truth.ids[1:]
-    ours, each = judge_as_coco(truth, results, ids, kind)
+    ours, each = coco_metrics(truth, results, ids, kind)
     known = COCO(str(data / "annotations" / "instances_val2017.json"))
     left = "bbox" if kind == "mask" else "segmentation"
     judge = COCOeval(
@@ -460,12 +460,12 @@ def test_the_truth_itself_is_right_and_nothing_is_0(data):
         annotation["id"] = 0
     file.write_text(json.dumps(coco))
     _, _, _, truth = open_boxes(str(data), masks=True)
-    assert isinstance(truth, Truth)
+    assert isinstance(truth, CocoGroundTruth)
     perfect = [
         {"score": 1.0, **{k: a[k] for k in ("image_id", "category_id", "bbox")}} for a in truth.coco["annotations"]
     ]
-    assert judge_as_coco(truth, perfect, truth.ids, "box")[0]["box_ap"] == pytest.approx(100)
-    assert judge_as_coco(truth, [], truth.ids, "box")[0]["box_ap"] == 0
+    assert coco_metrics(truth, perfect, truth.ids, "box")[0]["box_ap"] == pytest.approx(100)
+    assert coco_metrics(truth, [], truth.ids, "box")[0]["box_ap"] == 0
 
 
 # The recipe ----------------------------------------------------------------------------------------------------------
@@ -544,10 +544,10 @@ def test_wrong_words_are_one_sentence(data, tmp_path, capsys):
 
 
 def test_sizes_are_the_given_ones_else_the_runs_own_else_the_published(data, tmp_path, monkeypatch):
-    normalise = Normalise([0.5] * 3, [0.5] * 3)
-    write_dense(detector(), tmp_path / "own", "detector", ["red", "blue"], [3, 7], normalise)
+    normalize = Normalize([0.5] * 3, [0.5] * 3)
+    write_dense(detector(), tmp_path / "own", "detector", ["red", "blue"], [3, 7], normalize)
     seen = []
-    monkeypatch.setattr(detect.Judge, "alone", lambda judge, network: seen.append(network))
+    monkeypatch.setattr(detect.Evaluator, "alone", lambda judge, network: seen.append(network))
     monkeypatch.setattr(detect.Detection, "rehearse", lambda task, network, *_: seen.append(network))
     argv = ["--data", str(data), "--workers", "0", "--model"]
     own = [*argv, str(tmp_path / "own"), "--eval-only"]
@@ -573,8 +573,8 @@ def test_an_image_that_is_judged_is_scaled_as_those_of_training_are():
 
 
 def test_a_file_that_is_there_is_not_predicted_over(data, tmp_path, capsys, monkeypatch):
-    normalise = Normalise([0.5] * 3, [0.5] * 3)
-    write_dense(detector(), tmp_path / "own", "detector", ["red", "blue"], [3, 7], normalise)
+    normalize = Normalize([0.5] * 3, [0.5] * 3)
+    write_dense(detector(), tmp_path / "own", "detector", ["red", "blue"], [3, 7], normalize)
     argv = ["predict", "--model", tmp_path / "own", "--images", data / "val2017", "--out", tmp_path / "found.json"]
     assert command(capsys, monkeypatch, *argv)[0] == 0
     before = (tmp_path / "found.json").read_bytes()

@@ -22,16 +22,16 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mimkit.config import presets
 from mimkit.data.loader import eval_loader
-from mimkit.data.sample import Viewer
+from mimkit.data.sample import SampleLoader
 from mimkit.data.sources import open_source
-from mimkit.data.transforms import Normalise, finetune_transform
+from mimkit.data.transforms import Normalize, finetune_transform
 from mimkit.errors import UserError
 from mimkit.evaluation.probes import FrozenProbe
 from mimkit.io import onnx
-from mimkit.io.onnx import export
+from mimkit.io.onnx import export_model
 from mimkit.io.weights import read_weights, write_model
 from mimkit.models import SViT
-from mimkit.models.pretrained import load, new_head
+from mimkit.models.pretrained import load_network, new_head
 from mimkit.tasks.classification import mixing, score
 from mimkit.training.optim import layer_groups
 from mimkit.training.run import Run
@@ -46,7 +46,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     for part, count in (("train", 32), ("test", 12)):
         for i in range(count):
-            place = folder / "images" / part / ("dark", "grey", "light")[i % 3]
+            place = folder / "images" / part / ("dark", "gray", "light")[i % 3]
             place.mkdir(parents=True, exist_ok=True)
             pixels = np.random.default_rng(i + 1000 * count).integers(0, 80, (20, 24, 3)) + 80 * (i % 3)
             Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.png")
@@ -172,7 +172,7 @@ def test_a_dry_run_prints_the_table(made, capsys, tmp_path):
 
 def test_a_hivit_of_pretraining_becomes_its_supervised_form_exactly(made):
     own = timm.create_model(f"local-dir:{made}/hivit/encoder", pretrained=True).eval().double()
-    net, words = load(str(made / "hivit"))
+    net, words = load_network(str(made / "hivit"))
     x = torch.randn(2, 3, 32, 32)
     tokens, expected = net.eval().double().forward_features(x.double()), own.forward_features(x.double())
     assert torch.allclose(tokens, expected, rtol=0, atol=1e-12)  # the bias tables start at 0
@@ -189,7 +189,7 @@ def test_a_hivit_of_pretraining_becomes_its_supervised_form_exactly(made):
 @pytest.mark.parametrize("pool", [None, "avg"])
 def test_a_vit_of_pretraining_keeps_its_blocks(made, pool):
     own = timm.create_model(f"local-dir:{made}/vit/encoder", pretrained=True).eval()
-    net, words = load(str(made / "vit"), global_pool=pool)
+    net, words = load_network(str(made / "vit"), global_pool=pool)
     x = torch.randn(2, 3, 32, 32)
     tokens = own.forward_features(x)
     if pool:
@@ -207,14 +207,14 @@ def test_any_model_starts_from_its_own_folder_with_other_classes(name, tmp_path)
     net = fill(timm.create_model(name, num_classes=5, **options)).eval()
     about = {"input_size": (3, 224, 224), "mean": [0.5] * 3, "std": [0.5] * 3}
     write_model(net, tmp_path / "model", **about)
-    found, _ = load(str(tmp_path / "model"))
+    found, _ = load_network(str(tmp_path / "model"))
     for key, tensor in net.state_dict().items():
         assert torch.equal(found.state_dict()[key], tensor), key
     new_head(found, 3, None)
     x = torch.randn(1, 3, 224, 224)
     assert torch.equal(found.eval().forward_features(x), net.forward_features(x))
     assert found(x).shape == (1, 3)
-    fresh, words = load(str(tmp_path / "model"), scratch=True)
+    fresh, words = load_network(str(tmp_path / "model"), scratch=True)
     assert "at random" in words
     assert any(not torch.equal(fresh.state_dict()[key], tensor) for key, tensor in net.state_dict().items())
 
@@ -238,7 +238,7 @@ def test_a_folder_that_does_not_load_completely_is_refused_by_name(kind, break_i
         state[key] = state[key][:-1].clone()
     save_file(state, folder / "model.safetensors")
     with pytest.raises(UserError, match=key):
-        load(str(folder))
+        load_network(str(folder))
     if break_it in ("missing", "unexpected"):  # timm itself says nothing
         timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=9)
 
@@ -250,7 +250,7 @@ def test_strictness_cannot_be_switched_off(made, tmp_path):
     state = load_file(folder / "model.safetensors")
     whole = {key: tensor * 2 for key, tensor in state.items()}
     save_file(whole, tmp_path / "other.safetensors")
-    found, words = load(str(made / "vit"), str(tmp_path / "other.safetensors"))
+    found, words = load_network(str(made / "vit"), str(tmp_path / "other.safetensors"))
     assert "other.safetensors" in words
     assert torch.equal(found.state_dict()["cls_token"], whole["cls_token"])
     del state["blocks.2.mlp.fc1.weight"]
@@ -258,12 +258,12 @@ def test_strictness_cannot_be_switched_off(made, tmp_path):
     save_file(state, tmp_path / "less.safetensors")
     for given in ({}, {"num_classes": 7}, {"in_chans": 1}):
         with pytest.raises(UserError, match=r"blocks\.2\.mlp\.fc1\.weight"):
-            load(str(folder), **given)
+            load_network(str(folder), **given)
     with pytest.raises(UserError, match=r"blocks\.2\.mlp\.fc1\.weight"):
-        load(str(made / "vit"), str(tmp_path / "less.safetensors"))
-    grey, _ = load(str(made / "vit"), in_chans=1)
+        load_network(str(made / "vit"), str(tmp_path / "less.safetensors"))
+    gray, _ = load_network(str(made / "vit"), in_chans=1)
     rgb = load_file(made / "vit" / "encoder" / "model.safetensors")["patch_embed.proj.weight"]
-    assert torch.allclose(grey.patch_embed.proj.weight, rgb.sum(1, keepdim=True), atol=1e-5)
+    assert torch.allclose(gray.patch_embed.proj.weight, rgb.sum(1, keepdim=True), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_hivit_file_of_any_input(given, tmp_path):
     net = fill(timm.create_model("hivit_nano", num_classes=0, **given))
     save_file(net.state_dict(), tmp_path / "file.safetensors")
     say = given if isinstance(given["img_size"], tuple) else {}
-    found, _ = load("hivit_nano", str(tmp_path / "file.safetensors"), **say)
+    found, _ = load_network("hivit_nano", str(tmp_path / "file.safetensors"), **say)
     assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in net.state_dict().items())
     assert found.grid == net.grid
 
@@ -291,28 +291,28 @@ def test_a_file_loads_completely_or_is_refused_by_name(kind, tmp_path):
     if kind == "mae with decoder":
         state |= {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 192)}
     torch.save({"model": state}, tmp_path / "file.pth")
-    found, _ = load(name, str(tmp_path / "file.pth"), img_size=(64, 64))
+    found, _ = load_network(name, str(tmp_path / "file.pth"), img_size=(64, 64))
     assert torch.equal(found.blocks[2].mlp.fc1.weight, net.blocks[2].mlp.fc1.weight)
     x = torch.randn(1, 3, 224, 224, dtype=torch.double)
-    whole, _ = load(name, str(tmp_path / "file.pth"))
+    whole, _ = load_network(name, str(tmp_path / "file.pth"))
     tokens, expected = whole.eval().double().forward_features(x), net.double().forward_features(x)
     assert torch.allclose(tokens, expected, rtol=0, atol=1e-12)
     for key in ("blocks.2.mlp.fc1.weight", "patch_embed.proj.weight"):
         torch.save({"model": {k: v for k, v in state.items() if k != key}}, tmp_path / "less.pth")
         with pytest.raises(UserError, match=key):
-            load(name, str(tmp_path / "less.pth"))
+            load_network(name, str(tmp_path / "less.pth"))
     torch.save({"model": {**state, "blocks.2.more": torch.zeros(2)}}, tmp_path / "more.pth")
     with pytest.raises(UserError, match=r"blocks\.2\.more"):
-        load(name, str(tmp_path / "more.pth"))
+        load_network(name, str(tmp_path / "more.pth"))
 
 
 # Augmentation --------------------------------------------------------------------------------------------------------
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_image():
-    transform = finetune_transform((24, 32), (0.3, 1.0), "rand-m9-mstd0.5-inc1", 1.0, Normalise([0.5] * 3, [0.25] * 3))
+    transform = finetune_transform((24, 32), (0.3, 1.0), "rand-m9-mstd0.5-inc1", 1.0, Normalize([0.5] * 3, [0.25] * 3))
     row = {"image": {"bytes": None, "path": None}, "label": 1}
-    viewer = Viewer(transform, 3, 0, 5, ("image", "label"), pixels=True)
+    viewer = SampleLoader(transform, 3, 0, 5, ("image", "label"), pixels=True)
     row["image"]["bytes"] = encoded(picture())
     views = {(e, i): viewer(row, e, i).image for e in (0, 1) for i in (0, 1)}
     np.random.seed(99)
@@ -325,17 +325,17 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image():
 
 
 def test_augmentation_of_other_channels_and_of_none():
-    plain = finetune_transform((16, 16), (1.0, 1.0), None, 0.0, Normalise([0.5], [0.25]))
+    plain = finetune_transform((16, 16), (1.0, 1.0), None, 0.0, Normalize([0.5], [0.25]))
     x = plain(pil_to_tensor(picture(size=(16, 16)).convert("L")))
     assert x.shape == (1, 16, 16)
     assert -2 <= x.min() < -1.5
     assert 1.5 < x.max() <= 2
-    grey = finetune_transform((16, 16), (1.0, 1.0), "rand-m9-mstd0.5", 1.0, Normalise([0.5], [0.25]))
-    assert grey(pil_to_tensor(picture().convert("L"))).shape == (1, 16, 16)
-    five = finetune_transform((16, 16), (1.0, 1.0), "rand-m9-mstd0.5", 1.0, Normalise([0.5] * 5, [0.25] * 5))
+    gray = finetune_transform((16, 16), (1.0, 1.0), "rand-m9-mstd0.5", 1.0, Normalize([0.5], [0.25]))
+    assert gray(pil_to_tensor(picture().convert("L"))).shape == (1, 16, 16)
+    five = finetune_transform((16, 16), (1.0, 1.0), "rand-m9-mstd0.5", 1.0, Normalize([0.5] * 5, [0.25] * 5))
     assert five(torch.rand(5, 20, 20)).shape == (5, 16, 16)
     with pytest.raises(UserError, match="--aa dance"):
-        finetune_transform((16, 16), (1.0, 1.0), "dance", 0, Normalise([0.5], [0.25]))
+        finetune_transform((16, 16), (1.0, 1.0), "dance", 0, Normalize([0.5], [0.25]))
 
 
 def test_mixing():
@@ -397,7 +397,7 @@ def test_what_a_run_leaves(made, tmp_path, capsys, monkeypatch):
     assert all(torch.equal(tensor, ema[key]) for key, tensor in net.state_dict().items())  # the average is what counts
     assert not torch.equal(ema["head.weight"], raw["head.weight"])
     config = json.loads((out / "last" / "config.json").read_text())
-    assert config["label_names"] == ["dark", "grey", "light"]
+    assert config["label_names"] == ["dark", "gray", "light"]
     assert config["num_classes"] == 3
 
     # judging it alone gives the last figure, and predict the labels behind it
@@ -408,7 +408,7 @@ def test_what_a_run_leaves(made, tmp_path, capsys, monkeypatch):
     (tmp_path / "some").mkdir()
     for i in range(3):
         shutil.copy(
-            made / "images" / "test" / ("dark", "grey", "light")[i] / f"{i}.png", tmp_path / "some" / f"{i}.png"
+            made / "images" / "test" / ("dark", "gray", "light")[i] / f"{i}.png", tmp_path / "some" / f"{i}.png"
         )
     (tmp_path / "some" / "1b.png").write_bytes(b"no image")
     assert "no config.json" in command(capsys, monkeypatch, "predict", "--model", tmp_path, "--images", "x")[2]
@@ -420,14 +420,14 @@ def test_what_a_run_leaves(made, tmp_path, capsys, monkeypatch):
     assert [Path(row["image"]).name for row in rows] == ["0.png"] * 2 + ["1.png"] * 2 + ["2.png"] * 2
     best = timm.create_model(f"local-dir:{out}/best", pretrained=True).eval()
     batch = next(iter(eval_loader(open_source(str(tmp_path / "some" / "2.png")), (32, 32), 3)))
-    expected = best(Normalise(config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"])(batch.images)).softmax(
+    expected = best(Normalize(config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"])(batch.images)).softmax(
         1
     )
     assert float(rows[4]["probability"]) == pytest.approx(float(expected.max()), abs=1e-4)
     assert rows[4]["label"] == config["label_names"][int(expected.argmax())]
 
     # its encoder can be fine-tuned again, and it can be exported
-    assert load(str(out))[0].num_classes == 3
+    assert load_network(str(out))[0].num_classes == 3
     for name in ("x.onnx", "x.pt2"):
         code, said, err = command(capsys, monkeypatch, "export", "--model", out, "--out", tmp_path / name)
         assert code == 0, err
@@ -595,7 +595,7 @@ def test_what_pretraining_leaves_fine_tunes(recipe, made, tmp_path, capsys):
     anew()
     assert "kNN after 2 steps" in capsys.readouterr().out
     encoder = timm.create_model(f"local-dir:{tmp_path}/mim/encoder", pretrained=True).state_dict()
-    network, words = load(str(tmp_path / "mim"))
+    network, words = load_network(str(tmp_path / "mim"))
     assert "all weights of" in words
     assert all(torch.equal(tensor, encoder[name]) for name, tensor in network.state_dict().items())
     tune("--model", tmp_path / "mim", "--data", made / "images", "--out", tmp_path / "run", *QUICK, *SMALL)
@@ -649,9 +649,9 @@ def test_an_svit_starts_from_files(tmp_path):
     net = shaken(timm.create_model("svit_s", depths=(1, 1, 1, 1), num_classes=3, in_chans=1))
     torch.save({"model": released(net)}, tmp_path / "released.pth")
     save_file(net.state_dict(), tmp_path / "own.safetensors")
-    found, _ = load("svit_s", str(tmp_path / "released.pth"), img_size=(384, 384), in_chans=1)
+    found, _ = load_network("svit_s", str(tmp_path / "released.pth"), img_size=(384, 384), in_chans=1)
     assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in found.state_dict().items())
-    found, _ = load("svit_s", str(tmp_path / "own.safetensors"), in_chans=1, depths=(1, 1, 1, 1))
+    found, _ = load_network("svit_s", str(tmp_path / "own.safetensors"), in_chans=1, depths=(1, 1, 1, 1))
     assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in found.state_dict().items())
 
 
@@ -665,7 +665,7 @@ def test_a_probe_trains_only_itself(probe, made, tmp_path, capsys):
     argv += ["--crop-scale", "[0.8,1]", "--blr", "50" if probe == "linear" else ".02"]
     linear_probe.main(list(map(str, argv)))
     said = capsys.readouterr().out
-    assert float(said.split("top-1 ")[1].split(" %")[0]) > 60  # dark, grey and bright images
+    assert float(said.split("top-1 ")[1].split(" %")[0]) > 60  # dark, gray and bright images
     state = load_file(next((tmp_path / "run" / "checkpoints").iterdir()) / "model.safetensors")
     assert not any(key.startswith(("network", "blocks")) for key in state)
     assert {"head.weight", "head.bias", "norm.running_mean"} <= state.keys()
@@ -702,7 +702,7 @@ def test_an_export_computes_the_same(name, kind, tmp_path):
     options = {"hpvit": pyramid, "svit_nano": {"depths": (1, 1, 1, 1)}}.get(name, {"img_size": 64})
     net = fill(timm.create_model(name, num_classes=3, **options))
     net.pretrained_cfg["input_size"] = (3, 64, 64)
-    assert export(net, tmp_path / f"x{kind}", {"label_names": ["a", "b", "c"]}) < 1e-4
+    assert export_model(net, tmp_path / f"x{kind}", {"label_names": ["a", "b", "c"]}) < 1e-4
     if kind == ".onnx":
         import onnx
 
@@ -716,5 +716,5 @@ def test_an_export_that_computes_something_else_is_not_kept(tmp_path, monkeypatc
     read = onnx._read_program
     monkeypatch.setattr(onnx, "_read_program", lambda file, x: read(file, x) * 1.01)
     with pytest.raises(UserError, match="something else"):
-        export(net, tmp_path / "x.pt2", {})
+        export_model(net, tmp_path / "x.pt2", {})
     assert not list(tmp_path.iterdir())

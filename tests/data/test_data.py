@@ -14,10 +14,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from mimkit.data.decode import decode, decode_pixels, jpeg_channels
-from mimkit.data.loader import eval_loader, guarded, train_loader
+from mimkit.data.loader import eval_loader, limit_bad_images, train_loader
 from mimkit.data.order import Order, Plan, seeded
 from mimkit.data.sources import open_source
-from mimkit.data.transforms import Normalise, eval_transform, parse_size, train_transform
+from mimkit.data.transforms import Normalize, eval_transform, parse_size, train_transform
 from mimkit.errors import UserError
 
 
@@ -42,10 +42,10 @@ def test_workers_resume_and_processes_change_nothing(parquet, streaming):
         assert same(batches(source, workers, **common), alone)
     for start in (3, 10):
         assert same(batches(source, 2, start=start, **common), alone[start:])
-    shares = [batches(source, rank=rank, world=2, **common) for rank in (0, 1)]
+    shares = [batches(source, rank=rank, world_size=2, **common) for rank in (0, 1)]
     joined = [torch.cat([a.images, b.images]) for a, b in zip(*shares, strict=True)]
     assert all(torch.equal(a, b.images) for a, b in zip(joined, alone, strict=True))
-    parts = batches(source, parts=4, **common)
+    parts = batches(source, grad_accum_steps=4, **common)
     assert torch.equal(torch.cat([b.images for b in parts]), torch.cat([b.images for b in alone]))
 
 
@@ -126,7 +126,9 @@ def test_processes_share_each_step(length, share, world, parts, seed):
         with pytest.raises(UserError, match=f"{size} is more than the {length} images"):
             Plan(length, size, 1)
         return
-    plans = [Plan(length, size, 5, seed=seed, rank=rank, world=world, parts=parts) for rank in range(world)]
+    plans = [
+        Plan(length, size, 5, seed=seed, rank=rank, world_size=world, grad_accum_steps=parts) for rank in range(world)
+    ]
     alone = list(Order(Plan(length, size, 5, seed=seed)))
     shared = [list(Order(plan)) for plan in plans]
     for step, batch in enumerate(alone):
@@ -149,23 +151,23 @@ def test_repeated_augmentation():
 
 def test_a_batch_that_cannot_be_shared():
     with pytest.raises(UserError, match="--batch-size 10 cannot be shared by 2 processes x 3"):
-        Plan(100, 10, 1, world=2, parts=3)
+        Plan(100, 10, 1, world_size=2, grad_accum_steps=3)
 
 
 # Kinds of images
 
 
 def test_kinds_of_files():
-    colour = picture()
+    color = picture()
     for image, options in [
-        (colour, {"kind": "PNG"}),
-        (colour, {"kind": "JPEG"}),
-        (colour.convert("L"), {"kind": "PNG"}),
-        (colour.convert("CMYK"), {"kind": "JPEG"}),
-        (colour.convert("P"), {"kind": "GIF"}),
-        (colour.convert("1"), {"kind": "PNG"}),
-        (colour, {"kind": "WEBP"}),
-        (colour, {"kind": "TIFF"}),
+        (color, {"kind": "PNG"}),
+        (color, {"kind": "JPEG"}),
+        (color.convert("L"), {"kind": "PNG"}),
+        (color.convert("CMYK"), {"kind": "JPEG"}),
+        (color.convert("P"), {"kind": "GIF"}),
+        (color.convert("1"), {"kind": "PNG"}),
+        (color, {"kind": "WEBP"}),
+        (color, {"kind": "TIFF"}),
     ]:
         decoded = decode(encoded(image, **options))
         assert (decoded.mode, decoded.size) == ("RGB", (40, 30))
@@ -180,7 +182,7 @@ def test_transparency_is_laid_over_white():
     assert decoded.getpixel((1, 1)) == (255, 255, 255)
 
 
-def test_sixteen_bit_grey_is_scaled():
+def test_sixteen_bit_gray_is_scaled():
     values = np.array([[0, 257, 65535, 32896]], dtype=np.uint16)
     decoded = decode(encoded(Image.fromarray(values)))
     assert [decoded.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 255, 128]
@@ -193,7 +195,7 @@ def test_exif_rotation_is_applied():
 
 
 def smooth(size, mode="RGB"):
-    """A picture with edges and slopes, not all of which are grey."""
+    """A picture with edges and slopes, not all of which are gray."""
     return picture(1, (size[0] // 10, size[1] // 10)).resize(size, Image.Resampling.BICUBIC).convert(mode)
 
 
@@ -238,16 +240,16 @@ def test_a_training_crop_of_arrays_is_torchvisions():
 
 
 def test_crops_of_all_kinds_of_files():
-    """Turned by EXIF, with 16 bits, grey or CMYK: what is cropped is what the picture shows."""
+    """Turned by EXIF, with 16 bits, gray or CMYK: what is cropped is what the picture shows."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    colour, grey = smooth((100, 80)), smooth((100, 80), "L")
-    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    color, gray = smooth((100, 80)), smooth((100, 80), "L")
+    sixteen = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
     for file, shown in [
-        (encoded(colour, "PNG", exif=exif), colour.transpose(Image.Transpose.ROTATE_270)),
-        (encoded(sixteen), grey.convert("RGB")),
-        (encoded(grey), grey.convert("RGB")),
-        (encoded(colour.convert("CMYK"), "TIFF"), colour.convert("CMYK").convert("RGB")),
+        (encoded(color, "PNG", exif=exif), color.transpose(Image.Transpose.ROTATE_270)),
+        (encoded(sixteen), gray.convert("RGB")),
+        (encoded(gray), gray.convert("RGB")),
+        (encoded(color.convert("CMYK"), "TIFF"), color.convert("CMYK").convert("RGB")),
     ]:
         assert torch.equal(decode_pixels(file), v2.functional.pil_to_tensor(shown))
 
@@ -324,17 +326,17 @@ def test_arrays_go_all_the_way(tmp_path):
     batch = next(iter(train_loader(source, viewer(source, in_chans=5), plan, 0)))
     assert batch.images.shape == (4, 5, 16, 16)
     assert batch.images.dtype == torch.float32
-    assert Normalise([0.5] * 5, [0.25] * 5)(batch.images).shape == (4, 5, 16, 16)
+    assert Normalize([0.5] * 5, [0.25] * 5)(batch.images).shape == (4, 5, 16, 16)
 
 
-def test_normalise_is_timms():
+def test_normalize_is_timms():
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     expected = (images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    assert torch.allclose(Normalise(mean, std)(images), expected)
+    assert torch.allclose(Normalize(mean, std)(images), expected)
     floats = images / 255
     kept = images.clone(), floats.clone()
-    assert torch.equal(Normalise(mean, std)(floats), Normalise(mean, std)(images))
+    assert torch.equal(Normalize(mean, std)(floats), Normalize(mean, std)(images))
     assert torch.equal(images, kept[0])  # neither is written to
     assert torch.equal(floats, kept[1])
 
@@ -362,16 +364,16 @@ def test_bad_images_are_skipped_named_and_counted(folder, workers):
     (folder / "dog" / "text.jpg").write_text("not an image")
     source = open_source(str(folder))
     plan, said = Plan(14, 7, 4), []
-    found = list(guarded(train_loader(source, viewer(source), plan, workers), 2, said.append))
+    found = list(limit_bad_images(train_loader(source, viewer(source), plan, workers), 2, said.append))
     assert all(len(b.images) == len(b.noise) == 7 for b in found)
     assert len(said) == 2  # each is named once, though there were two epochs
     assert "torn.png" in "".join(said)
     assert "text.jpg" in "".join(said)
     for rank in (0, 1):  # each process meets both sooner or later
-        plan = Plan(14, 2, 60, rank=rank, world=2)
-        assert len(list(guarded(train_loader(source, viewer(source), plan, workers), 2, said.append))) == 60
+        plan = Plan(14, 2, 60, rank=rank, world_size=2)
+        assert len(list(limit_bad_images(train_loader(source, viewer(source), plan, workers), 2, said.append))) == 60
     with pytest.raises(UserError, match=r"2 images cannot be used.*--max-bad"):
-        list(guarded(train_loader(source, viewer(source), plan, workers), 1, said.append))
+        list(limit_bad_images(train_loader(source, viewer(source), plan, workers), 1, said.append))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -385,7 +387,11 @@ def test_who_stands_in_does_not_depend_on_the_share(tmp_path, streaming):
     assert {name for b in whole for name, _ in b.bad}
     for world, parts in ((4, 1), (2, 2), (1, 4)):
         shares = [
-            list(train_loader(source, viewer(source), Plan(13, 4, 6, rank=rank, world=world, parts=parts), 0))
+            list(
+                train_loader(
+                    source, viewer(source), Plan(13, 4, 6, rank=rank, world_size=world, grad_accum_steps=parts), 0
+                )
+            )
             for rank in range(world)
         ]
         for step, batch in enumerate(whole):
@@ -400,6 +406,6 @@ def test_only_bad_images(tmp_path):
         (tmp_path / f"{i}.png").write_text("x")
     source = open_source(str(tmp_path))
     with pytest.raises(UserError, match="4 images cannot be used"):
-        list(guarded(eval_loader(source, (8, 8), 3), 3, lambda _: None))
+        list(limit_bad_images(eval_loader(source, (8, 8), 3), 3, lambda _: None))
     with pytest.raises(UserError, match=r"--crop-scale \[2, 1\] is no range"):
         train_transform((8, 8), (2, 1))

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import mimkit.training
-from mimkit.data.transforms import Normalise
+from mimkit.data.transforms import Normalize
 from mimkit.io.weights import read_weights
 from mimkit.methods.checkpoint import load_run
 from mimkit.methods.reconstruction import reconstruct
@@ -204,7 +204,7 @@ def test_wrong_options_are_one_sentence(images, tmp_path, capsys):
         ([*data, "--mean", "[0.5,1]"], "--mean [0.5, 1.0] does not fit 3 channels"),
         ([*data, "--init", "nowhere.pth", *TINY], "nowhere.pth: there is no such file"),
         ([*data, "--resume", str(tmp_path)], "holds no checkpoint"),
-        ([*data, "--colour", "red"], "--colour"),
+        ([*data, "--color", "red"], "--color"),
         ([*data, "--config", "nothing.yaml"], "nothing.yaml"),
     ]:
         assert message in fails(capsys, *argv), argv
@@ -492,10 +492,10 @@ def test_parameter_groups_and_schedule():
     optimizer = adamw(model, 1.0, 0.05, (0.9, 0.95))
     names = {id(p): n for n, p in model.named_parameters()}
     decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
-    spared = {names[id(p)] for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
-    assert decayed | spared == set(names.values())
+    no_decay_names = {names[id(p)] for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
+    assert decayed | no_decay_names == set(names.values())
     assert "blocks.4.attn.qkv.weight" in decayed
-    assert {"absolute_pos_embed", "blocks.4.attn.relative_position_bias_table", "head.bias"} <= spared
+    assert {"absolute_pos_embed", "blocks.4.attn.relative_position_bias_table", "head.bias"} <= no_decay_names
     schedule, rates = cosine(optimizer, 100, 10), []
     for step in range(100):
         schedule.step_update(step)
@@ -547,7 +547,13 @@ def test_a_process_that_cannot_be_reached_ends_the_others(images, tmp_path, monk
     monkeypatch.setenv("BEAT", ".5")
     argv = ["--data", images, *TINY, "--epochs", "4000", "--warmup-epochs", "1", "--knn-every", "0"]
     job = launching(
-        2, ROOT / "tests" / "engine_probe.py", tmp_path / "found", "mae_hivit", *argv, "--out", tmp_path / "run"
+        2,
+        ROOT / "tests" / "training" / "engine_probe.py",
+        tmp_path / "found",
+        "mae_hivit",
+        *argv,
+        "--out",
+        tmp_path / "run",
     )
     try:
         until_it_trains(job, tmp_path / "run")
@@ -599,7 +605,7 @@ def test_a_warmup_that_fills_the_run(images, tmp_path, capsys):
     assert "A warm-up of 16 steps fills the run of 16" in fails(capsys, *argv)
 
 
-def test_a_few_images_need_no_neighbours(tmp_path, capsys):
+def test_a_few_images_need_no_neighbors(tmp_path, capsys):
     for i in range(8):
         (tmp_path / "images" / str(i % 2)).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "images" / str(i % 2) / f"{i}.png")
@@ -616,11 +622,11 @@ def test_compiled_with_inductor(images, tmp_path):
     assert losses(tmp_path / "compiled")[4] == pytest.approx(losses(tmp_path / "plain")[4], abs=1e-4)
 
 
-def test_normalise_is_exported_with_the_encoder(images, tmp_path):
+def test_normalize_is_exported_with_the_encoder(images, tmp_path):
     argv = ["--mean", "[0.1,0.2,0.3]", "--std", "[0.4,0.5,0.6]"]
     run(mae_hivit, "--data", images, "--out", str(tmp_path / "run"), *TINY, *argv)
     cfg = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True).pretrained_cfg
-    assert torch.allclose(Normalise(cfg["mean"], cfg["std"]).std.flatten(), torch.tensor([0.4, 0.5, 0.6]))
+    assert torch.allclose(Normalize(cfg["mean"], cfg["std"]).std.flatten(), torch.tensor([0.4, 0.5, 0.6]))
 
 
 @pytest.mark.parametrize("recipe", [simmim_svit, mae_svit, simmim_swin])

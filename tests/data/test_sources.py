@@ -10,12 +10,12 @@ import torch
 from conftest import batches, encoded, picture
 from datasets.splits import SplitDict
 
-from mimkit.data.sources import open_labelled, open_source
+from mimkit.data.sources import open_labeled, open_source
 from mimkit.errors import UserError
 
 
 def test_sample_ships_with_its_classes():
-    train, test = open_labelled("sample")
+    train, test = open_labeled("sample")
     assert (train.length, test.length) == (10_000, 2_000)
     assert len(train.rows.features["label"].names) == 10
     assert np.bincount(train.rows["label"]).min() > 900
@@ -57,15 +57,15 @@ def test_classes_mean_the_same_in_both_parts(tmp_path):
         for name in classes.split():
             (tmp_path / part / name).mkdir(parents=True)
             picture().save(tmp_path / part / name / "a.png")
-    train, test = open_labelled(str(tmp_path))
+    train, test = open_labeled(str(tmp_path))
     assert (train.rows["label"][:], test.rows["label"][:]) == ([0, 1, 2], [1, 2])
     (tmp_path / "val" / "bee").rename(tmp_path / "val" / "dog")
     with pytest.raises(UserError, match="classes that the training part lacks: dog"):
-        open_labelled(str(tmp_path))
+        open_labeled(str(tmp_path))
     for folder in ("dog", "cat"):
         (tmp_path / "val" / folder / "a.png").rename(tmp_path / "val" / f"{folder}.png")
     with pytest.raises(UserError, match="test part without labels"):
-        open_labelled(str(tmp_path))
+        open_labeled(str(tmp_path))
 
 
 def test_files_of_two_kinds_are_not_guessed(folder):
@@ -107,7 +107,7 @@ def test_a_folder_with_brackets_and_a_link_that_leads_back(tmp_path):
 
 
 def test_held_out_where_there_is_no_test_part(folder):
-    train, test = open_labelled(str(folder))
+    train, test = open_labeled(str(folder))
     assert (train.length, test.length) == (9, 3)
     assert not set(map(str, train.rows["image"])) & set(map(str, test.rows["image"]))
 
@@ -174,9 +174,9 @@ def test_labels_where_they_are_needed(tmp_path):
     for i in range(10):
         picture(i).save(tmp_path / f"{i}.png")
     with pytest.raises(UserError, match="has no labels"):
-        open_labelled(str(tmp_path))
+        open_labeled(str(tmp_path))
     (tmp_path / "only").mkdir()
     for i in range(10):
         (tmp_path / f"{i}.png").rename(tmp_path / "only" / f"{i}.png")
     with pytest.raises(UserError, match="one class only"):
-        open_labelled(str(tmp_path))
+        open_labeled(str(tmp_path))

@@ -26,11 +26,11 @@ from test_training import TINY, losses, run
 
 from mimkit.data.decode import decode, decode_pixels
 from mimkit.data.detection import fitting
-from mimkit.data.loader import eval_loader, guarded
-from mimkit.data.sample import Viewer
+from mimkit.data.loader import eval_loader, limit_bad_images
+from mimkit.data.sample import SampleLoader
 from mimkit.data.segmentation import check_sizes
-from mimkit.data.sources import open_labelled, open_source
-from mimkit.data.transforms import Normalise, eval_transform, train_transform
+from mimkit.data.sources import open_labeled, open_source
+from mimkit.data.transforms import Normalize, eval_transform, train_transform
 from mimkit.io.weights import write_model
 from mimkit.tasks.dense_checkpoint import write_dense
 from mimkit.tasks.detection import predict_objects
@@ -85,7 +85,7 @@ def turned(image, orientation, kind="JPEG", **options):
 def damaged(tmp_path_factory):
     """200 images in two class folders, of which 11 are of the ten kinds (20,000 px: a strip, and a bomb of 48 kB)."""
     root = tmp_path_factory.mktemp("damaged")
-    frames = [Image.new("RGB", (20, 24), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (20, 24), color) for color in ("red", "lime", "blue")]
     kinds = {
         "truncated.jpg": encoded(picture(), "JPEG")[:900],
         "empty.jpg": b"",
@@ -140,25 +140,25 @@ def test_what_is_cut_off_is_bad(kind):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
-def test_cmyk_keeps_its_colours(kind):
+def test_cmyk_keeps_its_colors(kind):
     decoded = decode(encoded(smooth().convert("CMYK"), kind))
     assert far(decoded, smooth()) < 3
     assert far(decoded, 255 - np.asarray(smooth())) > 60
 
 
-GREY = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21  # to 64,491
-COLOURS = np.stack([GREY, GREY[::-1], GREY.T.reshape(48, 64)], -1)
+GRAY = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21  # to 64,491
+COLORS = np.stack([GRAY, GRAY[::-1], GRAY.T.reshape(48, 64)], -1)
 DEEP = {
-    "png": encoded(Image.fromarray(GREY)),
-    "png of colours": png(64, 48, 16, 2, b"".join(b"\0" + row.tobytes() for row in COLOURS.astype(">u2"))),
-    "pgm, I": b"P5 64 48 65535\n" + GREY.astype(">u2").tobytes(),
-    "jpeg 2000": encoded(Image.fromarray(GREY), "JPEG2000"),
-    "tiff, I;16": encoded(Image.fromarray(GREY), "TIFF"),
-    "tiff, I;16B": tiff(GREY, byteorder=">"),
-    "tiff, I": encoded(Image.fromarray(GREY.astype(np.int32)), "TIFF"),
-    "tiff, 32 bits": tiff(GREY.astype(np.uint32) << 16),
-    "tiff of colours": tiff(COLOURS, photometric="rgb"),
-    "tiff of planes": tiff(np.moveaxis(COLOURS, -1, 0), photometric="rgb", planarconfig="separate"),
+    "png": encoded(Image.fromarray(GRAY)),
+    "png of colors": png(64, 48, 16, 2, b"".join(b"\0" + row.tobytes() for row in COLORS.astype(">u2"))),
+    "pgm, I": b"P5 64 48 65535\n" + GRAY.astype(">u2").tobytes(),
+    "jpeg 2000": encoded(Image.fromarray(GRAY), "JPEG2000"),
+    "tiff, I;16": encoded(Image.fromarray(GRAY), "TIFF"),
+    "tiff, I;16B": tiff(GRAY, byteorder=">"),
+    "tiff, I": encoded(Image.fromarray(GRAY.astype(np.int32)), "TIFF"),
+    "tiff, 32 bits": tiff(GRAY.astype(np.uint32) << 16),
+    "tiff of colors": tiff(COLORS, photometric="rgb"),
+    "tiff of planes": tiff(np.moveaxis(COLORS, -1, 0), photometric="rgb", planarconfig="separate"),
 }
 
 
@@ -166,13 +166,13 @@ DEEP = {
 def test_more_than_eight_bits_are_scaled(kind):
     decoded = decode(DEEP[kind])
     found = 255 * decoded.permute(1, 2, 0).numpy() if torch.is_tensor(decoded) else np.asarray(decoded)
-    expected = COLOURS if kind.endswith(("colours", "planes")) else GREY[..., None]
+    expected = COLORS if kind.endswith(("colors", "planes")) else GRAY[..., None]
     assert found.shape == (48, 64, 3)
     assert np.abs(found - expected / 257).max() <= 1
     assert found.max() < 255  # nothing is clipped
 
 
-def test_a_pixel_is_an_image_of_one_colour():
+def test_a_pixel_is_an_image_of_one_color():
     for transform in (eval_transform((16, 16)), train_transform((16, 16))):
         pixels = transform(decode_pixels(encoded(Image.new("RGB", (1, 1), (200, 10, 20)))))
         assert torch.equal(pixels, torch.tensor([200, 10, 20], dtype=torch.uint8)[:, None, None].expand(3, 16, 16))
@@ -239,7 +239,7 @@ def test_cameras_are_turned_upright(kind):
 
 
 def test_of_an_animation_the_first_picture_counts():
-    frames = [smooth((20, 24)).quantize(64), *(Image.new("RGB", (20, 24), colour) for colour in ("lime", "blue"))]
+    frames = [smooth((20, 24)).quantize(64), *(Image.new("RGB", (20, 24), color) for color in ("lime", "blue"))]
     first = frames[0].convert("RGB")
     for kind, options in (("GIF", {}), ("PNG", {}), ("PNG", {"default_image": True}), ("WEBP", {"lossless": True})):
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -264,7 +264,7 @@ def test_a_run_uses_the_good_ones_and_names_each_bad_one_once(damaged, streaming
     assert np.isfinite(list(found.values())).all()
     assert (out / "encoder" / "model.safetensors").is_file()
     if not streaming:
-        counts = " + ".join(str(good_in(part)) for part in open_labelled(str(damaged)))
+        counts = " + ".join(str(good_in(part)) for part in open_labeled(str(damaged)))
         assert said.count(f"{counts} images") == 2  # kNN, before and after
 
     with pytest.raises(SystemExit) as stop:
@@ -293,12 +293,12 @@ def test_a_run_that_goes_on_knows_those_that_it_met_before(damaged, tmp_path, ca
     assert losses(out) == found
 
 
-def test_neighbours_are_those_of_the_good_ones(damaged, capsys, monkeypatch):
+def test_neighbors_are_those_of_the_good_ones(damaged, capsys, monkeypatch):
     argv = ["knn", "--model", "hivit_nano", "--data", damaged, "--img-size", "32"]
     code, said, err = command(capsys, monkeypatch, *argv, "--max-bad", "0.1")
     assert code == 0, err
     assert_bad_ones_are_named(said)
-    counts = [good_in(part) for part in open_labelled(str(damaged))]
+    counts = [good_in(part) for part in open_labeled(str(damaged))]
     assert sum(counts) == 196
     assert f"(k = 10, {counts[0]} training and {counts[1]} test images)" in said
     code, said, err = command(capsys, monkeypatch, *argv)
@@ -334,8 +334,8 @@ def test_a_strip_is_too_long_to_be_looked_at_whole(tmp_path, capsys):
     images.mkdir()
     for name, image in {"strip": strip, "pixel": Image.new("RGB", (1, 1)), "picture": picture()}.items():
         image.save(images / f"{name}.png")
-    normalise = Normalise([0.5] * 3, [0.5] * 3)
-    write_dense(detector(masks=False), tmp_path / "net", "detector", ["a", "b"], [1, 2], normalise)
+    normalize = Normalize([0.5] * 3, [0.5] * 3)
+    write_dense(detector(masks=False), tmp_path / "net", "detector", ["a", "b"], [1, 2], normalize)
     assert predict_objects(tmp_path / "net", str(images), str(tmp_path / "found.json"), 0.5) == 2
     assert "it is a strip" in named(capsys.readouterr().out)["strip.png"]
 
@@ -347,9 +347,9 @@ def test_rows_without_a_file_are_told_apart_by_their_part(tmp_path):
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{part}.parquet")
     sources = [open_source(str(tmp_path), train) for train in (True, False)]
-    sources += open_labelled(str(tmp_path / "train.parquet"))
+    sources += open_labeled(str(tmp_path / "train.parquet"))
     for source, name in zip(sources, ("image 1", "test image 1", "kept image 0", "held-out image 1"), strict=True):
         said = []
-        list(guarded(eval_loader(source, (8, 8), 3), 9, said.append))
+        list(limit_bad_images(eval_loader(source, (8, 8), 3), 9, said.append))
         assert said[0] == f"skipped {name}, which cannot be used (not an image of a known kind)"
-    assert Viewer(eval_transform((8, 8)), 3, 0, 0, ("image", None))(sources[0].rows[0], 0, 0).name == "image 0"
+    assert SampleLoader(eval_transform((8, 8)), 3, 0, 0, ("image", None))(sources[0].rows[0], 0, 0).name == "image 0"
