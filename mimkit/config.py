@@ -1,12 +1,20 @@
-"""Flags and YAML for flat dataclasses and plain functions, through jsonargparse, with hyphens in the flags."""
+"""Options: shared groups of flags, presets, and the parser of recipes and commands (jsonargparse).
 
+A recipe's options are one flat dataclass, composed of the groups below. A group documents each of its flags once, and a
+recipe may give a flag another default.
+"""
+
+import argparse
 import dataclasses
 import inspect
+import json
+import re
 import sys
+import typing
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -32,6 +40,195 @@ else:  # the same with a range, which jsonargparse checks
 
 jsonargparse.set_parsing_settings(import_path_denylist=["*"])  # a class_path in a config is never imported
 T = TypeVar("T", bound="DataclassInstance")
+
+
+# Groups of options ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunOptions:
+    """Run: its directory, checkpoints, precision and guards.
+
+    Args:
+        out: Directory of the run. Default: runs/NAME of the recipe, or the next free runs/NAME-2, ...
+        resume: Continue from the last checkpoint if there is one ('auto'), or the run in this directory. Trust the
+            checkpoints of ZeRO and FSDP as you trust code: the engine unpickles its files.
+        seed: Seed of everything that is random.
+        precision: auto, fp32, bf16 or fp16.
+        compile: Use torch.compile.
+        grad_accum_steps: Number of gradient accumulation steps.
+        save_every: Epochs between checkpoints. One is always written at the end.
+        keep: Number of latest checkpoints to keep.
+        keep_every: Keep every Nth checkpoint permanently. 0 disables this.
+        max_bad: Fraction of images that may be impossible to decode.
+        max_spike: Skip a step whose loss exceeds this multiple of the running mean. Non-finite steps are always
+            skipped.
+        track: Also log to tensorboard, wandb or trackio.
+    """
+
+    out: str | None = None
+    resume: str | None = None
+    seed: NonNegativeInt = 0
+    precision: str = "auto"
+    compile: bool = False
+    grad_accum_steps: PositiveInt = 1
+    save_every: NonNegativeFloat = 10.0
+    keep: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
+    max_bad: NonNegativeFloat = 0.01
+    max_spike: PositiveFloat | None = None
+    track: str | None = None
+
+
+@dataclass
+class DataOptions:
+    """Data: what is loaded, and how many images at once.
+
+    Args:
+        data: Images: see docs/data.md.
+        batch_size: Images per step, over all processes and gradient accumulation steps.
+        workers: Data loading processes per training process. Default: one core is left for training.
+        img_size: Input size in pixels: 224 or HEIGHTxWIDTH.
+        crop_scale: Range of the fraction of the image's area that a random crop shows.
+    """
+
+    data: str = "sample"
+    batch_size: PositiveInt = 256
+    workers: NonNegativeInt | None = None
+    img_size: int | str | None = None
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+
+
+@dataclass
+class ModelOptions:
+    """Model: the network, and the images that it takes.
+
+    Args:
+        model: The network: a name in timm, or a folder. See `mimkit models` and docs/.
+        model_args: Further arguments of the network in timm, such as {embed_dim: 160}.
+        in_chans: Number of channels of the images.
+        mean: Mean of each channel in 0-1, or one for all. Default: the model's own, else ImageNet's.
+        std: Standard deviation of each channel, or one for all. Default: as for the mean.
+        grad_checkpointing: Recompute activations in the backward pass to save memory.
+    """
+
+    model: str = ""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    in_chans: PositiveInt = 3
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    grad_checkpointing: bool = False
+
+
+@dataclass
+class ScheduleOptions:
+    """Schedule: how long to train, and at what learning rate.
+
+    Args:
+        epochs: Passes over the data; may be fractional.
+        warmup_epochs: Epochs in which the learning rate rises linearly from 0.
+        lr: Peak learning rate.
+        weight_decay: Weight decay of matrices; vectors have none.
+    """
+
+    epochs: PositiveFloat = 100.0
+    warmup_epochs: NonNegativeFloat = 5.0
+    lr: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat = 0.05
+
+
+@dataclass
+class AdamWOptions(ScheduleOptions):
+    """Optimizer: AdamW.
+
+    Args:
+        betas: Decay rates of AdamW's moments.
+        clip_grad: Maximum norm of the gradient. null disables clipping.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad: PositiveFloat | None = None
+
+
+@dataclass
+class PretrainOptions(RunOptions, AdamWOptions, DataOptions, ModelOptions):
+    """Pre-training: what is masked, and how the encoder is measured.
+
+    Args:
+        init: Weights to start from: a run, or a file or folder of an encoder, with or without its decoder.
+        dry_run: Check data, speed, memory and disk space, and stop. `mimkit doctor` passes this.
+        patch_size: Patch size in pixels. Default: the model's own. A mask unit is 1 patch of a plain ViT, 4 x 4 patches
+            of a HiViT, and 8 x 8 patches of an SViT or a Swin.
+        mask_ratio: Fraction of units to mask.
+        blr: Peak learning rate for a batch of 256; --lr is blr x batch_size / 256 if it is not given.
+        streaming: Read the data sequentially instead of preparing it first.
+        knn_every: Epochs between measurements of kNN accuracy. 0: at the start and the end, if there are labels.
+    """
+
+    init: str | None = None
+    dry_run: bool = False
+    img_size: int | str = 224
+    patch_size: PositiveInt | None = None
+    mask_ratio: float = 0.75
+    blr: PositiveFloat = 1e-4
+    streaming: bool = False
+    save_every: NonNegativeFloat = 20.0
+    knn_every: NonNegativeFloat = 0.0
+
+
+@dataclass
+class FineTuneOptions(RunOptions, AdamWOptions, DataOptions, ModelOptions):
+    """Fine-tuning: what a network starts from, how its layers learn, and how it is evaluated.
+
+    Args:
+        init: A file of weights for the model, in its own names. `mimkit convert` reads other files.
+        from_scratch: Ignore the weights, and start at random.
+        eval_only: Evaluate the model without training.
+        dry_run: Check a few images, print the learning rate of each layer, and stop.
+        drop_path: Stochastic depth rate of the last block.
+        model_ema_decay: Decay of a moving average of the weights, which begins at 0. 0 disables averaging.
+        layer_decay: Factor of the learning rate from each layer to the one below.
+        pool_scale: Factor of the learning rate of an HPViT's pools, which belong to no layer.
+        eval_every: Epochs between evaluations on the validation images. 0: at the end.
+    """
+
+    model: str = "vit_base_patch16_224.mae"
+    init: str | None = None
+    from_scratch: bool = False
+    eval_only: bool = False
+    dry_run: bool = False
+    drop_path: NonNegativeFloat = 0.1
+    model_ema_decay: NonNegativeFloat = 0.0
+    layer_decay: PositiveFloat = 0.65
+    pool_scale: NonNegativeFloat = 10.0
+    eval_every: NonNegativeFloat = 1.0
+
+
+@dataclass
+class DenseOptions(FineTuneOptions):
+    """Dense prediction: sizes of images, and what the head receives.
+
+    Args:
+        short_side: Length of the short side at scale 1, in training and in evaluation. Default: that of the run in
+            --model, else the recipe's.
+        scales: Range of the random scale.
+        neck: What the head receives: the maps of the stages (maps), a pyramid of the last map (pyramid), both, or auto.
+        window: Maximum side, in tokens, of attention windows for large images; the last block of each quarter stays
+            global. 0: the model as it is.
+    """
+
+    short_side: PositiveInt | None = None
+    scales: tuple[float, float] = (0.5, 2.0)
+    neck: str = "auto"
+    window: NonNegativeInt = 0
+
+
+def options_of(group: type, options: Any) -> dict[str, Any]:
+    """Return the options of a group by name, such as the keyword arguments of `Run` for `RunOptions`."""
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(group)}
+
+
+# Parsing -------------------------------------------------------------------------------------------------------------
 
 
 class HyphenParser(jsonargparse.ArgumentParser):
@@ -61,41 +258,90 @@ class HyphenParser(jsonargparse.ArgumentParser):
 
 
 def presets(recipe: str) -> dict[str, Path]:
-    """Shipped configurations of a recipe, by name."""
+    """Return the shipped configurations of a recipe by name."""
     folder = Path(str(resources.files("mimkit.recipes"))) / "presets"
     return {file.stem: file for file in sorted(folder.glob(f"{recipe}_*.yaml"))}
 
 
-def parse_recipe(options: type[T], description: str, recipe: str, argv: list[str] | None = None) -> T:
-    """Options of a recipe from flags and `--config`, a YAML file or the name of a preset.
+class PresetFile(jsonargparse.ActionConfigFile):
+    """--config: a YAML file, or the name of a preset."""
 
-    The defaults are the published ones; without --model and --config the recipe's preset `_small` stands in for them,
-    and where that preset's model is a run, also with this run as --model. A word that is true or false may stand alone.
+    shipped: typing.ClassVar[dict[str, Path]] = {}
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Replace the name of a preset by its file."""
+        super().__call__(parser, cfg, str(self.shipped.get(values, values)), option_string)
+
+
+def default_preset(shipped: dict[str, Path], recipe: str, small: str, argv: list[str]) -> Path | None:
+    """Return the preset whose values are the defaults of this command line, if there is one.
+
+    Without --model it is the small preset. With --model it is the preset that has the published settings of the model's
+    family, such as mae_vit, where they differ from the recipe's. With --config it is none.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--model", "--config"):
+        first.add_argument(flag)
+    given = first.parse_known_args(argv)[0]
+    if given.config or {"-h", "--help"} & {*argv}:
+        return None
+    if given.model is None:
+        return shipped[small]
+    if Path(given.model) == Path(yaml.safe_load(shipped[small].read_text())["model"]) and "/" in given.model:
+        return shipped[small]  # the run that the small preset starts from
+    config = Path(given.model) / "config.json"
+    name = json.loads(config.read_text()).get("architecture", "") if config.is_file() else given.model
+    family = re.match(r"[a-z]*", str(name))
+    return shipped.get(f"{recipe}_{family[0]}") if family else None
+
+
+def parse_recipe(
+    options: type[T], description: str, recipe: str, argv: list[str] | None = None, small: str | None = None
+) -> T:
+    """Parse the options of a recipe from flags and `--config`, a YAML file or the name of a preset.
+
+    The defaults of `options` are the published ones. Without --model and --config, the small preset replaces them.
+
+    Args:
+        options: a flat dataclass composed of groups.
+        recipe: prefix of the names of its presets.
+        argv: sys.argv[1:] by default.
+        small: name of the small preset; RECIPE_small by default.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     shipped = presets(recipe)
-    true_or_false = bool, bool | None
-    switches = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(options) if f.type in true_or_false}
-    for i, word in enumerate(argv):
-        if word in switches and argv[i + 1 : i + 2] not in (["true"], ["false"]):
-            argv[i] = f"{word}=true"
-    for i, word in enumerate(argv):  # the name of a preset becomes its path
-        if word.startswith("--config="):
-            name = word.removeprefix("--config=")
-            argv[i] = f"--config={shipped.get(name, name)}"
-        elif i and argv[i - 1] == "--config":
-            argv[i] = str(shipped.get(word, word))
-    given = dict(pairwise(argv)) | dict(word.split("=", 1) for word in argv if "=" in word)
-    small = yaml.safe_load(shipped[f"{recipe}_small"].read_text())["model"]
-    own = "/" in small and "--model" in given and Path(given["--model"]) == Path(small)
-    if not any(name in given or name in argv for name in ("--config", "--help", "-h", *(() if own else ("--model",)))):
-        argv = ["--config", str(shipped[f"{recipe}_small"]), *argv]
-    summary = description.strip().splitlines()[0]
-    parser = HyphenParser(description=f"{summary} Presets for --config: {', '.join(shipped)}.")
-    parser.add_argument("--config", action="config", help="YAML file, or the name of a preset")
-    parser.add_class_arguments(options)
+    parser = HyphenParser(
+        description=f"{description.strip().splitlines()[0]} Presets for --config: {', '.join(shipped)}."
+    )
+    action = type("PresetFile", (PresetFile,), {"shipped": shipped})
+    parser.add_argument("--config", action=action, help="YAML file, or the name of a preset")
+    preset = default_preset(shipped, recipe, small or f"{recipe}_small", argv)
+    parser.default_config_files = [str(preset)] if preset else []
+    hints, fields = typing.get_type_hints(options), {f.name: f for f in dataclasses.fields(options)}
+    groups = [kind for kind in reversed(options.__mro__) if dataclasses.is_dataclass(kind)]
+    added: set[str] = set()
+    for kind in groups:
+        doc = docstring_parser.parse(kind.__doc__ or "")
+        title = "Recipe" if kind is options else doc.short_description or ""
+        group = parser.add_argument_group(title.rstrip("."))
+        explained = {p.arg_name: " ".join((p.description or "").split()) for p in doc.params}
+        for name in inspect.get_annotations(kind):
+            if name not in added:
+                _add_option(group, fields[name], hints[name], explained[name])
+            added.add(name)
     values = parser.parse_args(argv)
     return options(**{k: v for k, v in values.items() if k != "config"})
+
+
+def _add_option(group: Any, option: "dataclasses.Field[Any]", hint: Any, explained: str) -> None:
+    flag = f"--{option.name.replace('_', '-')}"
+    factory = option.default_factory
+    default = option.default if factory is dataclasses.MISSING else factory()
+    if hint in (bool, bool | None):  # --flag, --flag true, --flag false and --no-flag
+        yes_no = jsonargparse.ActionYesNo(no_prefix="no-")
+        group.add_argument(flag, action=yes_no, nargs="?", default=default, help=explained)
+    else:
+        group.add_argument(flag, type=hint, default=default, help=explained)
 
 
 def run_command(functions: list[Callable[..., None]], description: str, version: str) -> None:

@@ -1,4 +1,4 @@
-"""Atomic writes, JSON, and the files of a run that several rooms read."""
+"""Files: atomic writes, JSON, and the options and metrics of a run, which several rooms read."""
 
 import json
 import os
@@ -15,20 +15,28 @@ from mimkit.errors import UserError
 
 
 def read_json(file: Path, **needed: type) -> dict[str, Any]:
-    """An object of JSON with what is needed, of these types, or a sentence."""
+    """Read a JSON object.
+
+    Args:
+        needed: keys that it must have, and the types of their values.
+
+    Raises:
+        UserError: if the file is not a JSON object with these keys.
+    """
     try:
         content = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error}): get another copy of it.") from error
+        raise UserError(f"{file} is not JSON ({error}). Get another copy of it.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object: get another copy of it.")
+        raise UserError(f"{file} does not hold a JSON object. Get another copy of it.")
     for name, kind in needed.items():
         if not isinstance(content.get(name), kind):
-            raise UserError(f"{file} has no {name} that is {kind.__name__}: get another copy of it.")
+            raise UserError(f"{file} has no {name} of type {kind.__name__}. Get another copy of it.")
     return content
 
 
 def _alive(process: int) -> bool:
+    """Return whether a process exists."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -40,14 +48,17 @@ def _alive(process: int) -> bool:
 
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place at the end, or vanishes when anything fails."""
+    """Yield a temporary folder that replaces `folder` at the end, or is removed if anything fails.
+
+    Temporary folders that killed processes left are removed.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}.mimkit-"
     for left in folder.parent.iterdir():
         process = left.name.removeprefix(prefix).split("-")[0]
         if left.name.startswith(prefix) and process.isdigit() and not _alive(int(process)):
-            if (left / "old").is_dir() and not folder.exists():  # it was killed between the two renames
+            if (left / "old").is_dir() and not folder.exists():  # the process was killed between the two renames below
                 (left / "old").rename(folder)
             shutil.rmtree(left, ignore_errors=True)
     prefix += f"{os.getpid()}-"
@@ -68,10 +79,10 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(file: str | Path) -> Iterator[Path]:
-    """A temporary file beside `file`, with the same ending, that takes its place at the end, or vanishes."""
+    """Yield a temporary file of the same ending that replaces `file` at the end, or is removed if anything fails."""
     file = Path(file)
-    if file.exists() and not file.is_file():  # a device, or a folder, would be gone
-        raise UserError(f"{file} is no file that can be replaced: choose another name.")
+    if file.exists() and not file.is_file():  # replacing would remove a device or a folder
+        raise UserError(f"{file} is not a regular file and cannot be replaced. Choose another name.")
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{os.getpid()}-{file.name}")
     try:
@@ -82,15 +93,15 @@ def replacing_file(file: str | Path) -> Iterator[Path]:
 
 
 def read_options(run: Path) -> dict[str, Any]:
-    """What a run was started with, its config.yaml."""
+    """Read the options of a run from its config.yaml."""
     content = yaml.safe_load((run / "config.yaml").read_text())
     if not isinstance(content, dict):
-        raise UserError(f"{run}/config.yaml holds no options: get another copy of it, or pass another run.")
+        raise UserError(f"{run}/config.yaml holds no options. Get another copy of it, or pass another run.")
     return content
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """What a run has logged, the lines of its metrics.jsonl; a killed run may leave half a line."""
+    """Read the lines of a run's metrics.jsonl. A killed run may leave an incomplete line, which is ignored."""
     file = run / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     return [json.loads(line) for line in lines if line.startswith('{"step"') and line.endswith("}")]

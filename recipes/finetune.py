@@ -9,19 +9,28 @@ accelerate launch recipes/finetune.py --config finetune_vit_b --data /path/to/im
 What a checkpoint starts as: `load` in `mimkit/finetuning.py`.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
-from mimkit.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, parse_recipe
+from mimkit.config import (
+    FineTuneOptions,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    RunOptions,
+    options_of,
+    parse_recipe,
+)
+from mimkit.conversion.convert import read_released
 from mimkit.data.loader import check_samples, train_loader
 from mimkit.data.order import default_workers
 from mimkit.data.sample import SampleLoader
 from mimkit.data.sources import open_labeled
-from mimkit.data.transforms import finetune_transform, parse_size
+from mimkit.data.transforms import default_normalization, finetune_transform, parse_size
 from mimkit.errors import StoppedError, cli_entry
 from mimkit.models.factory import has_weights, input_of
 from mimkit.models.pretrained import checkpoint_blocks, network_folder, new_head, start_from
@@ -32,130 +41,68 @@ from mimkit.training.validation import Evaluator
 
 
 @dataclass
-class Options:
+class Options(FineTuneOptions):
     """The defaults are MAE's published fine-tuning of ViT-B (He et al., CVPR 2022, table 9).
 
     Args:
-        model: a run, a folder that timm can read (an encoder/, a converted checkpoint), or a name known to timm.
-        data: 'sample', a folder with class folders, parquet files with labels, or the name of a set on the hub.
-        out: directory of the run; runs/finetune, or the next free number, by default.
-        resume: 'auto' goes on from the last checkpoint, if there is one; or the directory of a run. Trust ZeRO's and
-            FSDP's like code: the engine unpickles its files.
-        init: a file of weights for the model, in its own names; mimkit convert reads others.
-        from_scratch: leave the weights, and start at random.
-        compare_scratch: do both, from scratch without layer decay, and tell the difference.
-        eval_only: judge the model as it is.
-        dry_run: look at 50 images of each part, print what each layer learns at, and stop.
-        img_size: input in pixels, 224 or HEIGHTxWIDTH; the model's own by default.
-        model_args: other arguments of the model, such as {patch_size: 8}.
-        in_chans: channels of the images.
-        mean: mean of each channel, in 0-1, or one for all; the model's own by default.
-        std: deviation of each channel, or one for all.
-        global_pool: how tokens become one, avg or token; the model's own by default.
-        drop_path: rate of stochastic depth at the last block.
-        head_std: deviation of the head's weights at the start; null for the network's own.
-        crop_scale: share of the image's area that a crop has.
-        aa: augmentation policy, as timm spells it; null for none.
-        aug_repeats: times that an image stands in a step, each augmented on its own; an epoch has fewer images then.
-        reprob: share of images in which a part is erased.
-        mixup: alpha of mixup; 0 for none.
-        cutmix: alpha of cutmix; 0 for none.
-        smoothing: of labels.
-        model_ema_decay: average the weights by this decay, which begins at 0; 0 for no average.
-        layer_decay: factor of the learning rate from each layer to the one below.
-        pool_scale: factor of the learning rate of an HPViT's pools, which have no layer.
-        epochs: passes over the data, parts of one too.
-        warmup_epochs: of them with a rising learning rate.
-        batch_size: images of one step, over all processes and accumulated parts.
-        grad_accum_steps: parts that a step is computed in.
-        blr: learning rate for a batch of 256.
-        lr: learning rate; blr x batch_size / 256 by default.
-        weight_decay: AdamW's.
-        betas: AdamW's.
-        clip_grad: largest norm of the gradient; null for any.
-        crop_pct: share of the scaled image that is judged; the model's own by default.
-        max_bad: share of images that may be impossible to decode.
-        workers: processes that load data; one core is left for training by default.
-        seed: of everything that is random.
-        precision: auto, fp32, bf16 or fp16.
-        compile: use torch.compile.
-        grad_checkpointing: recompute activations to save memory.
-        save_every: epochs between checkpoints; one is written at the end.
-        max_spike: a step whose loss is so many times the mean before it is passed by, as one that is not finite.
-        keep: how many of the last checkpoints stay.
-        keep_every: each so-manieth checkpoint stays for good; 0 for none.
-        eval_every: epochs between measurements on the test images; 0: at the end.
-        track: tensorboard, wandb or trackio.
+        compare_scratch: Also train from scratch, without layer decay, and print the difference.
+        global_pool: How tokens are pooled, avg or token. Default: the model's own.
+        head_std: Standard deviation of the initial weights of the head. null: the network's own.
+        aa: Augmentation policy, as timm spells it. null: none.
+        aug_repeats: Number of times that an image occurs in a step, with different augmentations.
+        reprob: Fraction of images in which a rectangle is erased.
+        mixup: Alpha of mixup. 0 disables it.
+        cutmix: Alpha of CutMix. 0 disables it.
+        smoothing: Label smoothing.
+        blr: Peak learning rate for a batch of 256; --lr is blr x batch_size / 256 if it is not given.
+        crop_pct: Fraction of the scaled image that is evaluated. Default: the model's own.
     """
 
-    model: str = "vit_base_patch16_224.mae"
-    data: str = "sample"
-    out: str | None = None
-    resume: str | None = None
-    init: str | None = None
-    from_scratch: bool = False
     compare_scratch: bool = False
-    eval_only: bool = False
-    dry_run: bool = False
-    img_size: int | str | None = None
-    model_args: dict[str, Any] = field(default_factory=dict)
-    in_chans: PositiveInt = 3
-    mean: list[float] | None = None
-    std: list[float] | None = None
     global_pool: str | None = None
-    drop_path: NonNegativeFloat = 0.1
     head_std: PositiveFloat | None = 2e-5
-    crop_scale: tuple[float, float] = (0.08, 1.0)
     aa: str | None = "rand-m9-mstd0.5-inc1"
     aug_repeats: PositiveInt = 1
     reprob: NonNegativeFloat = 0.25
     mixup: NonNegativeFloat = 0.8
     cutmix: NonNegativeFloat = 1.0
     smoothing: NonNegativeFloat = 0.1
-    model_ema_decay: NonNegativeFloat = 0.0
-    layer_decay: PositiveFloat = 0.65
-    pool_scale: NonNegativeFloat = 10.0
-    epochs: PositiveFloat = 100.0
-    warmup_epochs: NonNegativeFloat = 5.0
-    batch_size: PositiveInt = 1024
-    grad_accum_steps: PositiveInt = 1
     blr: PositiveFloat = 5e-4
-    lr: PositiveFloat | None = None
-    weight_decay: NonNegativeFloat = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip_grad: PositiveFloat | None = None
     crop_pct: PositiveFloat | None = None
-    max_bad: NonNegativeFloat = 0.01
-    workers: NonNegativeInt | None = None
-    seed: NonNegativeInt = 0
-    precision: str = "auto"
-    compile: bool = False
-    grad_checkpointing: bool = False
-    save_every: NonNegativeFloat = 10.0
-    max_spike: PositiveFloat | None = None
-    keep: PositiveInt = 2
-    keep_every: NonNegativeInt = 0
-    eval_every: NonNegativeFloat = 1.0
-    track: str | None = None
+    batch_size: PositiveInt = 1024
+    crop_scale: tuple[float, float] = (0.08, 1.0)
 
 
-def train(options: Options) -> tuple[Run, float | None]:
-    """One run -> it, and its top-1 accuracy at the end, unless it was a dry one."""
+def train(options: Options, replay: Path | None = None) -> tuple[Run, float | None]:
+    """Train once. Return the run and its final top-1 accuracy, which a dry run does not have."""
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
     data, test = open_labeled(options.data)
     names = class_names(data, test)
-    run = Run("finetune", options)
+    run = Run("finetune", **options_of(RunOptions, options), measure_every=options.eval_every, replay=replay)
 
     size = parse_size(options.img_size) if options.img_size else None
-    network, start, normalize = start_from(options, img_size=size, global_pool=options.global_pool)
-    _, own_size, _, own_crop = input_of(network)
-    size = size or own_size
-    shape = (options.in_chans, *size)
-    judge = Evaluator(run, Classification(run, test, shape, normalize, options.crop_pct or own_crop, names))
+    network, start, (mean, std) = start_from(
+        options.model,
+        init=options.init,
+        from_scratch=options.from_scratch,
+        model_args=options.model_args,
+        in_chans=options.in_chans,
+        drop_path_rate=options.drop_path,
+        img_size=size,
+        global_pool=options.global_pool,
+        read_released=read_released,
+    )
+    normalize = default_normalization(options.in_chans, options.mean or mean, options.std or std)
+    options.mean, options.std = normalize.values
+    spec = input_of(network)
+    size = size or spec.size
+    shape, crop_pct = (options.in_chans, *size), options.crop_pct or spec.crop_pct
+    task = Classification(run, test, shape, normalize, crop_pct, names, options.workers, options.max_bad)
+    evaluator = Evaluator(run, task)
     if options.eval_only:
         check_classes(network, names, options.model, options.data)
-        return run, judge.alone(network.to(run.accelerator.device))
+        return run, evaluator.evaluate_only(network.to(run.engine.device), draw=bool(options.out))
 
     random = options.from_scratch or not (options.init or has_weights(network_folder(options.model)))
     if random or not head_fits(network, names):
@@ -168,29 +115,29 @@ def train(options: Options) -> tuple[Run, float | None]:
         checkpoint_blocks(network)
     groups = layer_groups(network, options.weight_decay, options.layer_decay, options.pool_scale)
     transform = finetune_transform(size, options.crop_scale, options.aa, options.reprob, normalize)
-    viewer = SampleLoader(transform, options.in_chans, 0, options.seed, (data.image, data.label), pixels=True)
+    samples = SampleLoader(transform, options.in_chans, 0, options.seed, (data.image, data.label), pixels=True)
     if options.dry_run:
         for part in (data, test):
-            check_samples(part, replace(viewer, fields=(part.image, part.label)))
+            check_samples(part, replace(samples, fields=(part.image, part.label)))
         run.print(start)
-        show_groups(groups, options.lr, run.console)
+        show_groups(groups, options.lr, run.display.console)
         return run, None
-    plan = replace(run.plan(data.length, options.batch_size, options.epochs), repeats=options.aug_repeats)
-    run.write_config()
+    plan = run.make_plan(data.length, options.batch_size, options.epochs, options.aug_repeats)
+    run.write_config(asdict(options))
     run.print(f"{start}; {data.length:,} images, lr {options.lr:.3g}")
 
-    loader = train_loader(data, viewer, plan, options.workers)
+    loader = train_loader(data, samples, plan, options.workers)
     mix = mixing(len(names), plan.micro_batch_size, options.mixup, options.cutmix, options.smoothing)
     criterion = SoftTargetCrossEntropy()
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
     ema = ModelEmaV3(network, options.model_ema_decay, use_warmup=True) if options.model_ema_decay else None
-    model, stepper = run.prepare(network, optimizer, **({"ema": ema.module} if ema else {}))
+    model, stepper = run.prepare(network, optimizer, options.clip_grad, **({"ema": ema.module} if ema else {}))
 
-    for step, parts in run.steps(loader):
+    for step, micro_batches in run.steps(loader):
         schedule.step_update(step)
-        for batch in parts:
-            with run.accumulate(model):
+        for batch in micro_batches:
+            with run.accelerator.accumulate(model):
                 images, targets = mix(batch.images, batch.labels)
                 loss = criterion(model(images), targets)
                 run.accelerator.backward(loss)
@@ -199,25 +146,25 @@ def train(options: Options) -> tuple[Run, float | None]:
                 stepper.step()
                 stepper.zero_grad()
             run.record(loss=loss)
-        if ema:
+        if ema and not run.step_skipped:
             ema.update(network, step)
         run.end_step(step)
         if run.due(step, options.eval_every):
-            judge(step + 1, network, ema and ema.module)
+            evaluator(step + 1, network, ema and ema.module)
         if run.due(step, options.save_every):
             run.save(step)
-    return run, judge.finish(ema.module if ema else network)
+    return run, evaluator.finish(ema.module if ema else network)
 
 
 @cli_entry
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     """Parse the options, train, leave the run's directory."""
     options = parse_recipe(Options, __doc__ or "", recipe="finetune", argv=argv)
-    run, tuned = train(options)
+    run, tuned = train(options, replay)
     if options.compare_scratch and tuned is not None and not options.eval_only:
         run.close()
         hint = f"Interrupted in the training from scratch: go on with --out {run.folder} --resume auto."
-        if run.told:
+        if run.preemption.signal_name:
             raise StoppedError(hint)
         beside = replace(options, out=f"{run.folder}/scratch", from_scratch=True, layer_decay=1.0)
         beside.resume = "auto" if options.resume else None

@@ -32,7 +32,7 @@ from mimkit.data.loader import train_loader
 from mimkit.data.order import Plan, cpu_count, evenly_spaced, seeded
 from mimkit.data.sample import SampleLoader, read_bytes
 from mimkit.data.sources import Source
-from mimkit.data.transforms import Size, parse_size
+from mimkit.data.transforms import Size
 from mimkit.doctor.loss_bands import expected
 from mimkit.flops import kept_bytes
 from mimkit.training.run import Run
@@ -60,56 +60,77 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
 
-def preflight(
-    run: Run, method: nn.Module, optimizer: torch.optim.Optimizer, source: Source, viewer: SampleLoader
-) -> None:
-    """Print what there is to know, on the main process while the others wait; nothing for a run that is resumed.
+class Job(NamedTuple):
+    """What a pre-training run is about to do.
 
-    With `--dry-run` look closely, and end with exit code 1 where something would spoil the run.
+    Args:
+        mean, std: what images are normalized by.
+        size: of the input, (H W) in pixels.
+        lr, warmup_epochs: of the schedule.
+        workers: number of data loading processes.
+        config: all options of the run, by which its reference losses are found.
     """
-    options, problems = run.options, []
-    if run.accelerator.is_main_process and (options.dry_run or not run.data_plan.start):
+
+    run: Run
+    source: Source
+    sample_loader: SampleLoader
+    mean: list[float]
+    std: list[float]
+    size: Size
+    lr: float
+    warmup_epochs: float
+    workers: int
+    config: dict[str, Any]
+
+
+def preflight(job: Job, method: nn.Module, optimizer: torch.optim.Optimizer, dry_run: bool = False) -> None:
+    """Print what a run will do and cost, on the main process while the others wait. A resumed run prints nothing.
+
+    Args:
+        dry_run: look closely, and exit with code 1 if something would spoil the run.
+    """
+    run, problems = job.run, []
+    if run.engine.is_main and (dry_run or not run.plan.start):
         with seeded(0):
-            report = examine(run, method, optimizer, source, viewer, FULL if options.dry_run else BRIEF)
-        problems = report.problems
-        run.print("\n".join(f"{name:8s} {text}" for name, text in report.lines.items()))
-        run.print("\n".join(f"WARNING: {problem}" for problem in problems) or "nothing found that would spoil the run")
-    run.accelerator.wait_for_everyone()
-    if options.dry_run and problems:
+            findings = examine(job, method, optimizer, FULL if dry_run else BRIEF)
+        problems = findings.problems
+        run.print("\n".join(f"{name:8s} {text}" for name, text in findings.lines.items()))
+        run.print("\n".join(f"WARNING: {problem}" for problem in problems) or "Preflight checks passed.")
+    run.engine.wait()
+    if dry_run and problems:
         sys.exit(1)
 
 
-def examine(
-    run: Run, method: nn.Module, optimizer: torch.optim.Optimizer, source: Source, viewer: SampleLoader, effort: Effort
-) -> Findings:
-    """Look at the data, then at what a step costs."""
-    options, plan, report = run.options, run.data_plan, Findings()
-    inspect_data(source, viewer, options, effort, report)
-    network = Network(run, *copy.deepcopy((method, optimizer)), viewer.in_chans, parse_size(options.img_size))
-    about_steps(network, plan, options, report)
-    most = min(plan.micro_batch_size, source.length)
+def examine(job: Job, method: nn.Module, optimizer: torch.optim.Optimizer, effort: Effort) -> Findings:
+    """Look at the data, then measure what a step costs."""
+    run, plan, findings = job.run, job.run.plan, Findings()
+    inspect_data(job, effort, findings)
+    network = Network(run, *copy.deepcopy((method, optimizer)), job.sample_loader.in_chans, job.size)
+    about_steps(network, job, findings)
+    most = min(plan.micro_batch_size, job.source.length)
     speed, batch = network.speed(most, effort.seconds)
     loaded = None
-    if source.streaming and effort is BRIEF:  # each worker fills its window first
-        report.lines["loader"] = "not measured for a stream in a run: mimkit doctor does"
+    if job.source.streaming and effort is BRIEF:  # each worker fills its window first
+        findings.lines["loader"] = "not measured for a stream in a run; mimkit doctor measures it"
     else:
-        loaded = loader_speed(source, viewer, plan, options.workers, effort.seconds)
-    about_time(speed, batch, loaded, run, report)
-    about_memory(network, plan, run, report)
-    about_disk(network, plan, run.folder, options, report)
-    report.lines["loss"] = expected(json.loads(json.dumps(dataclasses.asdict(options))))
-    return report
+        loaded = loader_speed(job.source, job.sample_loader, plan, job.workers, effort.seconds)
+    about_time(speed, batch, loaded, job, findings)
+    about_memory(network, plan, run, findings)
+    about_disk(network, run, findings)
+    findings.lines["loss"] = expected(json.loads(json.dumps(job.config)))
+    return findings
 
 
-def inspect_data(source: Source, viewer: SampleLoader, options: Any, effort: Effort, report: Findings) -> None:
+def inspect_data(job: Job, effort: Effort, report: Findings) -> None:
     """Sizes, kinds, colors, copies, damage of images spread over the set or the first of a stream, in some time."""
+    source, sample_loader = job.source, job.sample_loader
     count, until = effort.images, time.perf_counter() + 5 * effort.seconds
     places = (
         np.random.default_rng(0).permutation(evenly_spaced(source.length, count)).tolist()
     )  # a part of them is spread too
     places = list(range(count)) if source.streaming else places
     rows = source.rows.take(count) if source.streaming else (source.rows[i] for i in places)
-    whole = dataclasses.replace(viewer, transform=lambda image: image, units=0)
+    whole = dataclasses.replace(sample_loader, transform=lambda image: image, units=0)
     unread, sizes, moments = [], [], []
     seen: dict[bytes, list[tuple[int, str]]] = {}
     kinds, looked = Counter[str](), 0
@@ -132,9 +153,9 @@ def inspect_data(source: Source, viewer: SampleLoader, options: Any, effort: Eff
     copies = [f"{name} of {same[0][1]}" for same in sorted(map(sorted, seen.values())) for _, name in same[1:]]
     report.lines["data"] = f"{source.length:,} images; of {looked:,} looked at {len(bad)} cannot be read"
     report.lines["data"] += f", {len(copies)} are copies of another of these{_named(copies)}"
-    if len(bad) > options.max_bad * looked:
+    if len(bad) > job.run.max_bad * looked:
         report.problems.append(
-            f"{len(bad)} of {looked} images cannot be read, more than --max-bad {options.max_bad:g} allows"
+            f"{len(bad)} of {looked} images cannot be read, more than --max-bad {job.run.max_bad:g} allows"
             f"{_named(bad)}: remove or mend them, or raise --max-bad."
         )
     elif bad:
@@ -149,9 +170,9 @@ def inspect_data(source: Source, viewer: SampleLoader, options: Any, effort: Eff
         words = [f"{height}x{width}" for height, width in dict.fromkeys((small, middle, large))]
         named = ", ".join(f"{kind} ({number / len(sizes):.0%})" for kind, number in kinds.most_common())
         report.lines["images"] = (
-            f"{' to '.join(words)} px (height x width), {named}, read as {viewer.in_chans} channels"
+            f"{' to '.join(words)} px (height x width), {named}, read as {sample_loader.in_chans} channels"
         )
-        about_colors(torch.stack(moments).mean(0), options, report)
+        about_colors(torch.stack(moments).mean(0), job, report)
 
 
 def kind_of(data: bytes) -> str:
@@ -162,14 +183,12 @@ def kind_of(data: bytes) -> str:
         return "array"
 
 
-def about_colors(moments: Tensor, options: Any, report: Findings) -> None:
+def about_colors(moments: Tensor, job: Job, report: Findings) -> None:
     """Mean and square mean of each channel (2 c) beside what is configured."""
     mean, std = moments[0], (moments[1] - moments[0].square()).clamp_min(0).sqrt()
-    shift = (mean - torch.tensor(options.mean)) / torch.tensor(options.std)
-    stretch = std / torch.tensor(options.std)
-    found, set_to = (
-        f"mean {_numbers(a)}, deviation {_numbers(b)}" for a, b in ((mean, std), (options.mean, options.std))
-    )
+    shift = (mean - torch.tensor(job.mean)) / torch.tensor(job.std)
+    stretch = std / torch.tensor(job.std)
+    found, set_to = (f"mean {_numbers(a)}, deviation {_numbers(b)}" for a, b in ((mean, std), (job.mean, job.std)))
     report.lines["colors"] = f"{found}; configured {set_to}"
     if shift.abs().max() > SHIFT or stretch.max() > STRETCH or stretch.min() < 1 / STRETCH:
         report.problems.append(
@@ -190,7 +209,7 @@ class Network:
     """Copies of a network and its optimizer, to compute steps of random images with."""
 
     def __init__(self, run: Run, method: nn.Module, optimizer: torch.optim.Optimizer, in_chans: int, size: Size):
-        self.run, self.device = run, run.accelerator.device
+        self.run, self.device = run, run.engine.device
         self.method, self.optimizer = method.to(self.device).train(), optimizer
         self.shape = in_chans, *size
         self.encoder: Any = method.encoder
@@ -253,11 +272,11 @@ class Network:
         return {"weights": weights, "gradients": self.gradients, "optimizer": sum(x.nbytes for x in states)}
 
 
-def loader_speed(source: Source, viewer: SampleLoader, plan: Plan, workers: int, seconds: float) -> float:
+def loader_speed(source: Source, sample_loader: SampleLoader, plan: Plan, workers: int, seconds: float) -> float:
     """Images a second of one process's loader alone, over whole rounds of its workers, whose batches come at once."""
     batch = min(32, plan.micro_batch_size, source.length)
     own = Plan(source.length, batch, steps=1_000_000, seed=plan.seed)
-    loader, times, turn = iter(train_loader(source, viewer, own, workers)), [], max(1, workers)
+    loader, times, turn = iter(train_loader(source, sample_loader, own, workers)), [], max(1, workers)
     begun = time.perf_counter()
     for _ in loader:
         times.append(time.perf_counter())
@@ -266,8 +285,9 @@ def loader_speed(source: Source, viewer: SampleLoader, plan: Plan, workers: int,
     return batch * (len(times) - 1 - turn) / (times[-1] - times[turn])
 
 
-def about_steps(network: Network, plan: Plan, options: Any, report: Findings) -> None:
+def about_steps(network: Network, job: Job, report: Findings) -> None:
     """Units, batch and steps, from the masks of one forward pass."""
+    plan = job.run.plan
     with torch.no_grad():
         units = network.forward(network.images(2)).units
     p = network.encoder.unit_size
@@ -275,12 +295,12 @@ def about_steps(network: Network, plan: Plan, options: Any, report: Findings) ->
     visible, predicted = units.visible.shape[1], units.masked.shape[1]
     text = f"{gh} x {gw} of {p} px = {gh * gw}: {visible} visible, {gh * gw - visible} masked"
     report.lines["units"] = text + (f", {predicted} of them predicted" if predicted < gh * gw - visible else "")
-    warmup = round(options.warmup_epochs * plan.steps_per_epoch)
+    warmup = round(job.warmup_epochs * plan.steps_per_epoch)
     report.lines["steps"] = (
         f"batch {plan.batch_size} = {plan.micro_batch_size} images x {plan.world_size} processes x "
         f"{plan.grad_accum_steps} parts; "
-        f"{plan.steps_per_epoch:,} steps an epoch, {plan.steps:,} in {options.epochs:g} epochs; "
-        f"lr {options.lr:.3g} after {warmup:,} steps of warm-up"
+        f"{plan.steps_per_epoch:,} steps an epoch, {plan.steps:,} in {plan.steps / plan.steps_per_epoch:g} epochs; "
+        f"lr {job.lr:.3g} after {warmup:,} steps of warm-up"
     )
 
 
@@ -305,18 +325,18 @@ def bottleneck(loader: float, network: float, workers: int) -> str:
     return f"{rates}: the loader is the bottleneck; {todo}"
 
 
-def about_time(network: float, batch: int, loader: float | None, run: Run, report: Findings) -> None:
+def about_time(network: float, batch: int, loader: float | None, job: Job, report: Findings) -> None:
     """How fast each is alone, and how long all of it takes."""
-    options, plan, on_cpu = run.options, run.data_plan, run.accelerator.device.type == "cpu"
+    run, plan, on_cpu = job.run, job.run.plan, job.run.engine.device.type == "cpu"
     rate = network
     if loader:
-        report.lines["speed"] = bottleneck(loader, network, options.workers)
+        report.lines["speed"] = bottleneck(loader, network, job.workers)
         cores = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        rate = together(loader, network, options.workers, max(1, cores) if on_cpu else None)
+        rate = together(loader, network, job.workers, max(1, cores) if on_cpu else None)
     seconds = (plan.steps - plan.start) * plan.batch_size / (rate * plan.world_size)
     hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
     spent = f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds % 60)} s"
-    without = "; without torch.compile" if options.compile else ""
+    without = "; without torch.compile" if run.compile else ""
     report.lines["time"] = (
         f"about {spent} and kNN checks, {rate * plan.world_size:,.0f} images/s, from {batch} images a step on "
         f"{machine(run)}{without}"
@@ -325,9 +345,9 @@ def about_time(network: float, batch: int, loader: float | None, run: Run, repor
 
 def machine(run: Run) -> str:
     """What this process computes on."""
-    if run.accelerator.device.type == "cuda":
-        return torch.cuda.get_device_name(run.accelerator.device)
-    name = run.accelerator.device.type.upper()
+    if run.engine.device.type == "cuda":
+        return torch.cuda.get_device_name(run.engine.device)
+    name = run.engine.device.type.upper()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -355,13 +375,13 @@ def about_memory(network: Network, plan: Plan, run: Run, report: Findings) -> No
         )
 
 
-def about_disk(network: Network, plan: Plan, folder: Path, options: Any, report: Findings) -> None:
+def about_disk(network: Network, run: Run, report: Findings) -> None:
     """What the checkpoints take that stay, with the one that is written before an old one goes, and the encoder."""
-    states = network.states()
+    plan, folder, states = run.plan, run.folder, network.states()
     one = states["weights"] + states["optimizer"]
-    saves = math.ceil(plan.steps / max(1, round(options.save_every * plan.steps_per_epoch) or plan.steps))
-    for_good = saves // options.keep_every if options.keep_every else 0
-    most = min(saves, options.keep + 1 + for_good)
+    saves = math.ceil(plan.steps / max(1, round(run.save_every * plan.steps_per_epoch) or plan.steps))
+    for_good = saves // run.keep_every if run.keep_every else 0
+    most = min(saves, run.checkpoints.keep + 1 + for_good)
     need = most * one + states["weights"]
     place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     free = disk_usage(place).free

@@ -1,87 +1,131 @@
 """Save and load pre-training methods: an encoder, its decoder, and the method's options."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 
 from mimkit.errors import UserError
 from mimkit.files import read_json, replacing
 from mimkit.io.hub import local_path
-from mimkit.io.weights import NAMES, load_strictly, read_weights, split
+from mimkit.io.weights import NAMES, load_strictly, read_weights, split, write_model
 from mimkit.methods.decoder import Decoder
 from mimkit.methods.mae import MAE
+from mimkit.methods.protocols import Method
 from mimkit.methods.simmim import PixelHead, SimMIM
 from mimkit.models.factory import adapt_to_input_size, as_map_encoder, as_unit_encoder, create_network, timm_model
 
-Method = MAE | SimMIM
+
+class Entry(NamedTuple):
+    """How to rebuild a method."""
+
+    method: Callable[..., Any]  # (encoder, decoder, **method.config)
+    decoder: Callable[..., Any]  # (**decoder.config)
+    encoder: Callable[[Any], Any]  # wraps a timm model
 
 
-def load_initial_weights(mae: Method, source: str) -> str:
-    """Go on from released weights: a run of mimkit, or a file or folder of an encoder, with or without its decoder.
+# Every pre-training method, by the name that decoder/config.json has. A new method needs an entry here
+METHODS = {
+    "mae": Entry(MAE, Decoder, as_unit_encoder),
+    "simmim": Entry(SimMIM, PixelHead, as_map_encoder),
+}
+
+
+def load_initial_weights(method: Method, source: str) -> str:
+    """Load weights into a method to continue from.
+
+    Args:
+        source: a run of mimkit, or a file or folder of an encoder, with or without its decoder.
 
     Returns:
-        What was taken, in words.
+        A description of what was loaded.
     """
     run = local_path(source)
-    folder = encoder_of(run)
+    folder = encoder_folder(run)
     if folder != run or (run / "decoder").is_dir():
         encoder, decoder = read_weights(folder), read_weights(run / "decoder")
     else:
         encoder, decoder = split(read_weights(folder))
-    model = timm_model(mae.encoder)
+    model = timm_model(method.encoder)
     try:
-        if (folder / "config.json").is_file():  # the size that its tables are for
+        if (folder / "config.json").is_file():  # names the input size of its position tables
             config = read_json(folder / "config.json")
             model.pretrained_cfg["input_size"] = config["pretrained_cfg"]["input_size"]
         encoder = adapt_to_input_size(encoder, model)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"--init {source} does not hold a {type(model).__name__} ({error}): check --model.") from error
+        raise UserError(f"--init {source} does not hold a {type(model).__name__} ({error}). Check --model.") from error
     load_strictly(model, encoder, source)
     if not decoder:
-        return f"encoder from {source}; it has no decoder, which starts at random"
-    load_strictly(mae.decoder, decoder, source)
+        return f"encoder from {source}, which has no decoder: the decoder starts at random"
+    load_strictly(method.decoder, decoder, source)
     return f"encoder and decoder from {source}"
 
 
-def encoder_of(run: Path) -> Path:
-    """Where a run has its encoder: in encoder/, or at its root where it was pushed to the hub."""
+def encoder_folder(run: Path) -> Path:
+    """Return where a run has its encoder: in encoder/, or at its root if it was pushed to the hub."""
     return run / "encoder" if (run / "encoder").is_dir() else run
 
 
+def save_method(method: Method, folder: Path, size: tuple[int, int], mean: list[float], std: list[float]) -> None:
+    """Write encoder/ (in timm's layout) and decoder/ into a run's directory.
+
+    Args:
+        size, mean, std: the encoder's input.
+    """
+    model = timm_model(method.encoder)
+    data = {"input_size": (model.in_chans, *size), "interpolation": "bicubic", "crop_pct": 1.0}
+    write_model(model, folder / "encoder", mean=mean, std=std, **data)
+    write_decoder(method.decoder, folder / "decoder", **method.config)
+
+
 def load_run(name: str | Path) -> tuple[Method, dict[str, Any]]:
-    """-> the MAE or SimMIM of a run's encoder/ and decoder/; its encoder's pretrained_cfg (input_size, mean, std)"""
+    """Load the method of a run from its encoder/ and decoder/.
+
+    Returns:
+        The method in evaluation mode, and its encoder's pretrained_cfg (input_size, mean, std).
+    """
     folder = local_path(name)
-    if not (encoder_of(folder) / "config.json").is_file():
-        raise UserError(f"--run {name} holds no encoder/: pass the directory of a run that has saved a checkpoint.")
-    decoder, method = read_decoder(folder / "decoder")
-    model = create_network(str(encoder_of(folder)))
+    if not (encoder_folder(folder) / "config.json").is_file():
+        raise UserError(f"--run {name} holds no encoder/. Pass the directory of a run that has saved a checkpoint.")
+    decoder, config = read_decoder(folder / "decoder")
+    model = create_network(str(encoder_folder(folder)))
     try:
-        if isinstance(decoder, PixelHead):
-            return SimMIM(as_map_encoder(model), decoder, method["mask_ratio"]).eval(), model.pretrained_cfg
-        return MAE(as_unit_encoder(model), decoder, **method).eval(), model.pretrained_cfg
+        entry = METHODS[config.pop("method", None) or _method_of(decoder)]
+        return entry.method(entry.encoder(model), decoder, **config).eval(), model.pretrained_cfg
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}/decoder/config.json fits no method ({error!r}): get another copy of it.") from error
+        raise UserError(
+            f"{folder}/decoder/config.json describes no method ({error!r}). Get another copy of it."
+        ) from error
 
 
-def write_decoder(decoder: Decoder | PixelHead, folder: str | Path, **method: Any) -> None:
-    """Write a decoder beside its encoder, with what it was trained for (mask_ratio, norm_targets)."""
+def _method_of(decoder: Any) -> str:
+    return next(name for name, entry in METHODS.items() if entry.decoder is type(decoder))
+
+
+def write_decoder(decoder: Any, folder: str | Path, **method: Any) -> None:
+    """Write a decoder, and the options of the method that trained it (such as mask_ratio), into a folder."""
+    config = {"method": _method_of(decoder), "decoder": decoder.config, **method}
     with replacing(folder) as temporary:
         save_file(decoder.state_dict(), temporary / NAMES[0])
-        (temporary / "config.json").write_text(json.dumps({"decoder": decoder.config, **method}, indent=2))
+        (temporary / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def read_decoder(folder: str | Path) -> tuple[Decoder | PixelHead, dict[str, Any]]:
-    """-> the decoder, and what it was trained for"""
+def read_decoder(folder: str | Path) -> tuple[Any, dict[str, Any]]:
+    """Return the decoder in a folder, and the options of the method that trained it."""
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise UserError(f"{folder} holds no decoder (config.json and {NAMES[0]}): pass a run of mimkit.")
+        raise UserError(f"{folder} holds no decoder (config.json and {NAMES[0]}). Pass a run of mimkit.")
     config = read_json(file)
     try:
-        about = config.pop("decoder")
-        decoder = (PixelHead if "token_dim" in about else Decoder)(**about)
+        arguments = config.pop("decoder")
+        # files of mimkit 0.1 do not name their method, and only SimMIM's head has a mask token of its own width
+        name = config.get("method") or ("simmim" if "token_dim" in arguments else "mae")
+        if name == "simmim":
+            config.pop("norm_targets", None)  # written by 0.1
+        decoder = METHODS[name].decoder(**arguments)
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"{file} describes no decoder ({error!r}): get another copy of it.") from error
+        raise UserError(f"{file} describes no decoder ({error!r}). Get another copy of it.") from error
     load_strictly(decoder, read_weights(folder), folder)
     return decoder, config

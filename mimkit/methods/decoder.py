@@ -13,15 +13,20 @@ from mimkit.units import Grid, UnitMask, gather
 
 
 class Decoder(nn.Module):
-    """Latent + mask tokens -> pixels of the masked units.
+    """A light transformer from the latent of visible units to the pixels of masked units.
 
-    The sequence is the prefix tokens (position zero), the visible units and one mask token for each unit to predict;
-    attention does not mind their order, so nothing is shuffled back, and a unit nobody asks for costs nothing.
+    The sequence holds the prefix tokens (without a position), the visible units, and one mask token for each unit to
+    predict. Attention does not depend on their order, so nothing is shuffled back, and units that are not predicted cost
+    nothing.
 
     Args:
         in_dim: width of the encoder's latent, `encoder.out_dim`.
-        unit_size, in_chans: what a prediction has: unit_size ** 2 * in_chans values, laid out (p q c).
-        dim, depth, num_heads: 512, 8, 16 in MAE; HiViT takes a depth of 6.
+        unit_size, in_chans: side of a unit in pixels, and channels. A prediction has unit_size ** 2 * in_chans values in
+            the layout (p q c).
+        dim, depth, num_heads: 512, 8 and 16 in MAE. HiViT uses a depth of 6.
+
+    Raises:
+        UserError: if `dim` is not divisible by `num_heads` and 4.
     """
 
     def __init__(
@@ -30,7 +35,8 @@ class Decoder(nn.Module):
         super().__init__()
         if dim % num_heads or dim % 4:
             raise UserError(
-                f"A decoder of width {dim} does not divide into {num_heads} heads and 4 sin-cos parts: change it."
+                f"The decoder width of {dim} is not divisible by {num_heads} heads and by 4. Change --decoder-dim or "
+                "--decoder-heads."
             )
         self.in_dim, self.unit_size, self.dim = in_dim, unit_size, dim
         self.config = {
@@ -54,7 +60,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, latent: Tensor, units: UnitMask, grid: Grid) -> Tensor:
-        """(b k+v in_dim), places (b v) and (b m) of the grid (gh gw) -> (b m p*q*c)"""
+        """Latent (b k+v in_dim), places (b v) and (b m) in the grid (gh gw) -> pixels (b m p*q*c)"""
         positions = sincos_positions(self.dim, grid, latent.device)[None].to(self.mask_token.dtype)
         x = self.embed(latent)
         v, m = units.visible.shape[1], units.masked.shape[1]
@@ -66,5 +72,5 @@ class Decoder(nn.Module):
         return self.pred(self.norm(x[:, -m:]))
 
     def no_weight_decay(self) -> set[str]:
-        """The mask token."""
+        """Exempt the mask token from weight decay."""
         return {"mask_token"}

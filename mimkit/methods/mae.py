@@ -3,46 +3,32 @@
 He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, over any encoder that can skip units.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from mimkit.errors import UserError
 from mimkit.methods.decoder import Decoder
+from mimkit.methods.protocols import Output
+from mimkit.methods.targets import Pixels, Target
 from mimkit.models.protocols import UnitEncoder
 from mimkit.units import UnitMask, gather, sample_mask, serialize, unit_grid
-
-
-class MAEOutput(NamedTuple):
-    """What a pre-training step gives."""
-
-    loss: Tensor  # ()
-    prediction: Tensor  # (b m p*q*c), of the units in `units.masked`; normalized where the targets are
-    units: UnitMask  # what was seen, and what was predicted
-
-
-def pixels(units: Tensor) -> Tensor:
-    """(b m c p q) -> (b m p*q*c), the layout of predictions."""
-    return rearrange(units, "b m c p q -> b m (p q c)")
-
-
-def normalize_units(target: Tensor) -> Tensor:
-    """Each unit (b m x) with mean 0 and variance 1 (MAE, section 4)."""
-    var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-    return (target - mean) / (var + 1e-6).sqrt()
 
 
 class MAE(nn.Module):
     """Masked autoencoder.
 
     Args:
-        encoder: any `UnitEncoder`: a HiViT in its unit form, a `UnitViT`.
+        encoder: any `UnitEncoder`, such as a HiViT in its unit form, an SViT, or a `UnitViT`.
         decoder: `Decoder(encoder.out_dim, encoder.unit_size, ...)`.
-        mask_ratio: share of the units that is masked.
-        norm_targets: predict units normalized one by one.
-        decode_ratio: predict only this share of the masked units, a random one; 1.0 predicts them all.
+        mask_ratio: fraction of units to mask.
+        norm_targets: predict pixels that are normalized per unit.
+        decode_ratio: fraction of the masked units to predict, chosen at random.
+        target: what to predict; pixels by default.
+
+    Raises:
+        UserError: if the encoder cannot skip units, the decoder does not fit it, or a ratio is out of range.
     """
 
     def __init__(
@@ -52,35 +38,40 @@ class MAE(nn.Module):
         mask_ratio: float = 0.75,
         norm_targets: bool = True,
         decode_ratio: float = 1.0,
+        target: Target | None = None,
     ):
         super().__init__()
         if not hasattr(encoder, "encode_units"):
             raise UserError(
-                f"{type(encoder).__name__} has no encode_units and cannot skip units: pass a HiViT built with "
-                "unit_form=True, an SViT, or wrap a plain timm VisionTransformer as mimkit.models.vit.UnitViT(vit)."
+                f"{type(encoder).__name__} has no encode_units and cannot skip units. Pass a HiViT built with "
+                "unit_form=True, an SViT, or a plain timm VisionTransformer wrapped as mimkit.models.vit.UnitViT(vit)."
             )
         if decoder.in_dim != encoder.out_dim:
             raise UserError(
-                f"The decoder takes {decoder.in_dim} channels and the encoder gives {encoder.out_dim}: "
-                f"build it as Decoder({encoder.out_dim}, ...)."
+                f"The decoder takes {decoder.in_dim} channels, but the encoder returns {encoder.out_dim}. "
+                f"Build it as Decoder({encoder.out_dim}, ...)."
             )
         if decoder.unit_size != encoder.unit_size:
             raise UserError(
-                f"The decoder predicts units of {decoder.unit_size} px and the encoder's have {encoder.unit_size} px: "
-                f"build it as Decoder({encoder.out_dim}, {encoder.unit_size}, ...)."
+                f"The decoder predicts units of {decoder.unit_size} px, but the encoder's have {encoder.unit_size} px. "
+                f"Build it as Decoder({encoder.out_dim}, {encoder.unit_size}, ...)."
             )
-        for name, share, ok in (
+        for name, ratio, valid in (
             ("mask_ratio", mask_ratio, 0 < mask_ratio < 1),
             ("decode_ratio", decode_ratio, 0 < decode_ratio <= 1),
         ):
-            if not ok:
-                raise UserError(f"{name} is {share}: it must lie between 0 and 1.")
+            if not valid:
+                raise UserError(f"{name} is {ratio}. It must lie between 0 and 1.")
         self.encoder, self.decoder = encoder, decoder
         self.mask_ratio, self.norm_targets, self.decode_ratio = mask_ratio, norm_targets, decode_ratio
+        self.target = target or Pixels(norm_targets)
 
-    def forward(
-        self, images: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> MAEOutput:
+    @property
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that rebuild the method around its encoder and decoder."""
+        return {"mask_ratio": self.mask_ratio, "norm_targets": self.norm_targets}
+
+    def forward(self, images: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Output:
         """Images (b c H W); mask noise (b n), or its generator -> loss (), prediction (b m p*q*c), units"""
         p = self.encoder.unit_size
         grid = unit_grid(images.shape[-2], images.shape[-1], p)
@@ -91,13 +82,11 @@ class MAE(nn.Module):
         units = serialize(images, p)
         latent = self.encoder.encode_units(gather(units, mask.visible), mask.visible, grid)
         prediction = self.decoder(latent, mask, grid)
-        target = pixels(gather(units, mask.masked))
+        target = self.target(images, units, mask.masked)
         if prediction.shape != target.shape:
             c, values = images.shape[1], prediction.shape[-1]
             raise UserError(
-                f"The decoder predicts {values} values a unit, not {p} x {p} x {c}: build it with in_chans={c}."
+                f"The decoder predicts {values} values per unit, not {p} x {p} x {c}. Build it with in_chans={c}."
             )
-        if self.norm_targets:
-            target = normalize_units(target)
         loss = (prediction.float() - target).square().mean()
-        return MAEOutput(loss, prediction, mask)
+        return Output(loss, prediction, mask)

@@ -134,23 +134,23 @@ class Classification:
             self.shape[1:],
             self.shape[0],
             batch_size=128,
-            workers=run.options.workers,
+            workers=self.workers,
             crop_pct=self.crop_pct,
             share=(accelerator.process_index, accelerator.num_processes),
         )
-        batches = limit_bad_images(loader, run.options.max_bad * self.test.length, run.print_once)
+        batches = limit_bad_images(loader, self.max_bad * self.test.length, run.display.print_once)
         try:
             with accelerator.autocast():
                 found = apply_to_images(network, batches, self.normalize, network)
             counts = score(found.x, found.y)
         except NoImagesError:  # for this process: the others wait for it
             counts = Scores(torch.zeros(len(self.names), len(self.names), dtype=torch.int64), torch.tensor(0))
-        self.latest = Scores(*run.total(*counts))
+        self.latest = Scores(*run.engine.sum(*counts))
         if not self.latest.confusion.any():
             raise NoImagesError
         return {"top1": self.latest.top1, "top5": self.latest.top5}
 
-    def words(self, figures: dict[str, float]) -> str:
+    def format_scores(self, figures: dict[str, float]) -> str:
         """In a line."""
         top5 = f", top-5 {figures['top5']:.2f} %" if len(self.names) > 5 else ""
         return f"top-1 {figures['top1']:.2f} %{top5} of {self.latest.confusion.sum()} test images"

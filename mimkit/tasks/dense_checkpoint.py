@@ -71,29 +71,28 @@ def read_dense(folder: Path, kind: str, build: Callable[..., Any]) -> tuple[Any,
     return model, own
 
 
-def go_on_from(
-    folder: Path, kind: str, build: Callable[..., Any], options: Any, names: list[str]
+def continue_from(
+    folder: Path, kind: str, build: Callable[..., Any], names: list[str], other_start: bool = False
 ) -> tuple[Any, dict[str, Any], str, Normalize]:
-    """`read_dense`, as the options of a recipe say; its `in_chans`, `mean` and `std` become those of the network.
+    """`read_dense`, for a network that is to be evaluated or trained further.
 
     Args:
         names: of the classes in the data.
+        other_start: whether the user has also asked for another start, which is refused.
 
     Returns:
-        The network, what is to be known about it, in words what it starts with, and the colors that it takes.
+        The network, its description, what it starts from, and the normalization of its input.
 
     Raises:
-        UserError: an option that is for another start, or other classes.
+        UserError: if the user asked for another start, or the data have other classes.
     """
-    if options.init or options.from_scratch or options.model_args:
-        raise UserError(f"--model {options.model} is a run of this recipe: leave --init, --from-scratch, --model-args.")
+    if other_start:
+        raise UserError(f"--model {folder} is a run of this recipe. Omit --init, --from-scratch and --model-args.")
     network, own = read_dense(folder, kind, build)
     known = own["class_names"]
     if known != names:
         raise UserError(
-            f"--model {options.model} knows {len(known)} classes ({', '.join(known[:4])}, ...), and "
-            f"--data {options.data} has {len(names)} ({', '.join(names[:4])}, ...): pass data of the same ones."
+            f"--model {folder} has {len(known)} classes ({', '.join(known[:4])}, ...), but --data has {len(names)} "
+            f"({', '.join(names[:4])}, ...). Pass data of the same classes."
         )
-    normalize = default_normalization(own["in_chans"], own["mean"], own["std"])
-    options.in_chans, (options.mean, options.std) = own["in_chans"], normalize.values
-    return network, own, f"all weights of {folder}", normalize
+    return network, own, f"all weights of {folder}", default_normalization(own["in_chans"], own["mean"], own["std"])

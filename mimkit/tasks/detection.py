@@ -245,7 +245,7 @@ class Detection:
         self.kinds = ("box", "mask") if masks else ("box",)
         fields = (test.image, test.label)
         in_chans = len(normalize.values[0])
-        self.viewer = SampleLoader(fitting, in_chans, 0, 0, fields, read_objects(masks))
+        self.samples = SampleLoader(fitting, in_chans, 0, 0, fields, read_objects(masks))
         self.shown: list[tuple[Tensor, Any, Any]] = []
 
     @torch.no_grad()
@@ -256,8 +256,8 @@ class Detection:
         self.images = min(images or self.test.length, self.test.length)
         places = evenly_spaced(self.test.length, self.images)
         share = places[run.accelerator.process_index :: run.accelerator.num_processes]
-        loader = single_image_loader(self.test, self.viewer, share, run.options.workers, collate_list)
-        batches = limit_bad_images(loader, run.options.max_bad * self.images, run.print_once)
+        loader = single_image_loader(self.test, self.samples, share, self.workers, collate_list)
+        batches = limit_bad_images(loader, self.max_bad * self.images, run.display.print_once)
         results: list[dict[str, Any]] = []
         judged: list[Any] = []  # of images that can be used: nothing could be found in the others
         self.shown = []
@@ -265,7 +265,7 @@ class Detection:
             if not batch.images:
                 continue
             with run.accelerator.autocast():
-                (found,) = network(batch.to(run.accelerator.device).images)
+                (found,) = network(batch.to(run.engine.device).images)
             height, width = batch.images[0].shape[-2:]
             size = (height, width)
             results += as_results(found, self.truth.ids[place], self.truth.numbers, size)
@@ -280,20 +280,20 @@ class Detection:
         if not judged:
             raise UserError(f"Nothing of {self.test.name} can be judged: not one of its images can be used.")
         figures: list[Any] = [None, None]
-        if run.accelerator.is_main_process:
+        if run.engine.is_main:
             both = [coco_metrics(self.truth, results, judged, kind) for kind in self.kinds]
             figures = [{name: value for own, _ in both for name, value in own.items()}, [each for _, each in both]]
         broadcast_object_list(figures)
         self.each: list[list[float]] = figures[1]
         return figures[0]
 
-    def rehearse(self, network: Any, viewer: SampleLoader, data: Source) -> None:
+    def rehearse(self, network: Any, samples: SampleLoader, data: Source) -> None:
         """Two images through everything that training and judging do; tell what there is.
 
         Raises:
             UserError: an image or its objects cannot be used.
         """
-        for part, look in ((data, viewer), (self.test, self.viewer)):
+        for part, look in ((data, samples), (self.test, self.samples)):
             views = check_samples(part, look)
             labels = torch.cat([view.label["labels"] for view in views]).bincount(minlength=1 + len(self.truth.names))
             seen = [f"{name} {n}" for name, n in zip(self.truth.names, labels[1:].tolist(), strict=True) if n]
@@ -302,8 +302,8 @@ class Detection:
                 f"{part.name}: {part.length:,} images; objects in {len(views)} of them: {', '.join(seen) or 'none'}; "
                 f"{len(empty)} without any{f', such as {empty[0]}' if empty else ''}"
             )
-        batch = collate_list([viewer(data.rows[i % data.length], 0, i) for i in range(2)])
-        batch = batch.to(self.run.accelerator.device)
+        batch = collate_list([samples(data.rows[i % data.length], 0, i) for i in range(2)])
+        batch = batch.to(self.run.engine.device)
         network.train()
         with self.run.accelerator.autocast():
             losses = network(batch.images, batch.labels)
@@ -312,7 +312,7 @@ class Detection:
         told = ", ".join(f"{name.removeprefix('loss_')} {value.item():.3f}" for name, value in losses.items())
         self.run.print(f"losses of 2 images: {told}; {self.words(self.score(network, 2))}")
 
-    def words(self, figures: dict[str, float]) -> str:
+    def format_scores(self, figures: dict[str, float]) -> str:
         """In a line."""
         told = []
         for kind in self.kinds:
@@ -363,8 +363,8 @@ def predict_objects(folder: Path, images: str, out: str, max_bad: float) -> int:
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         for source in open_all(images):
-            viewer = SampleLoader(transform, own["in_chans"], 0, 0, (source.image, None), part=source.part)
-            loader = single_image_loader(source, viewer, range(source.length), collate=collate_list)
+            samples = SampleLoader(transform, own["in_chans"], 0, 0, (source.image, None), part=source.part)
+            loader = single_image_loader(source, samples, range(source.length), collate=collate_list)
             for batch in limit_bad_images(loader, max_bad * source.length, print):
                 if batch.images:
                     height, width = batch.images[0].shape[-2:]

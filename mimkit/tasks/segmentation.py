@@ -175,14 +175,14 @@ class Segmentation:
         self.run, self.test, self.classes, self.normalize = run, test, classes, normalize
         self.short, self.crop, self.flip = short, crop, flip
         fields = (test.image, test.mask)
-        self.viewer = SampleLoader(eval_pairs(short), len(normalize.values[0]), 0, 0, fields, classes, test.part)
+        self.samples = SampleLoader(eval_pairs(short), len(normalize.values[0]), 0, 0, fields, classes, test.part)
         self.shown: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def predicted(self, network: Any, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches of one -> image (b c H W), mask (b h w) and predicted classes (b h w)"""
         for batch in batches:
             if len(batch.images):  # else it is bad
-                images, _, masks, *_ = batch.to(self.run.accelerator.device)
+                images, _, masks, *_ = batch.to(self.run.engine.device)
                 with self.run.accelerator.autocast():
                     scores = scores_of(network, self.normalize(images), self.crop, self.flip)
                 yield images, masks.long(), best_of(scores.float(), masks.shape[-2:])
@@ -194,13 +194,13 @@ class Segmentation:
 
         training, n = network.training, len(self.classes.names)
         network.eval()
-        counts = torch.zeros(2, n, n, dtype=torch.int64, device=self.run.accelerator.device)
+        counts = torch.zeros(2, n, n, dtype=torch.int64, device=self.run.engine.device)
         run, self.images = self.run, min(images or self.test.length, self.test.length)
         share = evenly_spaced(self.test.length, self.images)[
             run.accelerator.process_index :: run.accelerator.num_processes
         ]
-        loader = single_image_loader(self.test, self.viewer, share, run.options.workers)
-        batches = limit_bad_images(loader, run.options.max_bad * self.images, run.print_once)
+        loader = single_image_loader(self.test, self.samples, share, self.workers)
+        batches = limit_bad_images(loader, self.max_bad * self.images, run.display.print_once)
         self.shown = []
         for pictures, masks, found in self.predicted(network, batches):
             near = masks.masked_fill(~near_edges(masks), IGNORE)
@@ -209,7 +209,7 @@ class Segmentation:
             if len(self.shown) < 6:
                 self.shown.append((pictures[0].cpu(), masks[0].cpu(), found[0].cpu()))
         network.train(training)
-        (counts,) = self.run.total(counts)
+        (counts,) = self.run.engine.sum(counts)
         self.confusion = counts[0]
         if not self.confusion.any():
             raise UserError(
@@ -219,13 +219,13 @@ class Segmentation:
         accuracy = 100 * float(self.confusion.diagonal().sum() / self.confusion.sum())
         return {"miou": miou, "boundary_miou": boundary, "pixel_accuracy": accuracy}
 
-    def rehearse(self, network: Any, viewer: SampleLoader, data: Source) -> None:
+    def rehearse(self, network: Any, samples: SampleLoader, data: Source) -> None:
         """Two images through everything that training and judging do; tell what there is.
 
         Raises:
             UserError: an image or a mask cannot be used.
         """
-        for part, look in ((data, viewer), (self.test, self.viewer)):
+        for part, look in ((data, samples), (self.test, self.samples)):
             views = check_samples(part, look)
             counts = torch.stack(
                 [torch.bincount(torch.as_tensor(view.label).flatten(), minlength=IGNORE + 1) for view in views]
@@ -234,7 +234,7 @@ class Segmentation:
             seen = [f"{name} {shares[i]:.1f} %" for i, name in enumerate(self.classes.names) if shares[i]]
             seen.append(f"ignored {shares[IGNORE]:.1f} %")
             self.run.print(f"{part.name}: {part.length:,} images; pixels of {len(views)} of them: {', '.join(seen)}")
-        batch = collate([viewer(data.rows[i % data.length], 0, i) for i in range(2)]).to(self.run.accelerator.device)
+        batch = collate([samples(data.rows[i % data.length], 0, i) for i in range(2)]).to(self.run.engine.device)
         network.train()
         with self.run.accelerator.autocast():
             loss = loss_of(network(self.normalize(batch.images)), batch.labels)
@@ -242,7 +242,7 @@ class Segmentation:
         network.zero_grad()
         self.run.print(f"loss of 2 images {loss.item():.3f}; {self.words(self.score(network, 2))}")
 
-    def words(self, figures: dict[str, float]) -> str:
+    def format_scores(self, figures: dict[str, float]) -> str:
         """In a line."""
         miou, boundary, accuracy = figures.values()
         return (
@@ -296,10 +296,10 @@ def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
     written: set[Path] = set()
     with replacing(out) as temporary, torch.inference_mode():
         for part, source in enumerate(sources):
-            viewer = SampleLoader(
+            samples = SampleLoader(
                 transform, own["in_chans"], 0, 0, (source.image, None), lambda cell: cell, source.part
             )
-            loader = single_image_loader(source, viewer, range(source.length))
+            loader = single_image_loader(source, samples, range(source.length))
             for batch in limit_bad_images(loader, max_bad * source.length, print):
                 if not len(batch.images):
                     continue

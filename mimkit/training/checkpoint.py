@@ -1,100 +1,257 @@
-"""Checkpoints of a run: written beside and renamed, checked by hash before they are read."""
+"""Checkpoints of a run: written atomically in the background, and verified by hash before they are read."""
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mimkit.errors import UserError
+from mimkit.errors import UserError, is_full
 from mimkit.files import read_json, replacing
-from mimkit.io.weights import State
+from mimkit.training.distributed import Engine
+from mimkit.training.state import Snapshot, TrainState
 
-MANIFEST, OWN = "manifest.json", "state.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Of a run, the last one last."""
+    """Return the checkpoints in a run's directory, the latest one last."""
     found = (run / "checkpoints").glob("step-*")
     return sorted(folder for folder in found if folder.name.removeprefix("step-").isdecimal())
 
 
 def step_of(folder: Path) -> int:
-    """How many steps were done."""
+    """Return the number of steps that a checkpoint was written after."""
     return int(folder.name.removeprefix("step-"))
 
 
 def digest(file: Path) -> str:
-    """SHA-256 of what is on the disk, in hex"""
+    """Flush a file to the disk and return its SHA-256 in hexadecimal."""
     with open(file, "rb") as opened:
         os.fsync(opened.fileno())
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def write(folder: Path, states: dict[str, State], own: dict[str, Any]) -> None:
-    """NAME.safetensors for each state, `own` as state.json, and what each file's hash is; all of it or nothing.
-
-    Args:
-        own: with `stays`, whether `trim` never removes it.
-    """
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
+    """Write a checkpoint atomically: NAME.safetensors for each state, state.json, and the hashes of all files."""
     with replacing(folder) as temporary:
-        seal(temporary, states, own)
+        seal(temporary, snapshot)
 
 
-def seal(folder: Path, states: dict[str, State], own: dict[str, Any]) -> None:
-    """The same into a folder that is there, where engines may have left files of their own."""
-    for name, state in states.items():
+def seal(folder: Path, snapshot: Snapshot) -> None:
+    """Write the files of a checkpoint into an existing folder, which may hold files of the engine, and hash them all."""
+    for name, state in snapshot[0].items():
         save_file(state, folder / f"{name}.safetensors")
-    (folder / "state.json").write_text(json.dumps(own, indent=1))
+    (folder / STATE).write_text(json.dumps(snapshot[1], indent=1))
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     hashes = {file.relative_to(folder).as_posix(): digest(file) for file in files}
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))
-    digest(folder / MANIFEST)  # which is on the disk then, as the others are
+    digest(folder / MANIFEST)  # flushes the manifest as well
 
 
 def verify_checkpoint(folder: Path) -> str:
-    """What a checkpoint suffers from; empty where every file is what was written, and none that is read was added."""
+    """Return why a checkpoint is corrupt, or an empty string if every file is what was written and none was added."""
     try:
         hashes = dict(json.loads((folder / MANIFEST).read_text()))
-        there = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
-        read = {name for name in there if name != MANIFEST and not Path(name).name.startswith(".")}  # an engine's too
-        # a name that is not among the files, such as ../x, is not looked at
+        files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+        read = {name for name in files if name != MANIFEST and not Path(name).name.startswith(".")}  # an engine's too
+        # a name that is not among the files, such as ../x, is never opened
         changed = [
             name
             for name in sorted(hashes.keys() | read)
-            if name not in there or name not in hashes or digest(there[name]) != hashes[name]
+            if name not in files or name not in hashes or digest(files[name]) != hashes[name]
         ]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         return str(error)
-    return f"{', '.join(changed)}: not what was written" if changed else ""
+    return f"{', '.join(changed)} differ from what was written" if changed else ""
 
 
-def read(folder: Path) -> tuple[dict[str, State], dict[str, Any]]:
-    """What `write` was given; in memory, as a mapped file could not be removed everywhere."""
-    files = folder.glob("*.safetensors")
+def read_checkpoint(folder: Path) -> Snapshot:
+    """Read what `write_checkpoint` wrote, into memory: on some systems a mapped file could not be removed."""
     try:
+        files = folder.glob("*.safetensors")
         states = {file.stem: {name: tensor.clone() for name, tensor in load_file(file).items()} for file in files}
-    except SafetensorError as error:  # its hash was rewritten too
-        raise UserError(f"{folder} cannot be read ({error}): start anew with another --out.") from error
-    return states, read_json(folder / OWN)
+    except SafetensorError as error:  # someone changed the file and its hash
+        raise UserError(f"{folder} cannot be read ({error}). Start a new run with another --out.") from error
+    return states, read_json(folder / STATE)
 
 
-def sweep(run: Path) -> None:
-    """Remove what a process that was killed had begun to write: there is one writer."""
+def remove_unfinished(run: Path) -> None:
+    """Remove what a killed process had begun to write. Only one process writes, so nothing else is at work."""
     for left in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
-def trim(run: Path, done: int, keep: int) -> None:
-    """Remove checkpoints up to step `done`, but so many of the last ones, and those that stay or cannot be read."""
-    for old in [folder for folder in checkpoints(run) if step_of(folder) <= done][:-keep]:
+def remove_old(run: Path, step: int, keep: int) -> None:
+    """Remove checkpoints up to `step`, except the last `keep`, permanent ones, and those that cannot be read."""
+    for old in [folder for folder in checkpoints(run) if step_of(folder) <= step][:-keep]:
         try:
-            stays = read_json(old / OWN).get("stays")
+            permanent = read_json(old / STATE).get("permanent")
         except (OSError, UserError):
             continue
-        if not stays:
+        if not permanent:
             shutil.rmtree(old, ignore_errors=True)
+
+
+class Checkpointer:
+    """Writes the checkpoints of a run in the background, and finds the one to continue from.
+
+    All processes must call each method. If the engine shards the optimizer, every process writes its own files while
+    training waits.
+
+    Args:
+        run: the run's directory; checkpoints go to checkpoints/step-N, where N steps are done.
+        engine: the engine of the run.
+        keep: number of latest checkpoints to keep.
+        log: prints a line on the main process.
+    """
+
+    def __init__(self, run: Path, engine: Engine, keep: int = 2, log: Callable[[str], None] = print):
+        self.run, self.engine, self.keep, self.log = run, engine, keep, log
+        self.permanent_every = 0  # checkpoints at multiples of so many steps are never removed; 0 for none
+        self.latest: Path | None = None  # the last complete checkpoint
+        self.initial: Snapshot | None = None  # the state to return to while there is no checkpoint
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: Future[Path] | None = None
+
+    def folder(self, step: int) -> Path:
+        """Return where the checkpoint after `step` steps is."""
+        return self.run / "checkpoints" / f"step-{step:08d}"
+
+    def latest_valid(self, before: float = math.inf) -> Path | None:
+        """Return the last valid checkpoint of at most `before` steps; rename corrupt ones to corrupt-step-N.
+
+        Raises:
+            UserError: if there are checkpoints, but all of them are corrupt.
+        """
+        found = self.engine.on_main(self._find_valid, before)
+        self.latest = Path(found) if found else None
+        return self.latest
+
+    def _find_valid(self, before: float) -> str | None:
+        for folder in reversed([folder for folder in checkpoints(self.run) if step_of(folder) <= before]):
+            if not (reason := verify_checkpoint(folder)):
+                return str(folder)
+            renamed = folder.with_name(f"corrupt-{folder.name}")
+            shutil.rmtree(renamed, ignore_errors=True)
+            folder.rename(renamed)
+            self.log(f"WARNING: {folder} is corrupt ({reason}). It is now {renamed.name}; looking for an earlier one.")
+        if any((self.run / "checkpoints").glob("corrupt-*")):
+            raise UserError(f"{self.run} has no valid checkpoint. Start a new run with another --out.")
+        return None
+
+    def begin(self, state: TrainState, save: bool = True) -> None:
+        """Load the latest checkpoint if there is one; otherwise keep the initial state to return to.
+
+        Args:
+            save: whether an engine with sharded state, which cannot be kept in memory, may write a first checkpoint.
+        """
+        if self.latest:
+            self.load(self.latest, state)
+        elif not self.engine.sharded_checkpoint:
+            self.initial = state.state_dict()
+        elif save:
+            self.save(0, state)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Write a checkpoint after `step` steps and remove old ones, while training continues."""
+        self.wait()
+        self.initial = None
+        folder, main = self.folder(step), self.engine.is_main
+        permanent = step > 0 and self.permanent_every > 0 and step % self.permanent_every == 0
+        about = {"step": step, "permanent": permanent, "engine": str(self.engine)}
+        if main:
+            remove_unfinished(self.run)
+        if not self.engine.sharded_checkpoint:
+            if main:
+                self.writing = self.writer.submit(self._write, folder, _with(about, state.state_dict()))
+            return
+        with replacing(folder) if main else nullcontext() as temporary:
+            shared = Path(self.engine.on_main(str, temporary))
+            with self._disk_full():
+                self.engine.save_shards(shared)
+            self.engine.wait()
+            if main:
+                seal(shared, _with(about, state.state_dict()))
+        if main:
+            remove_old(self.run, step, self.keep)
+        self.latest = folder
+        self.engine.wait()
+
+    def _write(self, folder: Path, snapshot: Snapshot) -> Path:
+        write_checkpoint(folder, snapshot)
+        remove_old(self.run, step_of(folder), self.keep)
+        return folder
+
+    def load(self, folder: Path, state: TrainState) -> None:
+        """Load a checkpoint into `state`, and the engine's own files into the engine.
+
+        Raises:
+            UserError: if another engine wrote it, or it does not fit the state.
+        """
+        snapshot = read_checkpoint(folder)
+        written_by, sharded = snapshot[1].get("engine"), self.engine.sharded_checkpoint
+        if written_by != str(self.engine) and (sharded or "optimizer" not in snapshot[0]):
+            raise UserError(
+                f"{folder} was written by {written_by}, but this is {self.engine}. Launch with the same engine, or start "
+                "a new run from its weights with --init."
+            )
+        state.load_state_dict(snapshot, folder, self.engine.device)
+        if sharded:
+            self.engine.load_shards(folder)
+        self.log(f"resuming from {folder}")
+
+    def restore(self, before: int, state: TrainState) -> int | None:
+        """Load the last valid checkpoint of at most `before` steps, or the initial state.
+
+        Returns:
+            The number of steps done in it, or None if there is neither.
+        """
+        self.wait()
+        if latest := self.latest_valid(before):
+            self.load(latest, state)
+            return step_of(latest)
+        if self.initial:
+            state.load_state_dict(self.initial, self.run, self.engine.device)
+            return 0
+        return None
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is complete."""
+        writing, self.writing = self.writing, None
+        with self._disk_full():
+            self.latest = writing.result() if writing else self.latest
+
+    def poll(self) -> None:
+        """Report an error of the background writer as soon as it has ended."""
+        if self.writing and self.writing.done():
+            self.wait()
+
+    @contextmanager
+    def _disk_full(self) -> Iterator[None]:
+        """Turn the error of a full disk into a sentence."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_full(error):
+                raise
+            hint = (
+                f"{self.latest} is complete; continue with --out {self.run} --resume auto"
+                if self.latest
+                else "No checkpoint is left; start again"
+            )
+            raise UserError(
+                f"The disk is full, and a checkpoint could not be written. {hint} when there is space."
+            ) from error
+
+
+def _with(about: dict[str, Any], snapshot: Snapshot) -> Snapshot:
+    return snapshot[0], about | snapshot[1]

@@ -3,48 +3,75 @@
 from typing import Any
 
 from mimkit.data.sources import Source, open_labeled
-from mimkit.data.transforms import Normalize, Size
+from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
-from mimkit.evaluation import features, knn
+from mimkit.evaluation.features import extract_parts
+from mimkit.evaluation.knn import knn
 from mimkit.models.factory import timm_model
 from mimkit.training.run import Run
 
+TRAIN, TEST, PER_CLASS = 5_000, 2_000, 50  # images; fewer than 50 neighbors to choose from per class would be noise
+
 
 class OnlineKNN:
-    """kNN accuracy of an encoder on at most 5,000 + 2,000 labeled images, on the main process."""
+    """Measures the kNN accuracy of an encoder on the main process.
 
-    def __init__(self, run: Run, source: Source, size: Size, normalize: Normalize, required: bool):
-        self.run, self.size, self.normalize = run, size, normalize
+    It uses 5,000 training images, or 50 per class where that is more, and 2,000 validation images.
+
+    Args:
+        run: the run, which prints and logs the accuracy.
+        source: the images of pre-training. Their labels are used if there are any.
+        size, normalize: the encoder's input.
+        workers: number of data loading processes.
+        required: whether to raise a UserError if kNN is impossible, instead of printing why.
+    """
+
+    def __init__(
+        self, run: Run, source: Source, size: tuple[int, int], normalize: Normalize, workers: int, required: bool
+    ):
+        self.run, self.size, self.normalize, self.workers = run, size, normalize, workers
         self.parts: tuple[Source, Source] | None = None
         try:
             if source.streaming:
-                raise UserError("a stream has no rows to choose from, which kNN needs: pass --streaming false.")
-            if run.accelerator.is_main_process:
-                parts = open_labeled(source.name)
-                if parts[0].length < 10:
-                    raise UserError(f"{parts[0].length} training images are fewer than its 10 neighbors.")
-                self.parts = parts
+                raise UserError("kNN needs random access to images, which a stream lacks. Pass --streaming false.")
+            if run.engine.is_main:
+                self.parts = self._open(source.name)
         except UserError as error:
             if required:
                 raise
             run.print(f"no kNN: {error}")
 
+    def _open(self, name: str) -> tuple[Source, Source]:
+        train, test = open_labeled(name)
+        if train.length < 10:
+            raise UserError(f"kNN needs at least 10 training images; there are {train.length}.")
+        classes = len(set(train.rows[train.label]))
+        self.images = max(TRAIN, PER_CLASS * classes)
+        per_class = min(self.images, train.length) / classes
+        if per_class < PER_CLASS and train.length > TRAIN:
+            self.run.print(f"kNN has {per_class:.0f} images per class, fewer than {PER_CLASS}: its accuracy is noisy.")
+        return train, test
+
     def __call__(self, step: int, encoder: Any, when: str) -> None:
-        """Measure, print and log."""
-        encoder = self.run.whole(encoder)
+        """Measure, print and log. All processes must call this.
+
+        Args:
+            when: printed with the accuracy, such as "after 100 steps".
+        """
+        encoder = self.run.engine.full_state(encoder)
         if self.parts:
-            train, test = features.extract_parts(
+            train, test = extract_parts(
                 timm_model(encoder),
                 self.parts,
                 self.size,
                 self.normalize,
-                images=(5_000, 2_000),
-                workers=self.run.options.workers,
-                max_bad=1.0,  # it is the images of training that are counted
-                log=self.run.print_once,
+                images=(self.images, TEST),
+                workers=self.workers,
+                max_bad=1.0,  # only bad images of training count
+                log=self.run.display.print_once,
             )
-            found = knn.knn(train, test)
-            words = ", ".join(f"{accuracy:.1f} % (k = {k})" for k, accuracy in found.items())
-            self.run.print(f"kNN {when}: {words}, {len(train.y)} + {len(test.y)} images")
-            self.run.log(step, **{f"knn_{k}": accuracy for k, accuracy in found.items()})
-        self.run.accelerator.wait_for_everyone()
+            accuracies = knn(train, test)
+            text = ", ".join(f"{accuracy:.1f} % (k = {k})" for k, accuracy in accuracies.items())
+            self.run.print(f"kNN {when}: {text}, {len(train.y)} + {len(test.y)} images")
+            self.run.log(step, **{f"knn_{k}": accuracy for k, accuracy in accuracies.items()})
+        self.run.engine.wait()

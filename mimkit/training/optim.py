@@ -1,4 +1,4 @@
-"""Parameter groups and the schedule: thin over timm and torch."""
+"""Parameter groups and learning rate schedules, thin over timm and torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from mimkit.errors import UserError
 
 
 def show_groups(groups: list[dict[str, Any]], lr: float, console: Console) -> None:
-    """Print the table of layer decay: each group of parameters, its layer's id, its scale and what results."""
+    """Print the parameter groups as a table: layer, scale, learning rate and weight decay."""
     table = Table("parameters", "tensors", "layer", "scale", "lr", "weight decay")
     for group in groups:
         names = group["param_names"]
@@ -26,11 +26,11 @@ def show_groups(groups: list[dict[str, Any]], lr: float, console: Console) -> No
     Console(quiet=console.quiet, width=max(console.width, 140)).print(table)
 
 
-POOLS = "pools."  # what HPViT's names of its pools begin with
+POOLS = "pools."  # prefix of the names of an HPViT's pools
 
 
 def no_decay_names(model: nn.Module) -> set[str]:
-    """Names that any part of the model lists in `no_weight_decay()`."""
+    """Return the names that any module of the model lists in `no_weight_decay()`."""
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
@@ -40,20 +40,20 @@ def no_decay_names(model: nn.Module) -> set[str]:
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW without decay on 1-D tensors and on what any part of the model lists in `no_weight_decay()`."""
+    """Create AdamW without weight decay on 1-D tensors and on names from `no_weight_decay_names`."""
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=no_decay_names(model))
     return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
 
 def layer_groups(model: Any, weight_decay: float, layer_decay: float, pool_scale: float = 1.0) -> list[dict[str, Any]]:
-    """Groups whose rate shrinks by `layer_decay` with each layer below the head (Clark et al., ELECTRA; BEiT).
+    """Group parameters by layer, for learning rates that shrink by `layer_decay` per layer (Clark et al., ELECTRA; BEiT).
 
-    A timm schedule multiplies the rate of each by its `lr_scale`.
+    A timm schedule multiplies the rate of each group by its `lr_scale`.
 
     Args:
-        model: any timm model; its `group_matcher`, or else timm's guess, says which layer a parameter is in.
-        pool_scale: of an HPViT's pools, whatever the layer that they stand in. They are not decayed: their start, one
-            tap, is what keeps the source's tokens.
+        model: any timm model. Its `group_matcher`, or else timm's guess, assigns parameters to layers.
+        pool_scale: factor of the learning rate of an HPViT's pools, in whatever layer they are. They have no weight
+            decay, because they start as a single tap, which preserves the source's tokens.
     """
     matched = hasattr(model, "group_matcher")
     layers = group_parameters(model, model.group_matcher(), reverse=True) if matched else auto_group_layers(model)
@@ -73,7 +73,11 @@ def layer_groups(model: Any, weight_decay: float, layer_decay: float, pool_scale
 def groups_with_head(
     model: nn.Module, backbone: str, weight_decay: float, layer_decay: float, pool_scale: float = 1.0
 ) -> list[dict[str, Any]]:
-    """`layer_groups` of the backbone of that name, which is without a head, below all the rest of a model."""
+    """Return `layer_groups` of a backbone without a head, with the rest of the model as the last layer.
+
+    Args:
+        backbone: name of the submodule.
+    """
     inside = f"{backbone}."
     groups = layer_groups(model.get_submodule(backbone), weight_decay, layer_decay, pool_scale)
     for group in groups:
@@ -90,31 +94,31 @@ def groups_with_head(
 
 
 def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> CosineLRScheduler:
-    """Linear warm-up from 0, then half a cosine down to 0 (MAE, table 8). Call `step_update(step)` before each step."""
+    """Linear warm-up from 0, then half a cosine to 0 (MAE, table 8). Call `step_update(step)` before each step."""
     return CosineLRScheduler(optimizer, **_warmed_up(steps, warmup))
 
 
 def poly(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> PolyLRScheduler:
-    """Linear warm-up from 0, then a line down to 0, which dense prediction calls poly."""
+    """Linear warm-up from 0, then linear decay to 0, which dense prediction calls poly."""
     return PolyLRScheduler(optimizer, power=1.0, **_warmed_up(steps, warmup))
 
 
 def multistep(optimizer: torch.optim.Optimizer, steps: int, warmup: int, at: Sequence[int]) -> MultiStepLRScheduler:
-    """Linear warm-up from 0, then the rate as it is, a tenth of it from each of these steps on."""
+    """Linear warm-up from 0, then a constant rate that drops to a tenth at each of the steps `at`."""
     if list(at) != sorted(set(at)) or not all(warmup < step < steps for step in at):
         raise UserError(
-            f"The rate is to drop at steps {list(at)} of {steps}, {warmup} of them warm-up: give rising --drop-epochs "
-            "between the two."
+            f"The learning rate cannot drop at steps {list(at)} of {steps} with {warmup} steps of warm-up. Pass increasing "
+            "--drop-epochs between the two."
         )
     about = _warmed_up(steps, warmup)
     del about["t_initial"]
-    # timm counts from the end of the warm-up, and one ahead
+    # timm counts from the end of the warm-up, and drops one step early
     return MultiStepLRScheduler(optimizer, decay_t=[step - warmup + 1 for step in at], decay_rate=0.1, **about)
 
 
 def _warmed_up(steps: int, warmup: int) -> dict[str, Any]:
     if warmup >= steps:
         raise UserError(
-            f"A warm-up of {warmup} steps fills the run of {steps}: give fewer --warmup-epochs, or more --epochs."
+            f"A warm-up of {warmup} steps fills the whole run of {steps} steps. Pass fewer --warmup-epochs or more --epochs."
         )
     return {"t_initial": steps - warmup, "warmup_t": warmup, "warmup_prefix": True, "t_in_epochs": False}

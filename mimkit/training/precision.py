@@ -1,4 +1,4 @@
-"""Choose the numerical precision by what the device does well."""
+"""Choose the numerical precision that the device computes fast, and keep freed memory in the process."""
 
 import ctypes
 import time
@@ -6,32 +6,41 @@ import time
 import torch
 
 from mimkit.errors import UserError
-from mimkit.training import distributed
+
+
+def on_cpu() -> bool:
+    """Return whether accelerate will train on the CPU: no accelerator was found, or the launcher chose the CPU."""
+    from accelerate.utils import parse_flag_from_env
+
+    forced = parse_flag_from_env("ACCELERATE_USE_CPU")
+    return forced or not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def seconds_of(dtype: torch.dtype) -> float:
-    """A matrix product of a network's size on this CPU, at its best."""
+    """Return the shortest of six times that a matrix product of a network's size takes on this CPU."""
     x, times = torch.ones(512, 512, dtype=dtype), []
     for _ in range(6):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         x @ x
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return min(times)
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU is faster in bf16 than in fp32, measured: AVX-512 BF16 makes an EPYC 3.6 times as fast, and a
-    Xeon whose AMX is hidden half as fast."""
+    """Measure whether this CPU is faster in bf16 than in fp32.
+
+    AVX-512 BF16 makes an EPYC 3.6 times as fast. A Xeon whose AMX is hidden is half as fast in bf16.
+    """
     return seconds_of(torch.bfloat16) < seconds_of(torch.float32)
 
 
 def resolve_precision(precision: str) -> str:
-    """'auto' -> what the device does well: bf16 on GPUs that have it, fp16 on older ones; the faster one on a CPU."""
+    """Resolve 'auto': bf16 on GPUs that support it and fp16 on older ones; on a CPU, the faster of bf16 and fp32."""
     if precision not in ("auto", "fp32", "bf16", "fp16"):
-        raise UserError(f"--precision {precision} is unknown: choose auto, fp32, bf16 or fp16.")
+        raise UserError(f"--precision {precision} is unknown. Choose auto, fp32, bf16 or fp16.")
     if precision != "auto":
         return precision
-    if distributed.on_cpu():
+    if on_cpu():
         return "bf16" if multiplies_bf16() else "fp32"
     if not torch.cuda.is_available():
         return "fp32"
@@ -39,10 +48,10 @@ def resolve_precision(precision: str) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one.
+    """Let glibc keep the memory that a step frees for the next step.
 
-    It hands large blocks back to the system, and faulting them in again costs a few percent of a training step on a
-    CPU, more where it is busy (benchmarks/mim_race.md). Other C libraries are left alone.
+    By default it returns large blocks to the system. Faulting them in again costs a few percent of a training step on
+    a CPU, and more on a busy machine (benchmarks/mim_race.md). Other C libraries are left alone.
     """
     mmap_max, trim_threshold = -4, -1  # malloc.h
     try:

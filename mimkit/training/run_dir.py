@@ -1,5 +1,103 @@
-"""The directory of a run: its options and metrics."""
+"""The directory of a run: which folder it is, its config.yaml, and its metrics.jsonl."""
 
-# When a run is resumed
-MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "keep", "keep_every"}
-MAY_CHANGE |= {"knn_every", "eval_every", "max_bad", "grad_accum_steps", "grad_checkpointing", "compile"}
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mimkit.errors import UserError
+from mimkit.files import read_metrics, read_options, replacing_file
+
+# Options that may differ when a run is resumed
+MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "keep", "keep_every", "knn_every", "eval_every"}
+MAY_CHANGE |= {"max_bad", "max_spike", "grad_accum_steps", "grad_checkpointing", "compile"}
+
+
+class RunDir:
+    """The directory of a run. It holds config.yaml, metrics.jsonl and checkpoints/; `open` chooses it.
+
+    Args:
+        path: the directory. `write_config` creates it.
+        may_exist: whether the directory may exist already; if not, another run has just taken it.
+        resuming: whether the run continues from a checkpoint.
+    """
+
+    def __init__(self, path: Path, may_exist: bool = False, resuming: bool = False):
+        self.path, self.may_exist, self.resuming = path, may_exist, resuming
+
+    @classmethod
+    def open(cls, out: str | None, name: str, resume: str | None) -> "RunDir":
+        """Choose the directory of a run. A run that exists is never overwritten.
+
+        Args:
+            out: the directory; runs/NAME, or the next free runs/NAME-2, runs/NAME-3, ... by default.
+            resume: 'auto' to continue the last run of this name (or in `out`) if there is one, or a run's directory.
+
+        Raises:
+            UserError: if `resume` holds no checkpoint, or `out` is a file or holds a run.
+        """
+        named = bool(out or resume)
+        if resume not in (None, "auto"):
+            folder = Path(resume or "")
+            if not any((folder / "checkpoints").glob("step-*")):
+                raise UserError(f"--resume {resume} holds no checkpoint. Pass the directory of a run, or 'auto'.")
+            return cls(folder, named, resuming=True)
+        if not out:
+            taken, latest = 0, Path()
+            while (folder := Path(f"runs/{name}{f'-{taken + 1}' if taken else ''}")).exists():
+                latest, taken = folder, taken + 1
+            return cls(latest if resume and taken else folder, named, resuming=bool(resume))
+        folder = Path(out)
+        if folder.is_file():
+            raise UserError(f"--out {folder} is a file. Choose a folder.")
+        if not resume and (folder / "metrics.jsonl").exists():
+            raise UserError(
+                f"--out {folder} already holds a run. Pass --resume auto to continue it, or another folder."
+            )
+        return cls(folder, named, resuming=bool(resume))
+
+    def saved_options(self) -> dict[str, Any]:
+        """Return the options of the run that is continued, as its config.yaml has them; empty for a new run."""
+        return read_options(self.path) if self.resuming and (self.path / "config.yaml").exists() else {}
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Create the directory and write config.yaml: every option with its resolved value.
+
+        Raises:
+            UserError: if a resumed run has other options than before, or another run has just created the directory.
+        """
+        config = json.loads(json.dumps(config | {"out": str(self.path), "resume": None}))
+        before = self.saved_options()
+        changed = [k for k in config if k in before and before[k] != config[k] and k not in MAY_CHANGE]
+        if changed:
+            listed = ", ".join(f"{k}: {before[k]} there, {config[k]} here" for k in changed)
+            raise UserError(
+                f"{self.path}/config.yaml has other options than this run ({listed}). Use the same options, or start a "
+                "new run with --out."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=self.may_exist)
+        except FileExistsError as error:
+            raise UserError(f"Another run has just created {self.path}. Start again.") from error
+        with replacing_file(self.path / "config.yaml") as file:
+            file.write_text(yaml.safe_dump(config, sort_keys=False))
+
+    def replay(self, step: int) -> Path:
+        """Return the folder of a skipped step, for `mimkit replay`."""
+        return self.path / "replay" / f"step-{step:08d}"
+
+    def log(self, step: int, **values: float) -> None:
+        """Append a line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Return the lines of metrics.jsonl."""
+        return read_metrics(self.path)
+
+    def truncate(self, step: int) -> None:
+        """Remove the lines of metrics.jsonl that were logged after `step`."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        with replacing_file(self.path / "metrics.jsonl") as file:
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -1,103 +1,116 @@
-"""How a network is judged while it is trained."""
+"""Validation during training: score a network now and then, and keep its last and its best weights."""
 
 from pathlib import Path
 from typing import Any, Protocol
-
-from accelerate.utils import broadcast
 
 from mimkit.training.plots import curves
 from mimkit.training.run import Run
 
 
 class Task(Protocol):
-    """What a network is judged by."""
+    """What a network is scored on."""
 
-    figure: str  # of `score`, by which best/ is chosen
-    hints: tuple[str, ...]  # commands of mimkit that take the folder of a network
+    figure: str  # the score that chooses best/
+    hints: tuple[str, ...]  # mimkit commands that take the folder of a network
 
     def score(self, network: Any) -> dict[str, float]:
-        """Figures of merit on all test images, over all processes."""
+        """Score a network on all validation images, over all processes."""
 
-    def words(self, figures: dict[str, float]) -> str:
-        """Them, in a line."""
+    def format_scores(self, scores: dict[str, float]) -> str:
+        """Format the scores as one line of text."""
 
     def write(self, network: Any, folder: Path) -> None:
-        """The network and what is to be known about it."""
+        """Write the network and its description into a folder."""
 
     def draw(self, folder: Path) -> list[str]:
-        """Pictures and tables of what was scored last. -> their names"""
+        """Write pictures and tables of what was scored last. Return their names."""
 
 
 class Evaluator:
-    """Scores a network now and then, and keeps the last and the best one of a run."""
+    """Scores a network during training, and keeps the last and the best one of a run.
+
+    Args:
+        run: the run, which logs the scores and whose directory receives last/ and best/.
+        task: what to score on.
+    """
 
     def __init__(self, run: Run, task: Task):
         self.run, self.task = run, task
         self.latest: dict[str, float] | None = None
 
     def score(self, network: Any) -> dict[str, float]:
-        """By the task."""
-        network = self.run.whole(network)
-        if self.run.accelerator.num_processes > 1:  # running statistics are each process's own; the main one's are kept
+        """Score a network on the task."""
+        network = self.run.engine.full_state(network)
+        if self.run.engine.world_size > 1:  # each process has its own running statistics; the main one's count
+            from accelerate.utils import broadcast
+
             broadcast(list(network.buffers()))
         self.latest = self.task.score(network)
         return self.latest
 
     def __call__(self, step: int, network: Any, ema: Any = None) -> None:
-        """Measure, print and log; write last/, and best/ if it is. Where weights are averaged it is they that count."""
-        run, name, network = self.run, self.task.figure, self.run.whole(network)
-        before = max((line[name] for line in run.metrics() if name in line), default=-1.0)
+        """Score, print and log after `step` steps; write last/, and best/ if the score is the best so far.
+
+        Args:
+            ema: a moving average of the weights. If there is one, its score counts.
+        """
+        run, name, network = self.run, self.task.figure, self.run.engine.full_state(network)
+        best = max((line[name] for line in run.dir.metrics() if name in line), default=-1.0)
         if ema:
             raw = self.score(network)
             run.log(step, **{f"{name}_raw": raw[name]})
-            run.print(f"{self.task.words(raw)} by the weights as they are; by their average")
-        figures = self.measure(step, ema or network)
-        if run.accelerator.is_main_process:
+            run.print(f"{self.task.format_scores(raw)} without averaging; with averaged weights:")
+        scores = self.measure(step, ema or network)
+        if run.engine.is_main:
             self.task.write(ema or network, run.folder / "last")
-            if figures[name] > before:
+            if scores[name] > best:
                 self.task.write(ema or network, run.folder / "best")
-        run.accelerator.wait_for_everyone()
+        run.engine.wait()
 
     def measure(self, step: int, network: Any) -> dict[str, float]:
-        """Print and log."""
-        figures = self.score(network)
-        self.run.log(step, **figures)
-        self.run.print(f"after {step} steps: {self.task.words(figures)}")
-        return figures
+        """Score, print and log after `step` steps."""
+        scores = self.score(network)
+        self.run.log(step, **scores)
+        self.run.print(f"after {step} steps: {self.task.format_scores(scores)}")
+        return scores
 
-    def alone(self, network: Any) -> float:
-        """Evaluator a network as it is; with --out leave the pictures. -> the figure that counts"""
-        figures = self.score(network)
-        self.run.print(self.task.words(figures))
-        if self.run.options.out:
+    def evaluate_only(self, network: Any, draw: bool) -> float:
+        """Score a network without training, and return the score that counts.
+
+        Args:
+            draw: write the pictures into the run's directory.
+        """
+        scores = self.score(network)
+        self.run.print(self.task.format_scores(scores))
+        if draw:
             names = self.draw(network)
             self.run.print(f"wrote {', '.join(f'{self.run.folder}/{name}' for name in names)}")
-        return figures[self.task.figure]
+        return scores[self.task.figure]
 
     def draw(self, network: Any) -> list[str]:
-        """The task's pictures, and how training went, where there was any. -> their names"""
+        """Write the task's pictures and the training curves, if there are any. Return their names."""
         if not self.latest:
             self.score(network)
-        if not self.run.accelerator.is_main_process:
+        if not self.run.engine.is_main:
             return []
         self.run.folder.mkdir(parents=True, exist_ok=True)
         names = self.task.draw(self.run.folder)
-        if metrics := self.run.metrics():
+        if metrics := self.run.dir.metrics():
             curves(metrics, self.run.folder / "curves.png")
             names.append("curves.png")
         return names
 
     def finish(self, network: Any) -> float:
-        """The pictures, and what to do next. -> the figure that counts, at the end"""
+        """Write the pictures and print what to do next. Return the final score."""
         run, name, drawn = self.run, self.task.figure, ", ".join(self.draw(network))
         assert self.latest is not None
         last = self.latest[name]
-        if run.accelerator.is_main_process:
-            best = max((line for line in run.metrics() if name in line), key=lambda line: line[name], default=None)
-            words = f"{best[name]:.2f} % after {best['step']} steps, " if best else ""
+        if run.engine.is_main:
+            best = max((line for line in run.dir.metrics() if name in line), key=lambda line: line[name], default=None)
+            score = f"{best[name]:.2f} % after {best['step']} steps, " if best else ""
             hints = "\n      ".join(f"mimkit {hint.format(f'{run.folder}/last')}" for hint in self.task.hints)
             run.print(
-                f"\nwrote {run.folder}/: last/ ({last:.2f} %) and best/ ({words}chosen by the test "
-                f"images),\n{drawn}, metrics.jsonl, config.yaml, checkpoints/\nnext: {hints}"
+                f"\nwrote {run.folder}/: last/ ({last:.2f} %) and best/ ({score}chosen on the validation images),\n"
+                f"{drawn}, metrics.jsonl, config.yaml, checkpoints/\nnext: {hints}"
             )
         return last
