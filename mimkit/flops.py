@@ -1,4 +1,4 @@
-"""What a network costs: multiply-accumulates, the one count of them, and bytes kept for the backward pass."""
+"""The cost of a network: multiply-accumulates of a forward pass, and bytes kept for the backward pass."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -12,9 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_gmacs(model: nn.Module, *shape: int) -> float:
-    """GMACs of a forward pass on one input of this shape (1 c H W), counted without computing anything.
+    """Count the GMACs of a forward pass on one input of this shape, without computing anything.
 
-    Convolutions + matrix products + attention, without norms.
+    Convolutions, matrix products and attention count; norms do not.
+
+    Args:
+        model: the network. It is copied, not changed.
+        shape: shape of the input, such as 1, 3, 224, 224.
     """
     model = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     with torch.device("meta"):
@@ -23,48 +27,50 @@ def count_gmacs(model: nn.Module, *shape: int) -> float:
 
 @torch.no_grad()
 def gmacs_of(model: nn.Module, *inputs: Tensor) -> float:
-    """GMACs of `model(*inputs)`, on the device and in the mode that it is in.
+    """Count the GMACs of `model(*inputs)`, on the model's current device and in its current mode.
 
-    Attention is computed as the two matrix products that it is: torch 2.14 does not count its fused kernel on CPUs.
+    Attention runs as two explicit matrix products, because torch 2.14 does not count its fused CPU kernel.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*inputs)
     return counter.get_total_flops() / 2e9
 
 
-class Casts(TorchDispatchMode):
-    """Adds to what is known the storages of its copies in another precision, which autocast makes of weights."""
+class _CastRecorder(TorchDispatchMode):
+    """Add the copies that autocast makes of known tensors to the set of known storages."""
 
     def __init__(self, known: set[int]):
         super().__init__()
         self.known = known
-        self.alive: list[Tensor] = []
+        self.alive: list[Tensor] = []  # references to the copies, so that no address is reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute as ever, and note copies."""
+        """Run the operation, and record its output if it is a cast of a known tensor."""
         out = func(*args, **kwargs or {})
         if func is torch.ops.aten._to_copy.default and args[0].untyped_storage().data_ptr() in self.known:
-            self.alive.append(out)  # so that no address is used twice
+            self.alive.append(out)
             self.known.add(out.untyped_storage().data_ptr())
         return out
 
 
 def kept_bytes(forward: Callable[[], Tensor], tensors: Iterable[Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, each storage once, but `tensors` and casts of them.
+    """Measure the bytes that a forward pass keeps for the backward pass.
+
+    Each storage counts once. `tensors` and copies of them in another precision do not count.
 
     Args:
-        forward: gives what is differentiated; what else it returns would be counted or not by chance.
+        forward: runs the forward pass and returns the loss only: further outputs may or may not be counted.
         tensors: parameters, buffers and inputs.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    held: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
+    kept: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is reused
 
-    def pack(tensor: Tensor) -> Any:  # a tensor returned would hold the graph that holds it, for ever
+    def pack(tensor: Tensor) -> Any:  # returns nothing: a returned tensor would keep its own graph alive forever
         storage = tensor.untyped_storage()
-        held.setdefault(storage.data_ptr(), storage)
+        kept.setdefault(storage.data_ptr(), storage)
 
-    unpack: Any = lambda _: None  # noqa: E731  there is no backward pass
-    with Casts(known), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    unpack: Any = lambda _: None  # noqa: E731  no backward pass follows
+    with _CastRecorder(known), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         loss = forward()
     del loss
-    return sum(storage.nbytes() for where, storage in held.items() if where not in known)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in known)

@@ -1,4 +1,4 @@
-"""The networks. Importing this package registers them with timm."""
+"""Networks. Importing this package registers them with timm."""
 
 from mimkit.models.hivit import HiViT as HiViT
 from mimkit.models.hpvit import HPViT as HPViT

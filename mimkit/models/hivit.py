@@ -1,9 +1,12 @@
 """HiViT: a hierarchical vision transformer in which nothing crosses a mask unit before the main stage.
 
 Zhang et al., "HiViT: A Simpler and More Efficient Design of Hierarchical Vision Transformer", ICLR 2023.
-Two stem stages of MLP blocks work inside each unit of 4 x 4 patches, two merges turn the unit into one token, and the
-main stage is a plain ViT. So units can be dropped as pixels, before anything is computed for them. Names of parameters
-are those of the released checkpoints.
+
+A mask unit is a square of 4 x 4 patches. Two stem stages apply MLP blocks to each patch on its own, and each stem stage
+ends with a merge of 2 x 2 neighboring tokens. After the second merge a unit is one token, and the main stage is a plain
+ViT on these tokens. Masked units can therefore be dropped as pixels, and nothing is computed for them.
+
+Parameters have the names of the released checkpoints.
 """
 
 from typing import Any
@@ -21,13 +24,13 @@ from torch import Tensor, nn
 from mimkit.errors import UserError
 from mimkit.models.layers.pos_embed import sincos_positions
 from mimkit.models.layers.windows import global_blocks, into_windows, out_of_windows, window_sides
-from mimkit.units import Grid, gather, serialize, unit_grid
+from mimkit.units import Grid, Grids, gather, one_grid, serialize, unit_grid
 
-SIDE = 4  # patches along a side of a mask unit: two merges of 2 x 2 leave one token
+UNIT_PATCHES = 4  # patches along a side of a mask unit: two merges of 2 x 2 turn them into one token
 
 
-class PatchEmbed(nn.Module):
-    """Non-overlapping convolution and norm, unit by unit."""
+class UnitPatchEmbed(nn.Module):
+    """Patch embedding of units: a non-overlapping convolution followed by a norm."""
 
     def __init__(self, patch_size: int, in_chans: int, dim: int):
         super().__init__()
@@ -38,13 +41,13 @@ class PatchEmbed(nn.Module):
     def forward(self, units: Tensor) -> Tensor:
         """(b v c p p) -> (b v ih iw d)"""
         p = self.patch_size
-        # the convolution's kernel is its stride, so it is a matrix product over patches
+        # kernel size and stride are equal, so the convolution is a matrix product over patches
         patches = rearrange(units, "b v c (ih p) (iw q) -> b v ih iw (c p q)", p=p, q=p)
         return self.norm(F.linear(patches, self.proj.weight.flatten(1), self.proj.bias))
 
 
 class StemBlock(nn.Module):
-    """An MLP with a residual: no attention, nothing crosses a unit."""
+    """Pre-norm MLP block of the stem. It has no attention and treats every token on its own."""
 
     def __init__(self, dim: int, mlp_ratio: float, drop_path: float):
         super().__init__()
@@ -58,7 +61,10 @@ class StemBlock(nn.Module):
 
 
 class Merge(nn.Module):
-    """2 x 2 neighbors to one of twice the width. The order (dx dy d) is that of the released weights."""
+    """Merge 2 x 2 neighboring tokens into one token of twice the width.
+
+    The four tokens are concatenated in the order (dx dy d), as the released weights expect.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -72,7 +78,11 @@ class Merge(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, with a relative position bias (Swin's table) where there is a grid."""
+    """Multi-head self-attention.
+
+    Args:
+        grid: grid (gh gw) of a relative position bias table in Swin's form, or None for no relative bias.
+    """
 
     def __init__(self, dim: int, num_heads: int, grid: Grid | None):
         super().__init__()
@@ -84,14 +94,14 @@ class Attention(nn.Module):
             self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(b n d), bias (h n n), (b 1 1 n) or (b h n n), or None -> (b n d)"""
+        """(b n d) -> (b n d), with an optional bias (h n n), (b 1 1 n) or (b h n n) on the attention logits"""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         x = F.scaled_dot_product_attention(q, k, v) if bias is None else F.scaled_dot_product_attention(q, k, v, bias)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
 class Block(nn.Module):
-    """An ordinary pre-norm ViT block."""
+    """Pre-norm transformer block of the main stage."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, grid: Grid | None):
         super().__init__()
@@ -102,27 +112,34 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(b n d), bias (h n n), (b 1 1 n) or (b h n n), or None -> (b n d)"""
+        """(b n d) -> (b n d), with an optional bias (h n n), (b 1 1 n) or (b h n n) on the attention logits"""
         x = x + self.drop_path(self.attn(self.norm1(x), bias))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class HiViT(nn.Module):
-    """HiViT in its two forms.
+    """HiViT, in one of two forms.
 
-    Supervised (the default): relative position bias in every main block, learned positions, mean pool, `fc_norm`, head.
-    Unit form (`unit_form=True`, for masked pre-training): no relative bias, fixed sin-cos positions, no `fc_norm` (and
-    with `num_classes=0` no head), and a final `norm` on what `encode_units` returns. There `multi_scale=True` returns
-    the features before each merge beside the main output, 7 x embed_dim in all.
+    The supervised form (default) has a relative position bias in every main block, learned absolute positions, mean
+    pooling, `fc_norm` and a head.
+
+    The unit form (`unit_form=True`) is the encoder of masked pre-training. It has no relative bias, fixed sine-cosine
+    positions, no `fc_norm`, and a final `norm` on the output of `encode_units`. Build it with `num_classes=0` to leave
+    out the head.
 
     Args:
-        img_size: input in pixels, one number or (height, width), multiples of `unit_size` = 4 x `patch_size`. Other
-            sizes run too: position and relative-bias tables are then resampled from this size.
-        embed_dim: width of the main stage; the stems have a quarter and a half of it.
-        depths: MLP blocks in the first stem stage, in the second, attention blocks in the main stage.
-        window: largest side, in units, of windows that main blocks attend in, for large images; the last block of each
-            quarter is global. Bias tables are then resampled to the window. Masked units leave no windows to cut, so
-            `encode_units` refuses.
+        img_size: input size in pixels, one number or (height, width), multiples of `unit_size` = 4 x `patch_size`.
+            The network runs on other sizes too: position and relative-bias tables are then resampled from this size.
+        patch_size: side of a patch in pixels.
+        embed_dim: width of the main stage. The two stem stages have a quarter and a half of it.
+        depths: number of MLP blocks in the first stem stage, MLP blocks in the second, attention blocks in the main.
+        global_pool: 'avg' for the mean of all tokens, or '' to classify each token.
+        unit_form: build the form for masked pre-training.
+        multi_scale: concatenate the features before each merge to the output of `encode_units`, which is then
+            7 x `embed_dim` wide. Needs the unit form.
+        window: largest side, in units, of attention windows for large images, or 0 for none. The last block of each
+            quarter stays global, and bias tables are resampled to the window. `encode_units` needs 0, because the
+            visible units do not form whole windows.
     """
 
     pretrained_cfg: dict[str, Any]
@@ -148,25 +165,25 @@ class HiViT(nn.Module):
     ):
         super().__init__()
         if multi_scale and not unit_form:
-            raise UserError("multi_scale=True is an output for a decoder, of the unit form: pass unit_form=True too.")
+            raise UserError("multi_scale=True needs the form for masked pre-training: pass unit_form=True too.")
         if embed_dim % num_heads or embed_dim % 4:
             raise UserError(
-                f"embed_dim {embed_dim} does not divide by 4 and into {num_heads} heads: change one of them."
+                f"embed_dim {embed_dim} does not divide by 4 and by num_heads {num_heads}: change one of them."
             )
         height, width = to_2tuple(img_size)
         self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.unit_form, self.multi_scale = unit_form, multi_scale
-        self.unit_size = SIDE * patch_size
+        self.unit_size = UNIT_PATCHES * patch_size
         self.grid = unit_grid(height, width, self.unit_size)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.out_dim = 7 * embed_dim if multi_scale else embed_dim  # 16/4 + 4/2 + 1 = 7 widths a unit
+        self.out_dim = 7 * embed_dim if multi_scale else embed_dim  # a unit has 16/4 + 4/2 + 1 = 7 widths
         self.num_prefix_tokens = 0
         self.grad_checkpointing = False
 
         dims = (embed_dim // 4, embed_dim // 2, embed_dim)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         bias_grid = None if unit_form else self.grid
-        self.patch_embed = PatchEmbed(patch_size, in_chans, dims[0])
+        self.patch_embed = UnitPatchEmbed(patch_size, in_chans, dims[0])
         self.absolute_pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], embed_dim))
         self.blocks = nn.ModuleList()
         self.feature_info: list[dict[str, Any]] = []
@@ -174,9 +191,11 @@ class HiViT(nn.Module):
             if stage:
                 self.blocks.append(Merge(dims[stage - 1]))
             for _ in range(depth):
-                rate, main = next(rates), stage == 2
+                rate, is_main = next(rates), stage == 2
                 block = (
-                    Block(dim, num_heads, mlp_ratio, rate, bias_grid) if main else StemBlock(dim, stem_mlp_ratio, rate)
+                    Block(dim, num_heads, mlp_ratio, rate, bias_grid)
+                    if is_main
+                    else StemBlock(dim, stem_mlp_ratio, rate)
                 )
                 self.blocks.append(block)
             module = f"blocks.{len(self.blocks) - 1}"
@@ -190,14 +209,14 @@ class HiViT(nn.Module):
         self.init_weights()
 
     def set_window(self, window: int) -> None:
-        """Windows of the main stage, at most so many units a side; 0 for none."""
+        """Set the largest side, in units, of the main stage's attention windows; 0 disables windows."""
         main = [i for i, block in enumerate(self.blocks) if isinstance(block, Block)]
         self.window, self.global_blocks = window, [main[i] for i in global_blocks(len(main), window)]
         update_model_args(self, window=window)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Xavier-uniform projections, as MAE: unlike a fixed deviation it also suits widths of 32."""
+        """Initialize projections as MAE does: Xavier-uniform, which also suits networks as narrow as 32 channels."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -211,17 +230,18 @@ class HiViT(nn.Module):
     # Forward ---------------------------------------------------------------------------------------------------------
 
     def positions(self, grid: Grid) -> Tensor:
-        """(gh gw) -> (1 n d), resampled when the grid is not the one built for."""
+        """Return the position table (1 n d), resampled if the grid is not the one that the network was built for."""
         return resample_abs_pos_embed(self.absolute_pos_embed, list(grid), list(self.grid), num_prefix_tokens=0)
 
     def relative_bias(self, block: Block, grid: Grid) -> Tensor | None:
-        """The relative position bias (h n n) of a main block, resampled likewise; None in the unit form."""
+        """Return the relative position bias (h n n) of a main block for this grid, or None in the unit form."""
         if self.unit_form:
             return None
-        return spread(resample_bias_table(block.attn.relative_position_bias_table, self.grid, grid), grid)
+        table = resample_bias_table(block.attn.relative_position_bias_table, self.grid, grid)
+        return bias_from_table(table, grid)
 
-    def main_block(self, i: int, x: Tensor, grid: Grid) -> Tensor:
-        """Tokens (b v d) -> the same after block i, which attends to all of them or in windows of their grid (gh gw)"""
+    def run_main_block(self, i: int, x: Tensor, grid: Grid) -> Tensor:
+        """(b v d) -> (b v d): run block i, globally or in windows of the grid (gh gw)"""
         block: Any = self.blocks[i]
         sides = grid if i in self.global_blocks else window_sides(grid, self.window)
         bias = self.relative_bias(block, sides)
@@ -234,42 +254,49 @@ class HiViT(nn.Module):
         return checkpoint(block, *args) if self.grad_checkpointing and self.training else block(*args)
 
     def stages(self, units: Tensor, index: Tensor | None, grid: Grid, last: int = 2) -> list[Tensor]:
-        """Units (b v c p p) at places index (b v) of a grid (None: all of them, in order) ->
-        the last state of each stage up to `last`: [(b v 4 4 d/4), (b v 2 2 d/2), (b v 1 1 d)]"""
+        """(b v c p p) -> [(b v 4 4 d/4), (b v 2 2 d/2), (b v 1 1 d)], the outputs of the stages up to `last`
+
+        `index` (b v) holds the positions of the units in the grid (gh gw); None stands for all units in order.
+        """
         x = self.patch_embed(units)
         outputs: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if isinstance(block, Block):
-                x = self.main_block(i, x, grid)
+                x = self.run_main_block(i, x, grid)
                 continue
             if isinstance(block, Merge):
                 outputs.append(x)
                 if len(outputs) > last:
                     return outputs
             x = self._run(block, x)
-            if isinstance(block, Merge) and len(outputs) == 2:  # one token a unit: the main stage begins
+            if isinstance(block, Merge) and len(outputs) == 2:  # a unit is one token now, and the main stage begins
                 x = rearrange(x, "b v 1 1 d -> b v d")
                 x = x + (self.positions(grid) if index is None else gather(self.positions(grid), index))
         return [*outputs, rearrange(x, "b v d -> b v 1 1 d")]
 
-    def encode_units(self, units: Tensor, index: Tensor, grid: Grid) -> Tensor:
-        """Units (b v c p p) at places index (b v) of the grid (gh gw) -> latent (b v out_dim)"""
+    def encode_units(self, units: Tensor, index: Tensor, grid: Grids) -> Tensor:
+        """(b v c p p) -> (b v out_dim): encode units at positions `index` (b v) of the grid (gh gw)
+
+        Raises:
+            UserError: the network is not in the unit form, or it has windows, or there is one grid for each image.
+        """
+        grid = one_grid(grid)
         if not self.unit_form:
             raise UserError(
                 "A supervised HiViT has a relative position bias, so it cannot skip units: pass unit_form=True."
             )
         if self.window:
-            raise UserError(f"Masked units leave no whole windows of {self.window} to attend in: pass window=0.")
+            raise UserError(f"Visible units form no whole windows of {self.window} to attend in: pass window=0.")
         outputs = self.stages(units, index, grid)[0 if self.multi_scale else -1 :]
         return self.norm(torch.cat([x.flatten(2) for x in outputs], dim=-1))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(b c H W) -> (b n d): tokens of the main stage"""
+        """(b c H W) -> (b n d), the tokens of the main stage"""
         grid = unit_grid(x.shape[-2], x.shape[-1], self.unit_size)
         return rearrange(self.stages(serialize(x, self.unit_size), None, grid)[-1], "b n 1 1 d -> b n d")
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(b n d) -> (b classes), or (b d) before the classifier"""
+        """(b n d) -> (b classes), or (b d) with `pre_logits`"""
         x = self.head_drop(self.fc_norm(x.mean(dim=1) if self.global_pool else x))
         return x if pre_logits else self.head(x)
 
@@ -286,31 +313,32 @@ class HiViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """(b c H W) -> maps (b d gh gw) at 1, 2 and 4 patches a step; before them the tokens (b n d), unless maps only.
+        """(b c H W) -> tokens (b n d) and maps (b d h w) at strides of 1, 2 and 4 patches, or the maps only
 
-        timm's contract. No norm follows the stages, so `norm` changes nothing; maps only stop at the last one needed.
+        This is timm's interface. `norm` has no effect, because no norm follows the stages. With `intermediates_only`
+        the network stops after the last requested map.
         """
         if output_fmt != "NCHW":
-            raise UserError(f"HiViT's maps come as NCHW, not {output_fmt!r}: pass output_fmt='NCHW'.")
+            raise UserError(f"HiViT returns maps as NCHW only, not {output_fmt!r}: pass output_fmt='NCHW'.")
         take, last = feature_take_indices(len(self.feature_info), indices)
         gh, gw = grid = unit_grid(x.shape[-2], x.shape[-1], self.unit_size)
         outputs = self.stages(serialize(x, self.unit_size), None, grid, last if intermediates_only else 2)
         maps = [rearrange(outputs[i], "b (gh gw) ih iw d -> b d (gh ih) (gw iw)", gh=gh, gw=gw) for i in take]
         return maps if intermediates_only else (rearrange(outputs[-1], "b n 1 1 d -> b n d"), maps)
 
-    # timm's other contracts ------------------------------------------------------------------------------------------
+    # timm's other interfaces -----------------------------------------------------------------------------------------
 
     @property
     def merges(self) -> list[int]:
-        """Indices of the two merges in `blocks`."""
+        """Return the indices of the two merges in `blocks`."""
         return [i for i, block in enumerate(self.blocks) if isinstance(block, Merge)]
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the chosen maps do not need; -> their indices."""
+        """Remove the layers that the selected maps do not need, and return the indices of these maps."""
         take, last = feature_take_indices(len(self.feature_info), indices)
-        if last < 2:  # the merge stays: it is where a stage's map is taken
+        if last < 2:  # keep the merge after the stage, because `stages` stores the stage's output there
             self.blocks = self.blocks[: self.merges[last] + 1]
         if prune_norm:
             self.norm = nn.Identity()
@@ -320,13 +348,13 @@ class HiViT(nn.Module):
         return take
 
     def get_classifier(self) -> nn.Module:
-        """The last layer."""
+        """Return the last layer."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head. global_pool: 'avg', or '' for tokens."""
+        """Replace the head by a new one. `global_pool` is 'avg', '' for tokens, or None to keep the current one."""
         if global_pool not in (None, "avg", ""):
-            raise UserError(f"HiViT pools by 'avg' or not at all (''), not by {global_pool!r}.")
+            raise UserError(f"HiViT has no global_pool {global_pool!r}: choose 'avg', or '' for no pooling.")
         self.global_pool = self.global_pool if global_pool is None else global_pool
         self.num_classes = num_classes
         like: Any = {"device": self.absolute_pos_embed.device, "dtype": self.absolute_pos_embed.dtype}
@@ -337,11 +365,11 @@ class HiViT(nn.Module):
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Position and relative-bias tables."""
+        """Return the names of parameters without weight decay: position and relative-bias tables."""
         return {n for n, _ in self.named_parameters() if n.endswith(("absolute_pos_embed", "position_bias_table"))}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for timm's layer decay: every block is one, a merge belongs to the block before it."""
+        """Return the layers for timm's layer decay: each block is a layer, and a merge belongs to the block before."""
         merges = [(rf"^blocks\.{i}\.", (i - 1,)) for i in self.merges]
         return {
             "stem": r"^absolute_pos_embed|^patch_embed",
@@ -349,11 +377,14 @@ class HiViT(nn.Module):
         }
 
 
-# Tables of another size ----------------------------------------------------------------------------------------------
+# Resampling of tables ------------------------------------------------------------------------------------------------
 
 
 def resample_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """((2gh-1 2gw-1) h) for the grid `old` -> the same for the grid `new`."""
+    """Resample a relative-bias table from the grid `old` to `new`: (offsets h) -> (offsets' h).
+
+    A grid (gh gw) has (2gh-1) (2gw-1) offsets, in row-major order.
+    """
     if old == new:
         return table
     maps = rearrange(table, "(y x) h -> 1 h y x", y=2 * old[0] - 1)
@@ -361,27 +392,32 @@ def resample_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
     return rearrange(maps, "1 h y x -> (y x) h")
 
 
-def spread(table: Tensor, grid: Grid) -> Tensor:
-    """((2gh-1 2gw-1) h) -> bias (h n n): between two places of the grid, what the table has for their offset
+def bias_from_table(table: Tensor, grid: Grid) -> Tensor:
+    """Expand a relative-bias table to all pairs of grid positions by their offset: (offsets h) -> (h n n).
 
-    Windows that slide over the table show it to each place, without an index (n n) that autograd would keep.
+    The pairs are views of the table through sliding windows. Indexing with (n n) indices would give the same bias,
+    but autograd would keep the indices.
     """
     gh, gw = grid
-    seen = rearrange(table, "(y x) h -> h y x", y=2 * gh - 1).unfold(1, gh, 1).unfold(2, gw, 1)
-    return rearrange(seen.flip(3, 4), "h y x v u -> h (y x) (v u)")  # the offset falls as the other place grows
+    views = rearrange(table, "(y x) h -> h y x", y=2 * gh - 1).unfold(1, gh, 1).unfold(2, gw, 1)
+    return rearrange(views.flip(3, 4), "h y x v u -> h (y x) (v u)")  # the offset i - j decreases as j increases
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: HiViT) -> dict[str, Tensor]:
-    """Fit a checkpoint of another input or patch size to the model: tables and the embedding's kernel follow."""
+    """Adapt a checkpoint to the model's input and patch size by resampling its tables and its embedding kernel.
+
+    Raises:
+        UserError: the checkpoint's grid is not square, and its `pretrained_cfg` does not name its input size.
+    """
     kernel, n = state["patch_embed.proj.weight"], state["absolute_pos_embed"].shape[1]
-    unit = SIDE * kernel.shape[-1]
-    _, height, width = model.pretrained_cfg["input_size"]  # of the checkpoint, where it is known
+    unit_size = UNIT_PATCHES * kernel.shape[-1]
+    _, height, width = model.pretrained_cfg["input_size"]  # the checkpoint's, if its config names one
     side = round(n**0.5)
-    grids = [(height // unit, width // unit), model.grid, (side, side)]
-    old = next((grid for grid in grids if grid[0] * grid[1] == n), None)
+    candidates = [(height // unit_size, width // unit_size), model.grid, (side, side)]
+    old = next((grid for grid in candidates if grid[0] * grid[1] == n), None)
     if old is None:
         raise UserError(
-            f"A table of {n} positions is not square: write the checkpoint's input_size into its config.json."
+            f"The checkpoint's table of {n} positions is not square: add its input_size to its config.json."
         )
     if old != model.grid:
         for name, tensor in state.items():
@@ -433,35 +469,35 @@ def _hivit(
 
 @register_model
 def hivit_nano(pretrained: bool = False, **kwargs: Any) -> HiViT:
-    """For tests and demonstrations on a CPU: ours, not the paper's."""
+    """Build a HiViT for tests and demonstrations on a CPU. This size is not in the paper."""
     return _hivit("hivit_nano", pretrained, 128, (1, 1, 4), 4, kwargs)
 
 
 @register_model
 def hivit_t(pretrained: bool = False, **kwargs: Any) -> HiViT:
-    """HiViT-T (paper, table 2)."""
+    """Build HiViT-T (paper, table 2)."""
     return _hivit("hivit_t", pretrained, 384, (2, 2, 10), 6, kwargs)
 
 
 @register_model
 def hivit_s(pretrained: bool = False, **kwargs: Any) -> HiViT:
-    """HiViT-S (paper, table 2)."""
+    """Build HiViT-S (paper, table 2)."""
     return _hivit("hivit_s", pretrained, 384, (4, 4, 20), 6, kwargs)
 
 
 @register_model
 def hivit_b(pretrained: bool = False, **kwargs: Any) -> HiViT:
-    """HiViT-B (paper, table 2; the released MAE weights)."""
+    """Build HiViT-B (paper, table 2), the size of the released MAE weights."""
     return _hivit("hivit_b", pretrained, 512, (4, 4, 20), 8, kwargs)
 
 
 @register_model
 def hivit_b24(pretrained: bool = False, **kwargs: Any) -> HiViT:
-    """The 'base' row of the official README's table: 24 main blocks, not 20."""
+    """Build the 'base' network of the official README, which has 24 main blocks instead of 20."""
     return _hivit("hivit_b24", pretrained, 512, (4, 4, 24), 8, kwargs)
 
 
 @register_model
 def hivit_l(pretrained: bool = False, **kwargs: Any) -> HiViT:
-    """HiViT-L, as in mmpretrain."""
+    """Build HiViT-L, as defined in mmpretrain."""
     return _hivit("hivit_l", pretrained, 768, (4, 4, 40), 12, kwargs)

@@ -1,4 +1,4 @@
-"""Any plain timm VisionTransformer as an encoder that can skip units: its mask unit is one patch."""
+"""Any plain timm VisionTransformer as an encoder that can skip units. Its mask unit is one patch."""
 
 import torch
 import torch.nn.functional as F
@@ -9,36 +9,41 @@ from torch import Tensor, nn
 
 from mimkit.errors import UserError
 from mimkit.models.layers.pos_embed import sincos_positions
-from mimkit.units import Grid, gather
+from mimkit.units import Grids, gather, one_grid
 
 
 class UnitViT(nn.Module):
-    """`encode_units` for a plain timm ViT, which stays what it is in `self.vit`.
+    """A plain timm ViT with the method `encode_units`. The ViT itself is unchanged and available as `vit`.
 
-    Positions and prefix tokens come from the ViT's own `_pos_embed`, run on an empty map.
+    Positions and prefix tokens come from the ViT's own `_pos_embed`, which runs on a map of zeros.
 
     Args:
-        vit: a timm `VisionTransformer`, best built with `num_classes=0, fc_norm=False` (its final norm is then used),
-            and with `dynamic_img_size=True` where the input size varies.
-        fixed_positions: replace its learned position table by MAE's fixed sin-cos one (MAE, section 3).
+        vit: a timm `VisionTransformer`. Build it with `num_classes=0, fc_norm=False`, so that its final norm is used,
+            and with `dynamic_img_size=True` if the input size varies.
+        fixed_positions: replace the learned position table by MAE's fixed sine-cosine table (MAE, section 3).
+
+    Raises:
+        UserError: the network is not a plain ViT, or its patches are not square or not embedded one by one.
     """
 
     def __init__(self, vit: nn.Module, fixed_positions: bool = False):
         super().__init__()
         if not isinstance(vit, VisionTransformer):
             raise UserError(
-                f"{type(vit).__name__} is not a plain timm VisionTransformer, whose tokens can be dropped before the "
-                "first block: choose one such as vit_base_patch16_224, or a HiViT."
+                f"{type(vit).__name__} is not a plain timm VisionTransformer, so it cannot skip mask units: choose a "
+                "network such as vit_base_patch16_224, or a HiViT."
             )
         embed = vit.patch_embed
         if not (isinstance(embed, PatchEmbed) and embed.proj.kernel_size == embed.proj.stride):
             raise UserError(
-                f"This ViT embeds images by a {type(embed).__name__}, which looks across patches, so they cannot be "
-                "dropped as pixels: choose a ViT with a plain patch embedding, such as vit_base_patch16_224."
+                f"This ViT embeds images by a {type(embed).__name__}, which mixes patches, so it cannot drop patches "
+                "as pixels: choose a ViT with a plain patch embedding, such as vit_base_patch16_224."
             )
         height, width = embed.patch_size
         if height != width:
-            raise UserError(f"Patches of {height} x {width} px are not square: choose a ViT with square patches.")
+            raise UserError(
+                f"The ViT's patches of {height} x {width} px are not square: choose one with square patches."
+            )
         self.vit = vit
         self.unit_size, self.out_dim, self.num_prefix_tokens = height, vit.embed_dim, vit.num_prefix_tokens
         for unused in (vit.fc_norm, vit.head, vit.attn_pool):
@@ -49,13 +54,18 @@ class UnitViT(nn.Module):
             with torch.no_grad():
                 vit.pos_embed.zero_().requires_grad_(False)[0, -len(table) :] = table
 
-    def encode_units(self, units: Tensor, index: Tensor, grid: Grid) -> Tensor:
-        """Units (b v c p p) at places index (b v) of the grid (gh gw) -> (b k+v d)"""
+    def encode_units(self, units: Tensor, index: Tensor, grid: Grids) -> Tensor:
+        """(b v c p p) -> (b k+v d): encode units at positions `index` (b v) of the grid (gh gw)
+
+        Raises:
+            UserError: the ViT was built for another grid, or there is one grid for each image.
+        """
+        grid = one_grid(grid)
         vit, embed = self.vit, self.vit.patch_embed
         if not vit.dynamic_img_size and grid != embed.grid_size:
             raise UserError(
-                f"A grid of {grid} patches is not the {embed.grid_size} that this ViT was built for: build it with "
-                "that img_size, or with dynamic_img_size=True."
+                f"A grid of {grid} patches does not fit this ViT, which was built for {embed.grid_size}: build it with "
+                "the matching img_size, or with dynamic_img_size=True."
             )
         x = embed.norm(F.linear(units.flatten(2), embed.proj.weight.flatten(1), embed.proj.bias))
         empty = x.new_zeros(1, *grid, x.shape[-1])

@@ -1,4 +1,8 @@
-"""Patch-embedding kernels of another size, by the pseudo-inverse (FlexiViT, Beyer et al., CVPR 2023, section 3.4)."""
+"""Resize patch-embedding kernels by the pseudo-inverse (FlexiViT, Beyer et al., CVPR 2023, section 3.4).
+
+A kernel is resized such that a resized patch times the resized kernel equals the patch times the kernel. This is
+exact for enlarging and a least-squares fit for shrinking. It is computed in float64.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +14,13 @@ KERNEL = "patch_embed.proj.weight"  # its name in timm's networks and in ours
 
 
 def resize_matrix(old: int, new: int) -> Tensor:
-    """(new*new old*old), float64: how a patch of one side becomes a patch of another, bicubic with antialias."""
+    """Return the matrix (new*new old*old), float64, that resizes a flattened patch (bicubic with antialias)."""
     basis = torch.eye(old * old, dtype=torch.float64).view(-1, 1, old, old)
     return F.interpolate(basis, (new, new), mode="bicubic", antialias=True).flatten(1).T
 
 
 def resize_kernel(kernel: Tensor, side: int) -> Tensor:
-    """(d c p p) -> (d c side side). When enlarging, resized kernel times resized patch is kernel times patch."""
+    """Resize a kernel to another patch side: (d c p p) -> (d c side side)."""
     old = kernel.shape[-1]
     if old == side:
         return kernel
@@ -25,11 +29,19 @@ def resize_kernel(kernel: Tensor, side: int) -> Tensor:
 
 
 def restore_kernel(kernel: Tensor, side: int) -> Tensor:
-    """The inverse of an enlarging `resize_kernel`: by the transpose of the resize, not by another resize."""
+    """Invert an enlarging `resize_kernel`: (d c p p) -> (d c side side).
+
+    The inverse is the product with the resize matrix itself. Resizing the kernel a second time would not undo it.
+
+    Raises:
+        UserError: the kernel was shrunk from `side`, so its original is lost.
+    """
     new = kernel.shape[-1]
     if new == side:
         return kernel
     if side > new:
-        raise UserError(f"A kernel of {side} px was shrunk to {new}, which lost some of it: take the original file.")
+        raise UserError(
+            f"A kernel of {side} px was shrunk to {new} px and cannot be restored: use the original checkpoint."
+        )
     restored = kernel.double().flatten(2) @ resize_matrix(side, new)
     return restored.view(*kernel.shape[:2], side, side).to(kernel.dtype)
