@@ -1,1 +1,4 @@
-"""Checkpoint families: tables and short tensor functions, no I/O."""
+"""Checkpoint families, one per module: tables of names and short tensor functions, without file access.
+
+A module becomes the family of its name by defining FAMILY. `mimkit convert --layout NAME` selects it.
+"""

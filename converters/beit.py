@@ -1,12 +1,15 @@
-"""microsoft/unilm BEiT and BEiT v2: pre-trained (a norm before the loss) and fine-tuned (fc_norm and head)."""
+"""BEiT and BEiT v2 files of github.com/microsoft/unilm.
+
+Pre-trained files end in a norm before the loss, fine-tuned ones in `fc_norm` and `head`. The names are timm's.
+"""
 
 from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:
-    """timm's names but for what only pre-training has."""
-    m.drop(r".*relative_position_index", "an index, made anew")
-    m.drop(r"mask_token|lm_head\..*|cls_pt_layers\..*", "of masked pre-training")
+    """Keep all names, and drop what only pre-training has."""
+    m.drop(r".*relative_position_index", "index buffer, recomputed")
+    m.drop(r"mask_token|lm_head\..*|cls_pt_layers\..*", "used in masked pre-training only")
     m.rename(r"(cls_token|pos_embed|(?:patch_embed|blocks|norm|fc_norm|head|rel_pos_bias)\..*)", r"\1")
 
 

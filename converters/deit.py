@@ -1,4 +1,7 @@
-"""facebookresearch/deit: DeiT, distilled DeiT, and DeiT III, whose LayerScale has names of its own."""
+"""DeiT, distilled DeiT and DeiT III files of github.com/facebookresearch/deit.
+
+The names are timm's, except for DeiT III's LayerScale.
+"""
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -6,7 +9,7 @@ from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:
-    """timm's names but for DeiT III's gammas."""
+    """Rename DeiT III's LayerScale, and keep all other names."""
     m.rename(r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma")
     m.rename(r"(cls_token|dist_token|pos_embed|(?:patch_embed|blocks|norm|head|head_dist)\..*)", r"\1")
 

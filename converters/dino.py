@@ -1,4 +1,7 @@
-"""facebookresearch/dino: backbones, and training checkpoints with a student and a teacher (choose by --weights)."""
+"""DINO files of github.com/facebookresearch/dino: backbones and training checkpoints.
+
+A training checkpoint holds a student and a teacher; `--weights` selects one. The backbone's names are timm's.
+"""
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -6,8 +9,8 @@ from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:
-    """The backbone has timm's names; the rest is the projection head."""
-    m.drop(r"head\.(mlp|last_layer)\..*", "the projection head of pre-training")
+    """Keep the backbone's names, and drop the projection head."""
+    m.drop(r"head\.(mlp|last_layer)\..*", "projection head of pre-training")
     m.rename(r"(cls_token|pos_embed|(?:patch_embed|blocks|norm)\..*)", r"\1")
 
 

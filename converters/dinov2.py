@@ -1,4 +1,7 @@
-"""facebookresearch/dinov2, with and without registers; training checkpoints count their blocks in chunks."""
+"""DINOv2 files of github.com/facebookresearch/dinov2, with and without registers.
+
+Training checkpoints have blocks grouped into chunks (`blocks.CHUNK.BLOCK`), and the giant model has a SwiGLU MLP.
+"""
 
 import re
 
@@ -8,20 +11,27 @@ from mimkit.conversion.family import Family, Remap
 
 
 def positions(m: Remap, cls_token: str = r"cls_token", table: str = r"pos_embed") -> None:
-    """Class token and positions, whose names match these. Where registers were found, timm keeps no position for the
-    tokens before the grid: the class token has its own added."""
-    first = next((tensor[:, :1] for name, tensor in m.left.items() if re.fullmatch(table, name)), None)
+    """Rename the class token and the position embeddings.
+
+    If the file has registers, timm's network has no position embedding for the class token: it is added to the token.
+
+    Args:
+        m: the file's tensors.
+        cls_token: pattern of the class token's name.
+        table: pattern of the position embeddings' name.
+    """
+    first = next((tensor[:, :1] for name, tensor in m.remaining.items() if re.fullmatch(table, name)), None)
     if "reg_token" in m.found and first is not None:
-        m.rename(cls_token, "cls_token", lambda t: t + first, "its position added")
-        m.rename(table, "pos_embed", lambda t: t[:, 1:], "without the class token's")
+        m.rename(cls_token, "cls_token", lambda t: t + first, "position embedding of the class token added")
+        m.rename(table, "pos_embed", lambda t: t[:, 1:], "without the class token's position embedding")
     m.rename(cls_token, "cls_token")
     m.rename(table, "pos_embed")
 
 
 def remap(m: Remap) -> None:
-    """timm's names, but for registers, chunks and SwiGLU."""
-    m.drop(r"mask_token", "of masked pre-training")
-    m.drop(r"(dino|ibot)_head\..*", "the projection head of pre-training")
+    """Rename registers, chunked blocks and SwiGLU layers, and keep all other names."""
+    m.drop(r"mask_token", "used in masked pre-training only")
+    m.drop(r"(dino|ibot)_head\..*", "projection head of pre-training")
     m.rename(r"register_tokens", "reg_token")
     positions(m)
     m.rename(r"blocks\.(?:\d+\.)?(\d+)\.mlp\.w12\.(.*)", r"blocks.\1.mlp.fc1.\2")

@@ -1,4 +1,8 @@
-"""facebookresearch/dinov3: RoPE instead of positions, a key bias that is masked out, storage tokens for registers."""
+"""DINOv3 files of github.com/facebookresearch/dinov3.
+
+They have RoPE instead of position embeddings, a key bias that is masked out, and registers named storage tokens. The
+target is timm's Eva.
+"""
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -8,24 +12,31 @@ from mimkit.errors import UserError
 
 
 def biases(m: Remap) -> None:
-    """timm's networks keep q and v bias apart, or, where all released ones are 0 (_qkvb in no name), have none."""
+    """Split the qkv bias.
+
+    timm's networks with `_qkvb` in their name have a separate bias for q and for v. The others, whose released biases
+    are all 0, have none.
+
+    Raises:
+        UserError: the bias is not 0, but the network has none.
+    """
     for match, bias in m.take(r"blocks\.(\d+)\.attn\.qkv\.bias"):
-        q, _, v = bias.chunk(3)  # the middle third is masked out by attn.qkv.bias_mask
+        q, _, v = bias.chunk(3)  # attn.qkv.bias_mask masks out the key bias
         parts = {f"blocks.{match[1]}.attn.{name}_bias": part.clone() for name, part in (("q", q), ("v", v))}
         if parts.keys() <= m.wanted:
-            m.split(match[0], parts, "split; the key's is masked out")
+            m.split(match[0], parts, "split; the key bias is masked out")
         elif torch.count_nonzero(q) or torch.count_nonzero(v):
-            raise UserError(f"{match[0]} is not 0, but the network has no such bias: give --from a name with _qkvb.")
+            raise UserError(f"{match[0]} is not 0, but the network has no such bias. Pass --from NAME with _qkvb.")
         else:
             m.skip(match[0], "all 0")
 
 
 def remap(m: Remap) -> None:
-    """Names of timm's Eva."""
-    m.drop(r"mask_token", "of masked pre-training")
-    m.drop(r"rope_embed\.periods", "computed")
-    m.drop(r"blocks\.\d+\.attn\.qkv\.bias_mask", "masks the key's bias, which timm leaves out")
-    m.drop(r"local_cls_norm\..*", "of pre-training")
+    """Rename the tensors to those of timm's Eva."""
+    m.drop(r"mask_token", "used in masked pre-training only")
+    m.drop(r"rope_embed\.periods", "RoPE periods, recomputed")
+    m.drop(r"blocks\.\d+\.attn\.qkv\.bias_mask", "mask of the key bias, which timm does not have")
+    m.drop(r"local_cls_norm\..*", "used in pre-training only")
     m.rename(r"storage_tokens", "reg_token")
     biases(m)
     m.rename(r"blocks\.(\d+)\.ls([12])\.gamma", r"blocks.\1.gamma_\2")

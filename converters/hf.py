@@ -1,7 +1,7 @@
-"""transformers: ViT, DeiT, ViTMAE, Dinov2 (and with registers), DINOv3, BEiT, CLIP's image tower.
+"""Files of transformers: ViT, DeiT, ViTMAE, Dinov2 (with and without registers), DINOv3, BEiT, and CLIP's image tower.
 
-Files keep old names (`encoder.layer.0.attention.attention.query`); version 5 has others in memory
-(`layers.0.attention.q_proj`). Both are taken.
+Files have names such as `encoder.layer.0.attention.attention.query`. Networks of transformers 5 have other names in
+memory, such as `layers.0.attention.q_proj`. Both are read.
 """
 
 from typing import Any
@@ -24,34 +24,40 @@ PARTS = {
     r"(?:attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.(.*)": r"attn.proj.\2",
     r"(?:intermediate\.dense|mlp\.fc1)\.(.*)": r"mlp.fc1.\2",
     r"(?:output\.dense|mlp\.fc2|mlp\.weights_out)\.(.*)": r"mlp.fc2.\2",
-    r"mlp\.weights_in\.(.*)": r"mlp.fc1.\2",  # SwiGLU of Dinov2, gate and value in one
+    r"mlp\.weights_in\.(.*)": r"mlp.fc1.\2",  # SwiGLU of Dinov2: gate and value in one tensor
     r"(?:attention\.attention\.)?relative_position_bias\.(relative_position_bias_table)": r"attn.\2",
     r"lambda_([12])": r"gamma_\2",
 }
 
 
 def attention(m: Remap) -> None:
-    """Queries, keys and values in one; without a key bias they keep q and v bias apart (BEiT, DINOv3)."""
+    """Fuse queries, keys and values.
+
+    Networks without a key bias (BEiT, DINOv3) have separate biases for q and v, or none.
+
+    Raises:
+        UserError: a bias is not 0, but the network has none.
+    """
     qkv = r"(?P<part>q|k|v)(?:uery|ey|alue|_proj)"
     m.fuse(ATTENTION + qkv + r"\.weight", r"blocks.\1.attn.qkv.weight", ("q", "k", "v"))
-    if any(name.endswith(("key.bias", "k_proj.bias")) for name in m.left):
+    if any(name.endswith(("key.bias", "k_proj.bias")) for name in m.remaining):
         m.fuse(ATTENTION + qkv + r"\.bias", r"blocks.\1.attn.qkv.bias", ("q", "k", "v"))
     for match, bias in m.take(ATTENTION + qkv + r"\.bias"):
         target = f"blocks.{match[1]}.attn.{match['part']}_bias"
         if target in m.wanted:
             m.put("renamed", (match[0],), target, bias)
         elif torch.count_nonzero(bias):
-            raise UserError(f"{match[0]} is not 0, but the network has no such bias: give --from a name with _qkvb.")
-        else:  # timm's DINOv3 without _qkvb in its name
+            raise UserError(f"{match[0]} is not 0, but the network has no such bias. Pass --from NAME with _qkvb.")
+        else:  # DINOv3 in timm without _qkvb in its name
             m.skip(match[0], "all 0")
 
 
 def remap(m: Remap) -> None:
-    """All of them at once: their names don't collide."""
-    m.drop(r"(?:decoder\..*|.*mask_token|lm_head\..*)", "of masked pre-training")
-    m.drop(r".*(relative_position_index|position_ids)", "an index, made anew")
-    m.drop(NET + r"pooler\.dense\..*", "a pooler, which no backbone needs")
-    m.drop(r"(text_model|text_projection|logit_scale)\b.*", "the text tower")
+    """Rename the tensors of all these networks: their names do not collide."""
+    m.drop(r"(?:decoder\..*|.*mask_token|lm_head\..*)", "used in masked pre-training only")
+    m.drop(r".*(relative_position_index|position_ids)", "index buffer, recomputed")
+    m.drop(NET + r"pooler\.dense\..*", "pooler, not part of the backbone")
+    m.drop(r"(text_model|text_projection|logit_scale)\b.*", "text tower")
     clip = r"vision_model\.embeddings\."
     m.rename(clip + r"class_embedding", "cls_token", lambda t: t[None, None])
     m.rename(clip + r"position_embedding\.weight", "pos_embed", lambda t: t[None])
@@ -63,8 +69,8 @@ def remap(m: Remap) -> None:
         m.make("head.bias", torch.zeros(len(m.found["head.weight"])), "CLIP's projection has no bias")
 
     embeddings = NET + r"embeddings\."
-    if any(name.endswith("register_tokens") and not tensor.shape[1] for name, tensor in m.left.items()):
-        m.drop(embeddings + r"register_tokens", "there are none")
+    if any(name.endswith("register_tokens") and not tensor.shape[1] for name, tensor in m.remaining.items()):
+        m.drop(embeddings + r"register_tokens", "empty")
     m.rename(embeddings + r"register_tokens", "reg_token")
     positions(m, embeddings + "cls_token", embeddings + "position_embeddings")
     m.rename(embeddings + r"distillation_token", "dist_token")
@@ -85,27 +91,27 @@ def remap(m: Remap) -> None:
 
 
 def swiglu(m: Remap) -> None:
-    """Gate and value: in one for timm's Dinov2, apart for its DINOv3."""
+    """Rename gate and value of a SwiGLU MLP: fused in timm's DINOv2, separate in its DINOv3."""
     if "blocks.0.mlp.fc1_g.weight" in m.wanted:
         m.rename(LAYER + r"mlp\.gate_proj\.(.*)", r"blocks.\1.mlp.fc1_g.\2")
         m.rename(LAYER + r"mlp\.up_proj\.(.*)", r"blocks.\1.mlp.fc1_x.\2")
-    if any(name.endswith("gate_proj.weight") for name in m.left):
+    if any(name.endswith("gate_proj.weight") for name in m.remaining):
         m.fuse(LAYER + r"mlp\.(?P<part>gate|up)_proj\.(weight|bias)", r"blocks.\1.mlp.fc1.\3", ("gate", "up"))
     m.rename(LAYER + r"mlp\.up_proj\.(.*)", r"blocks.\1.mlp.fc1.\2")
     m.rename(LAYER + r"mlp\.down_proj\.(.*)", r"blocks.\1.mlp.fc2.\2")
 
 
 def classifier(m: Remap) -> None:
-    """A head that takes the pooled width; Dinov2's takes class token and mean, which timm's networks don't."""
+    """Rename the classifier, and drop Dinov2's: it takes the class token and the mean patch token together."""
     m.rename(r"distillation_classifier\.(.*)", r"head_dist.\1")
     width = m.found["patch_embed.proj.weight"].shape[0] if "patch_embed.proj.weight" in m.found else 0
-    if any(n.endswith("classifier.weight") and tensor.shape[1] != width for n, tensor in m.left.items()):
-        m.drop(r"classifier\..*", "a classifier of class token and mean together")
+    if any(n.endswith("classifier.weight") and tensor.shape[1] != width for n, tensor in m.remaining.items()):
+        m.drop(r"classifier\..*", "classifier of class token and mean patch token together")
     m.rename(r"(?:cls_)?classifier\.(.*)", r"head.\1")
 
 
 def options(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
-    """Epsilon and activation, which no tensor tells."""
+    """Return the norm epsilon and the activation, which no tensor shows."""
     vision = {**config, **config.get("vision_config", {})}
     found: dict[str, Any] = {}
     kind = config.get("model_type") or next((k for k in EPS if any(n.startswith(f"{k}.") for n in state)), None)
@@ -128,5 +134,5 @@ FAMILY = Family(
     remap=remap,
     options=options,
     reader="transformers",
-    stand_in="test_transformers",
+    parity_test="test_transformers",
 )

@@ -1,4 +1,7 @@
-"""Released HiViT checkpoints, in the official spelling (ours) and mmpretrain's -> our HiViT."""
+"""HiViT files of github.com/zhangxiaosong18/hivit and of mmpretrain, for our HiViT.
+
+Our names are those of the official repository.
+"""
 
 import math
 from typing import Any
@@ -9,9 +12,9 @@ from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:
-    """mmpretrain calls the bias table `pos_embed`, and the absolute positions too."""
-    m.drop(r"mask_token|decoder_.*|(neck|target_generator|data_preprocessor)\..*", "the decoder of pre-training")
-    m.drop(r".*relative_position_index|rel_pos_index", "an index, made anew")
+    """Rename mmpretrain's tensors, and drop the decoder. mmpretrain names bias tables `pos_embed` too."""
+    m.drop(r"mask_token|decoder_.*|(neck|target_generator|data_preprocessor)\..*", "decoder of pre-training")
+    m.drop(r".*relative_position_index|rel_pos_index", "index buffer, recomputed")
     m.rename_all(
         {
             r"pos_embed": "absolute_pos_embed",
@@ -24,7 +27,10 @@ def remap(m: Remap) -> None:
 
 
 def options(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
-    """What a file's tensors say of the network. A table that is not square does not say for which size it is."""
+    """Return the arguments of the network that the tensors show.
+
+    `img_size` is among them only if the grid of the position embeddings is square.
+    """
     if not {"absolute_pos_embed", "patch_embed.proj.weight"} <= state.keys():
         return {}
     cells, width = state["absolute_pos_embed"].shape[1:]
@@ -45,5 +51,5 @@ FAMILY = Family(
     remap=remap,
     options=options,
     reader=None,
-    stand_in="test_hivit",
+    parity_test="test_hivit",
 )

@@ -1,5 +1,8 @@
-"""facebookresearch/ijepa: an encoder and a target encoder in one file (--weights student or teacher, which is the
-default). timm's names; neither a class token nor a head."""
+"""I-JEPA files of github.com/facebookresearch/ijepa.
+
+A file holds an encoder (`--weights student`) and a target encoder (`--weights teacher`, the default), without class
+token or head. The names are timm's.
+"""
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -7,7 +10,7 @@ from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:
-    """As it is."""
+    """Keep all names."""
     m.rename(r"(pos_embed|(?:patch_embed|blocks|norm)\..*)", r"\1")
 
 

@@ -1,4 +1,7 @@
-"""facebookresearch/mae: encoder-only, with its decoder, and fine-tuned. The encoder's names are timm's already."""
+"""MAE files of github.com/facebookresearch/mae: encoder only, with decoder, and fine-tuned.
+
+The encoder's names are timm's.
+"""
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -6,8 +9,8 @@ from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:
-    """The encoder stays as it is."""
-    m.drop(r"decoder_.*|mask_token", "the decoder of pre-training")
+    """Keep the encoder's names, and drop the decoder."""
+    m.drop(r"decoder_.*|mask_token", "decoder of pre-training")
     m.rename(r"(cls_token|pos_embed|(?:patch_embed|blocks|norm|fc_norm|head)\..*)", r"\1")
 
 

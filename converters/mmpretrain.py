@@ -1,4 +1,7 @@
-"""open-mmlab/mmpretrain: its VisionTransformer and what it converted to it (MAE, DeiT, DeiT III, DINOv2, ...)."""
+"""Files of github.com/open-mmlab/mmpretrain with its VisionTransformer.
+
+mmpretrain converted MAE, DeiT, DeiT III, DINOv2 and others to this layout.
+"""
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -6,9 +9,9 @@ from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:
-    """`backbone.` is taken off on reading; `ln1` at the end is the final norm, `head.` the classifier."""
-    m.drop(r"mask_token|(neck|target_generator|data_preprocessor)\..*", "of pre-training")
-    m.drop(r".*relative_position_index", "an index, made anew")
+    """Rename all tensors. The prefix `backbone.` was removed on reading, and the top-level `ln1` is the final norm."""
+    m.drop(r"mask_token|(neck|target_generator|data_preprocessor)\..*", "used in pre-training only")
+    m.drop(r".*relative_position_index", "index buffer, recomputed")
     m.rename_all(
         {
             r"(cls_token|dist_token|pos_embed)": r"\1",
@@ -41,5 +44,5 @@ FAMILY = Family(
     remap=remap,
     data={"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
     reader=None,
-    stand_in="test_mmpretrain",
+    parity_test="test_mmpretrain",
 )

@@ -1,4 +1,7 @@
-"""OpenAI's CLIP and OpenCLIP: the image tower, in OpenCLIP's own spelling or as a network of timm (`visual.trunk`)."""
+"""CLIP files of github.com/openai/CLIP and github.com/mlfoundations/open_clip: the image tower.
+
+It has OpenCLIP's own names, or timm's below `visual.trunk`.
+"""
 
 from typing import Any
 
@@ -20,7 +23,7 @@ BLOCK = {
 
 
 def remap(m: Remap) -> None:
-    """`visual.*` to timm's names; the projection becomes the head, which has a bias of 0 in timm."""
+    """Rename the image tower, and drop the text tower. The projection becomes the head, whose bias in timm is 0."""
     m.rename(r"visual\.conv1\.weight", "patch_embed.proj.weight")
     m.rename(r"visual\.class_embedding", "cls_token", lambda t: t[None, None])
     m.rename(r"visual\.positional_embedding", "pos_embed", lambda t: t[None])
@@ -37,12 +40,12 @@ def remap(m: Remap) -> None:
     m.drop(
         r"transformer\..*|token_embedding\..*|positional_embedding|ln_final\..*|text_projection.*|logit_.*|text\..*"
         r"|input_resolution|context_length|vocab_size|cls_emb|attn_mask",
-        "the text tower",
+        "text tower",
     )
 
 
 def options(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's own files, which alone tell their input_resolution, are for QuickGELU."""
+    """Choose QuickGELU for OpenAI's own files, which are the only ones with an `input_resolution`."""
     return {"act_layer": "quick_gelu"} if "input_resolution" in state else {}
 
 

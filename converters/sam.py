@@ -1,11 +1,11 @@
-"""facebookresearch/segment-anything: the image encoder."""
+"""Segment Anything files of github.com/facebookresearch/segment-anything: the image encoder."""
 
 from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:
-    """`image_encoder.*` to timm's names."""
-    m.drop(r"(prompt_encoder|mask_decoder)\..*|pixel_(mean|std)", "not the image encoder")
+    """Rename the image encoder, and drop the prompt encoder and the mask decoder."""
+    m.drop(r"(prompt_encoder|mask_decoder)\..*|pixel_(mean|std)", "not part of the image encoder")
     m.rename(r"image_encoder\.(blocks\.\d+\.mlp)\.lin([12])\.(.*)", r"\1.fc\2.\3")
     m.rename(r"image_encoder\.(.*)", r"\1")
 

@@ -1,4 +1,7 @@
-"""Released SViT checkpoints (hhb072/STViT, stvit-{small,base,large}-{224,384}.pth) -> our SViT."""
+"""SViT files of github.com/hhb072/STViT (stvit-{small,base,large}-{224,384}.pth), for our SViT.
+
+Their modules are nested deeper, and their linear layers are 1x1 convolutions.
+"""
 
 from typing import Any
 
@@ -11,19 +14,19 @@ BLOCK = r"layers\.(\d)\.blocks\.(\d+)\."
 
 
 def linear(tensor: Tensor) -> Tensor:
-    """A 1 x 1 convolution is a linear layer."""
+    """Turn the weight of a 1x1 convolution (o i 1 1) into that of a linear layer (o i). A bias stays."""
     return tensor.flatten(1) if tensor.ndim == 4 else tensor
 
 
 def qkv(tensor: Tensor) -> Tensor:
-    """Output channels in the order of heads, each with its [q, k, v] -> q of all heads, k, v"""
-    heads = -(-len(tensor) // 3 // 64)  # in all of the three sizes: 96 has 2 of 48, the others have 64 each
+    """Reorder output channels from [q, k, v] of each head to q of all heads, k of all heads, v of all heads."""
+    heads = -(-len(tensor) // 3 // 64)  # in all three sizes: width 96 has 2 heads of 48, other widths have heads of 64
     return rearrange(linear(tensor), "(h three d) ... -> (three h d) ...", three=3, h=heads)
 
 
 def remap(m: Remap) -> None:
-    """Their modules are nested deeper, and their linear layers are convolutions."""
-    m.drop(rf"{BLOCK}attn\.(?:unfold|fold)\.weights", "a fixed kernel that collects neighbors; ours are slices")
+    """Rename all tensors, and drop the fixed kernels that collect neighbors."""
+    m.drop(rf"{BLOCK}attn\.(?:unfold|fold)\.weights", "fixed kernel that collects neighbors; our code slices instead")
     for i in range(4):
         m.rename(rf"patch_embed\.proj\.{3 * i}\.(.*)", rf"stem.convs.{i}.\1")
         m.rename(rf"patch_embed\.proj\.{3 * i + 2}\.(.*)", rf"stem.norms.{i}.\1")
@@ -39,16 +42,18 @@ def remap(m: Remap) -> None:
         }
     )
     m.rename(
-        rf"{BLOCK}attn\.stoken_refine\.qkv\.(.*)", r"stages.\1.\2.attn.qkv.\3", qkv, "[q, k, v] of each head apart"
+        rf"{BLOCK}attn\.stoken_refine\.qkv\.(.*)", r"stages.\1.\2.attn.qkv.\3", qkv, "channels reordered to q, k, v"
     )
-    m.rename(rf"{BLOCK}attn\.stoken_refine\.proj\.(.*)", r"stages.\1.\2.attn.proj.\3", linear, "1 x 1 convolution")
-    m.rename(rf"{BLOCK}mlp2\.(fc\d)\.(.*)", r"stages.\1.\2.mlp.\3.\4", linear, "1 x 1 convolution")
+    m.rename(
+        rf"{BLOCK}attn\.stoken_refine\.proj\.(.*)", r"stages.\1.\2.attn.proj.\3", linear, "1x1 convolution made linear"
+    )
+    m.rename(rf"{BLOCK}mlp2\.(fc\d)\.(.*)", r"stages.\1.\2.mlp.\3.\4", linear, "1x1 convolution made linear")
     m.rename(rf"{BLOCK}gamma_(\d)", r"stages.\1.\2.ls\3.gamma", Tensor.flatten)
-    m.rename(r"proj\.(.*)", r"tail.\1", linear, "1 x 1 convolution")
+    m.rename(r"proj\.(.*)", r"tail.\1", linear, "1x1 convolution made linear")
 
 
 def options(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
-    """What a file's tensors say of the network."""
+    """Return the arguments of the network that the tensors show."""
     blocks = {tuple(name.split(".")[1:3]) for name in state if name.startswith("stages.")}
     return {
         "depths": [sum(stage == str(s) for stage, _ in blocks) for s in range(4)],
@@ -63,5 +68,5 @@ FAMILY = Family(
     remap=remap,
     options=options,
     reader=None,
-    stand_in="test_svit",
+    parity_test="test_svit",
 )

@@ -1,12 +1,15 @@
-"""timm: nothing changes. SigLIP and EVA-02 come this way, and every other plain ViT that timm has."""
+"""Files of timm (github.com/huggingface/pytorch-image-models) and of mimkit's own runs.
+
+SigLIP, EVA-02 and every other plain ViT in timm are read by this family.
+"""
 
 from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:
-    """What timm's network has stays; what only pre-training has goes."""
-    m.drop(r"mask_token|lm_head\..*", "of masked pre-training")
-    m.drop(r".*relative_position_index", "an index, made anew")
+    """Keep all names, and drop what only pre-training has."""
+    m.drop(r"mask_token|lm_head\..*", "used in masked pre-training only")
+    m.drop(r".*relative_position_index", "index buffer, recomputed")
     m.rename(r"(.+)", r"\1")
 
 

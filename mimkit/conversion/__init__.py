@@ -1,1 +1,1 @@
-"""Conversion of released checkpoints."""
+"""Conversion of released checkpoints into our networks' layouts, and back to timm's."""

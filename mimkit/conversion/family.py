@@ -1,4 +1,4 @@
-"""Checkpoint families: how the names and tensors of a library become those of timm."""
+"""Checkpoint families: how a library's tensor names and layouts translate into timm's."""
 
 import importlib
 import pkgutil
@@ -16,90 +16,103 @@ from mimkit.conversion.report import Row
 from mimkit.errors import UserError
 from mimkit.io.weights import State
 
-OWN = ("hivit", "svit")  # families, and what the names of our networks begin with that they are read into
-MODULES = ("vision_transformer", "deit", "beit", "eva", "vision_transformer_sam")  # of timm, with plain ViTs
+OWN = ("hivit", "svit")  # families of networks that mimkit implements; the networks' names start with the family's name
+MODULES = ("vision_transformer", "deit", "beit", "eva", "vision_transformer_sam")  # timm's modules with plain ViTs
 
 
 class Remap:
-    """A file's tensors on their way to timm's names. A family calls its methods; what it leaves is an error.
+    """Moves a file's tensors to timm's names and records what happened to each of them.
+
+    A family's `remap` function calls the methods below. Tensors that it leaves in `remaining` are an error.
 
     Args:
         state: the file's tensors.
-        wanted: names that the plain ViT of timm has.
+        wanted: names of the target network's tensors.
     """
 
     def __init__(self, state: State, wanted: set[str]):
-        self.left, self.wanted = dict(state), wanted
+        self.remaining, self.wanted = dict(state), wanted
         self.found: State = {}
         self.rows: list[Row] = []
 
     def take(self, pattern: str) -> list[tuple[re.Match[str], Tensor]]:
-        """Tensors whose whole name matches, taken out of what is left."""
-        matches = [match for name in self.left if (match := re.fullmatch(pattern, name))]
-        return [(match, self.left.pop(match[0])) for match in matches]
+        """Remove and return the remaining tensors whose whole name matches the pattern."""
+        matches = [match for name in self.remaining if (match := re.fullmatch(pattern, name))]
+        return [(match, self.remaining.pop(match[0])) for match in matches]
 
     def put(self, action: str, origins: tuple[str, ...], target: str, tensor: Tensor, why: str = "") -> None:
-        """A tensor under its name in timm."""
+        """Add a tensor under its name in timm.
+
+        Raises:
+            UserError: another tensor already has this name.
+        """
         if target in self.found:
-            raise UserError(f"{', '.join(origins)}: {target} is there already, so this file holds two networks.")
+            raise UserError(f"{', '.join(origins)}: the file already has a {target}. Pass a file with one network.")
         self.found[target] = tensor
         self.rows.append(Row(action, origins, target, why))
 
     def rename(self, pattern: str, to: str, change: Callable[[Tensor], Tensor] | None = None, why: str = "") -> None:
-        """One to one, e.g. r"layer\\.(\\d+)\\.(.*)" to r"blocks.\\1.\\2"."""
+        """Rename tensors one to one, e.g. r"layer\\.(\\d+)\\.(.*)" to r"blocks.\\1.\\2", and optionally change them."""
         for match, tensor in self.take(pattern):
             target = match.expand(to)
             action = "copied" if target == match[0] and change is None else "renamed"
             self.put(action, (match[0],), target, change(tensor) if change else tensor, why)
 
     def rename_all(self, table: Mapping[str, str]) -> None:
-        """Several of them, in order."""
+        """Apply several renames in order."""
         for pattern, to in table.items():
             self.rename(pattern, to)
 
     def fuse(self, pattern: str, to: str, parts: tuple[str, ...]) -> None:
-        """Several to one, along the first axis; the pattern's group `part` names which of the parts a tensor is."""
+        """Concatenate several tensors along the first axis.
+
+        The pattern's group `part` says which of `parts` a tensor is.
+
+        Raises:
+            UserError: a part is missing.
+        """
         groups: dict[str, dict[str, tuple[str, Tensor]]] = {}
         for match, tensor in self.take(pattern):
             groups.setdefault(match.expand(to), {})[match["part"]] = (match[0], tensor)
         for target, group in groups.items():
             if missing := set(parts) - group.keys():
-                raise UserError(f"{target} has no {', '.join(sorted(missing))} in this file: it is not complete.")
+                raise UserError(f"The file has no {', '.join(sorted(missing))} for {target}. Get a complete copy.")
             names, tensors = zip(*(group[part] for part in parts), strict=True)
             self.put("renamed", names, target, torch.cat(tensors), f"{', '.join(parts)} fused")
 
     def drop(self, pattern: str, why: str) -> None:
-        """Not of the plain ViT."""
+        """Drop tensors that the target network does not have."""
         self.rows.extend(Row("dropped", (match[0],), None, why) for match, _ in self.take(pattern))
 
     def skip(self, name: str, why: str) -> None:
-        """The same for one that was taken."""
+        """Drop a tensor that `take` returned."""
         self.rows.append(Row("dropped", (name,), None, why))
 
     def split(self, name: str, parts: Mapping[str, Tensor], why: str) -> None:
-        """One that was taken, to several."""
+        """Add the parts of a tensor that `take` returned, under their names in timm."""
         self.found |= parts
         self.rows.append(Row("renamed", (name,), ", ".join(parts), why))
 
     def make(self, target: str, tensor: Tensor, why: str) -> None:
-        """Not of the file."""
+        """Add a tensor that the file does not have."""
         self.put("fresh", (), target, tensor, why)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A layout of checkpoints. Each module of mimkit.converters holds one as FAMILY; its name is the module's.
+    """A layout of checkpoints. Each module of mimkit.converters defines one as FAMILY, named after the module.
 
     Args:
-        title: where such files come from.
-        marks: patterns, each of which is the whole name of some tensor in every file of the family.
-        remap: puts a file's tensors under timm's names.
-        options: what no tensor tells, from the state and a config.json beside it -> arguments of `plain_vit`. For a
-            family in OWN, from the state under our names -> arguments of our network.
-        data: mean, std and the like, where all of the family share them.
-        reader: of the file without us: 'timm', 'transformers', or None.
-        stand_in: the parity test in tests/test_converters.py that takes the reader's place where there is none.
-        aliases: short names of released networks -> names in timm.
+        title: origin of such files, usually a repository.
+        marks: patterns that identify the family. Every file of it has, for each pattern, a tensor whose whole name
+            matches.
+        remap: moves a file's tensors to timm's names.
+        options: returns the arguments of `plain_vit` that no tensor shows, given the file's state and the config.json
+            next to it. For a family in OWN it returns the arguments of our network, given the state under our names.
+        data: data configuration (mean, std) that all files of the family share.
+        reader: library that can read the file independently: 'timm', 'transformers', or None.
+        parity_test: test in tests/conversion/test_converters.py that covers the family if there is no reader.
+        aliases: short names of released networks, and their names in timm.
     """
 
     title: str
@@ -108,17 +121,17 @@ class Family:
     options: Callable[[State, dict[str, Any]], dict[str, Any]] = lambda state, config: {}
     data: Mapping[str, Any] = field(default_factory=dict)
     reader: str | None = "timm"
-    stand_in: str = "test_own_layouts"
+    parity_test: str = "test_own_layouts"
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def fits(self, state: State) -> bool:
-        """Whether a file looks like one of the family's."""
+        """Return whether a file looks like one of this family."""
         return all(any(re.fullmatch(mark, name) for name in state) for mark in self.marks)
 
 
 @cache
 def families() -> dict[str, Family]:
-    """All of them, by name."""
+    """Return all families by name."""
     import mimkit.converters as package
 
     modules = {info.name: f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)}
@@ -126,16 +139,16 @@ def families() -> dict[str, Family]:
 
 
 def own_family(name: str) -> str | None:
-    """The family whose files become a network of ours of this name; None for a plain ViT or a pyramid."""
+    """Return the family of a network that mimkit implements (HiViT, SViT), or None for any other name."""
     return next((layout for layout in OWN if name.startswith(f"{layout}_")), None)
 
 
 def own_names() -> list[str]:
-    """Our networks that files of their own are read into."""
+    """Return the names of the networks that have a family of their own."""
     return timm.list_models([f"{layout}_*" for layout in OWN])
 
 
 @cache
 def plain_vits() -> list[str]:
-    """Names in timm."""
+    """Return the names of timm's plain ViTs."""
     return [name for module in MODULES for name in timm.list_models(module=module)]

@@ -1,4 +1,4 @@
-"""Find and read the checkpoint to convert."""
+"""Find the checkpoint to convert, and read the plain ViT in it."""
 
 import difflib
 import math
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import timm
 import torch
 from timm.models._hub import download_cached_file
@@ -24,28 +23,32 @@ from mimkit.io.weights import State, assemble, misfits, on_meta, open_weights, r
 from mimkit.models.hpvit import PATCH, plain_vit
 from mimkit.models.layers.patch_embed import KERNEL, resize_kernel, restore_kernel
 
-DATA = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what travels with weights
+# Which network and which file ----------------------------------------------------------------------------------------
 
 
 class Origin(NamedTuple):
-    """Where a conversion starts."""
+    """What `--from` names."""
 
     name: str  # in timm, with its tag
-    layout: str | None  # the family of an alias' original files
-    folder: Path | None  # in timm's hub layout, if that is what was named
-    config: dict[str, Any]  # its config.json
+    layout: str | None  # the family that an alias implies
+    folder: Path | None  # the folder in timm's hub layout, if one was named
+    config: dict[str, Any]  # that folder's config.json
 
 
 def find_source(source: str) -> Origin:
-    """An alias, a name of timm, or a folder in timm's hub layout."""
+    """Find what an alias, a name in timm, or a folder in timm's hub layout stands for.
+
+    Raises:
+        UserError: it is none of these.
+    """
     folder = local_path(source)
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
         name = config.get("architecture")
         if not isinstance(name, str) or not timm.is_model(name):
             raise UserError(
-                f"--from {source} is not a folder of timm, whose config.json names an architecture: name the network "
-                "with --from and pass the folder with --checkpoint FOLDER --layout hf."
+                f"--from {source} is not a folder written by timm, whose config.json names an architecture. Name the "
+                "network with --from, and pass the folder with --checkpoint FOLDER --layout hf."
             )
         tag = (config.get("pretrained_cfg") or {}).get("tag")
         name = f"{name}.{tag}" if tag and timm.get_pretrained_cfg(f"{name}.{tag}") else name
@@ -55,67 +58,176 @@ def find_source(source: str) -> Origin:
             return Origin(family.aliases[source], layout, None, {})
     name = source.split(".")[0]
     if name in plain_vits() or name in own_names():
-        known = timm.list_models(f"{name}.*", pretrained=True)
-        if "." in source and source not in known:
-            raise UserError(f"--from {source}: timm has no such tag of {name}; it has {', '.join(known) or 'none'}.")
+        tagged = timm.list_models(f"{name}.*", pretrained=True)
+        if "." in source and source not in tagged:
+            raise UserError(f"--from {source}: timm has no such tag. Choose among {', '.join(tagged) or name}.")
         return Origin(source, own_family(name), None, {})
     aliases = [alias for family in families().values() for alias in family.aliases]
     near = difflib.get_close_matches(source, [*aliases, *own_names(), *plain_vits()], 3, 0.3)
-    raise UserError(f"--from {source} is no alias, plain ViT of timm or folder: try {', '.join(near)}, or --list.")
+    raise UserError(
+        f"--from {source} is not an alias, a plain ViT in timm, or a folder. Try {', '.join(near)}, or --list."
+    )
 
 
-def published(name: str) -> Path:
-    """Fetch the weights, in timm's layout, that a name of timm stands for -> the cached file."""
+def fetch_published(name: str) -> Path:
+    """Download the weights that a name in timm stands for, in timm's layout, and return the cached file.
+
+    Raises:
+        UserError: there are none, or they cannot be fetched.
+    """
+    import huggingface_hub
+
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not (cfg.hf_hub_id or cfg.url):
-        raise UserError(f"No weights are published for {name}: pass --checkpoint FILE --layout FAMILY, or name a tag.")
-    huggingface_hub.utils.logging.set_verbosity_error()  # it says every retry
-    where = f"https://huggingface.co/{cfg.hf_hub_id}/resolve/main/model.safetensors" if cfg.hf_hub_id else cfg.url
+        raise UserError(f"timm publishes no weights for {name}. Pass --checkpoint FILE --layout FAMILY, or name a tag.")
+    huggingface_hub.utils.logging.set_verbosity_error()  # it logs every retry
+    url = f"https://huggingface.co/{cfg.hf_hub_id}/resolve/main/model.safetensors" if cfg.hf_hub_id else cfg.url
     try:
         if cfg.hf_hub_id:
             return Path(huggingface_hub.hf_hub_download(cfg.hf_hub_id, "model.safetensors"))
         return Path(download_cached_file(str(cfg.url), progress=True))
-    except Exception as error:  # requests, urllib and huggingface_hub raise dozens of kinds
+    except Exception as error:  # requests, urllib and huggingface_hub raise dozens of types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(
-            f"The weights of {name} cannot be fetched ({type(error).__name__}: {reason}): download {where} elsewhere "
-            "and pass it with --checkpoint FILE --layout timm."
+            f"The weights of {name} cannot be fetched ({type(error).__name__}: {reason}). On another machine, download "
+            f"{url} and pass it with --checkpoint FILE --layout timm."
         ) from error
+
+
+# What is in the file -------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Plain:
-    """A plain ViT's state under timm's names, and what it takes to build it."""
+    """A plain ViT: its state dict under timm's names, and how to build the network."""
 
-    name: str
+    name: str  # in timm
     arguments: dict[str, Any]  # of plain_vit
     state: State
-    rows: list[Row]
-    data: dict[str, Any] = field(default_factory=dict)  # mean, std, interpolation, where the file says
-    raw: State = field(default_factory=dict)  # the same tensors under the file's names, for its reader
-    taken: str = ""  # which of the states in the file
-    pyramid: bool = False  # whether it was taken out of an HPViT
+    rows: list[Row]  # what happened to the file's tensors
+    data: dict[str, Any] = field(default_factory=dict)  # mean, std and interpolation, if known
+    raw: State = field(default_factory=dict)  # the tensors under the file's names, for timm's own loader
+    taken: str = ""  # which state dict of the file was used
+    pyramid: bool = False  # whether the file is an HPViT
 
     def build(self, kernel: int | None = None, any_grid: bool = False) -> Any:
-        """The network with these weights, by timm's own code; its kernel at another size if one is given."""
+        """Build the network with these weights from timm's code.
+
+        Args:
+            kernel: side in pixels that the patch embedding's kernel is resized to; its own by default.
+            any_grid: whether the network takes any input size.
+        """
         net = on_meta(plain_vit, self.name, kernel, any_grid, **self.arguments)
         resized = resize_kernel(self.state[KERNEL], net.patch_embed.patch_size[0])
         return assemble(net, self.state | {KERNEL: resized}).eval()
 
 
+class FamilyFile(NamedTuple):
+    """The content of a file that belongs to a family."""
+
+    remap: Remap
+    raw: State  # the tensors under the file's names
+    taken: str  # which state dict of the file was used, and which data types became float32
+
+
+def read_family(file: Path, layout: str, which: str | None, wanted: Callable[[State], set[str]]) -> FamilyFile:
+    """Read a file, verify its family, and move its tensors to timm's names.
+
+    Args:
+        file: file or folder of weights.
+        layout: name of the family.
+        which: state dict to use if the file holds several, as in `read_weights`.
+        wanted: returns the names of the target network's tensors, given the file's state.
+
+    Raises:
+        UserError: the file is of another family, has tensors that the family does not explain, or has values that are
+            not finite.
+    """
+    family = families()[layout]
+    raw, taken = open_weights(file, which)
+    if not family.fits(raw):
+        others = [other for other, candidate in families().items() if candidate.fits(raw)]
+        hint = f"it looks like {' or '.join(others)}: pass --layout" if others else "no family matches: check the file"
+        raise UserError(f"{file} does not have the layout {layout} ({family.title}); {hint}.")
+    remap = Remap(raw, wanted(raw))
+    family.remap(remap)
+    if remap.remaining:
+        names = ", ".join(sorted(remap.remaining))
+        raise UserError(f"{file} has {len(remap.remaining)} tensors that {layout} does not explain: {names}.")
+    for key, tensor in remap.found.items():
+        if key.endswith(".num_batches_tracked"):
+            continue
+        if tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise UserError(
+                f"{file}: {key} is {tensor.layout}, {tensor.dtype}, not a dense floating-point tensor. Check the file."
+            )
+        remap.found[key] = tensor.float().contiguous()
+    broken = [key for key, tensor in remap.found.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{file} has NaN or infinite values in {', '.join(broken[:5])}. Get another copy of it.")
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in raw.values()} - {"float32", "int64"}
+    notes = [taken, *(f"{dtype} converted to float32" for dtype in sorted(dtypes))]
+    return FamilyFile(remap, raw, ", ".join(note for note in notes if note))
+
+
+def read_plain(
+    name: str, file: Path, layout: str, which: str | None = None, given: dict[str, Any] | None = None
+) -> Plain:
+    """Read the plain ViT in a file.
+
+    Args:
+        name: the network's name in timm.
+        file: file or folder of weights.
+        layout: name of the file's family.
+        which: state dict to use if the file holds several, as in `read_weights`.
+        given: arguments of the network that its name does not imply.
+
+    Raises:
+        UserError: the file does not hold this network.
+    """
+    family, (config, data) = families()[layout], _read_transformers_config(file)
+    given = dict(given or {})
+
+    def wanted(state: State) -> set[str]:
+        given.update({key: value for key, value in family.options(state, config).items() if key not in given})
+        return set(on_meta(plain_vit, name, **given).state_dict())
+
+    remap, raw, taken = read_family(file, layout, which, wanted)
+    arguments = fit_source_args(name, remap.found, given, file)
+    own = on_meta(plain_vit, name, **arguments).state_dict()
+    missing, unexpected, misshapen = misfits(own, remap.found)
+    problems = [f"{key} is missing" for key in missing] + [f"{key} is not in {name}" for key in unexpected]
+    shapes = {key: (tuple(remap.found[key].shape), tuple(own[key].shape)) for key in misshapen}
+    problems += [f"{key} is {theirs} instead of {ours}" for key, (theirs, ours) in shapes.items()]
+    if problems:
+        raise UserError(f"{file} does not fit {name}: {'; '.join(problems)}. Check --from and --layout.")
+    raw = raw if family.reader == "timm" else {}
+    return Plain(name, arguments, remap.found, remap.rows, {**family.data, **data}, raw, taken)
+
+
 def fit_source_args(name: str, found: State, given: dict[str, Any], origin: Path) -> dict[str, Any]:
-    """Arguments with which timm's network of this name has the shape of the state found."""
+    """Find the arguments with which timm's network of this name has the shapes of a state dict.
+
+    Args:
+        name: the network's name in timm.
+        found: state dict under timm's names.
+        given: arguments that are already known.
+        origin: the file, named in errors.
+
+    Raises:
+        UserError: the network has another width, depth or patch size.
+    """
     net = on_meta(plain_vit, name, **given)
     own = net.state_dict()
     if KERNEL not in found or found[KERNEL].ndim != 4:
-        raise UserError(f"{origin} has no patch embedding, so it is no plain ViT: check --checkpoint and --layout.")
+        raise UserError(f"{origin} has no patch embedding, so it is not a plain ViT. Check --checkpoint and --layout.")
     width, in_chans, side = found[KERNEL].shape[:3]
     blocks = 1 + max((int(n.split(".")[1]) for n in found if re.match(r"blocks\.\d+\.", n)), default=-1)
     patch = net.patch_embed.patch_size[0]
     if (width, blocks, side) != (net.embed_dim, len(net.blocks), patch):
         raise UserError(
-            f"{origin} holds a ViT {width} wide with {blocks} blocks and patches of {side} px, but {name} is "
-            f"{net.embed_dim} wide with {len(net.blocks)} and {patch} px: give --from another name."
+            f"{origin} holds a ViT of width {width} with {blocks} blocks and patches of {side} px, but {name} has "
+            f"width {net.embed_dim}, {len(net.blocks)} blocks and patches of {patch} px. Give --from another name."
         )
     arguments = dict(given)
     if in_chans != net.patch_embed.proj.in_channels:
@@ -130,16 +242,16 @@ def fit_source_args(name: str, found: State, given: dict[str, Any], origin: Path
     if isinstance(net, Beit) and "use_rel_pos_bias" not in given:
         arguments["use_shared_rel_pos_bias"] = "rel_pos_bias.relative_position_bias_table" in found
         arguments["use_rel_pos_bias"] = any("attn.relative_position_bias_table" in name for name in found)
-    cells = _cells(net, found)
-    if cells and cells != math.prod(net.patch_embed.grid_size):
-        if math.isqrt(cells) ** 2 != cells:
-            raise UserError(f"{origin} has {cells} positions, which is no square grid: check --from.")
-        arguments["img_size"] = math.isqrt(cells) * patch
+    tokens = _grid_tokens(net, found)
+    if tokens and tokens != math.prod(net.patch_embed.grid_size):
+        if math.isqrt(tokens) ** 2 != tokens:
+            raise UserError(f"{origin} has {tokens} positions, which do not form a square grid. Check --from.")
+        arguments["img_size"] = math.isqrt(tokens) * patch
     return arguments
 
 
-def _cells(net: Any, found: State) -> int:
-    """Tokens of the grid that the position tables are for; 0 if there are none."""
+def _grid_tokens(net: Any, found: State) -> int:
+    """Return the number of grid tokens that the position embeddings are for, or 0 if there are none."""
     for name, tensor in found.items():
         if name == "pos_embed":
             if tensor.ndim != 3:
@@ -150,94 +262,39 @@ def _cells(net: Any, found: State) -> int:
     return 0
 
 
-class Content(NamedTuple):
-    """A file of a family, taken apart."""
-
-    remap: Remap
-    raw: State  # under the file's names
-    taken: str  # which of the states in it
-
-
-def read_family(file: Path, layout: str, which: str | None, wanted: Callable[[State], set[str]]) -> Content:
-    """Verify a file's family and put its tensors under timm's names, every one accounted for."""
-    family = families()[layout]
-    raw, taken = open_weights(file, which)
-    if not family.fits(raw):
-        others = [other for other, candidate in families().items() if candidate.fits(raw)]
-        hint = f"it looks like {' or '.join(others)}: pass --layout" if others else "no family knows it"
-        raise UserError(f"{file} is not in the layout {layout} ({family.title}); {hint}.")
-    remap = Remap(raw, wanted(raw))
-    family.remap(remap)
-    if remap.left:
-        names = ", ".join(sorted(remap.left))
-        raise UserError(f"{file} has {len(remap.left)} tensors that {layout} does not explain: {names}.")
-    for key, tensor in remap.found.items():
-        if key.endswith(".num_batches_tracked"):
-            continue
-        if tensor.layout != torch.strided or not tensor.is_floating_point():
-            raise UserError(f"{file}: {key} is {tensor.layout}, {tensor.dtype}, not plain numbers: check the file.")
-        remap.found[key] = tensor.float().contiguous()
-    broken = [key for key, tensor in remap.found.items() if not tensor.isfinite().all()]
-    if broken:
-        raise UserError(f"{file} has NaN or infinite values in {', '.join(broken[:5])}: get another copy of it.")
-    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in raw.values()} - {"float32", "int64"}
-    notes = [taken, *(f"{kind} made float32" for kind in sorted(kinds))]
-    return Content(remap, raw, ", ".join(note for note in notes if note))
-
-
-def read_plain(
-    name: str, file: Path, layout: str, which: str | None = None, given: dict[str, Any] | None = None
-) -> Plain:
-    """A file of a family -> the plain ViT in it."""
-    family, (config, data) = families()[layout], _beside(file)
-    given = dict(given or {})
-
-    def wanted(state: State) -> set[str]:
-        given.update({key: value for key, value in family.options(state, config).items() if key not in given})
-        return set(on_meta(plain_vit, name, **given).state_dict())
-
-    remap, raw, taken = read_family(file, layout, which, wanted)
-    arguments = fit_source_args(name, remap.found, given, file)
-    own = on_meta(plain_vit, name, **arguments).state_dict()
-    missing, unexpected, misshapen = misfits(own, remap.found)
-    problems = [f"{key} is missing" for key in missing] + [f"{key} is not of {name}" for key in unexpected]
-    shapes = {key: (tuple(remap.found[key].shape), tuple(own[key].shape)) for key in misshapen}
-    problems += [f"{key} is {theirs} instead of {ours}" for key, (theirs, ours) in shapes.items()]
-    if problems:
-        raise UserError(f"{file} does not fit {name}: {'; '.join(problems)}; check --from and --layout.")
-    raw = raw if family.reader == "timm" else {}
-    return Plain(name, arguments, remap.found, remap.rows, {**family.data, **data}, raw, taken)
-
-
-def _beside(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json of transformers beside a file, and what its preprocessor says of images."""
+def _read_transformers_config(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the configuration files of transformers in a file's folder: the network's, and its data configuration."""
     folder = file if file.is_dir() else file.parent
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     data: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file():
-        said = read_json(folder / "preprocessor_config.json")
-        kinds = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-        data = {"mean": said.get("image_mean"), "std": said.get("image_std")}
+        preprocessor = read_json(folder / "preprocessor_config.json")
+        filters = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+        data = {"mean": preprocessor.get("image_mean"), "std": preprocessor.get("image_std")}
         data = {key: value for key, value in data.items() if isinstance(value, list) and len(value) == 3}
-        data["interpolation"] = kinds.get(said.get("resample", 3), "bicubic")
+        data["interpolation"] = filters.get(preprocessor.get("resample", 3), "bicubic")
     return config if "model_type" in config else {}, data
 
 
 def from_pyramid(origin: Origin, folder: Path) -> Plain:
-    """An HPViT that is as it was converted -> the plain ViT it came from."""
+    """Return the plain ViT that an HPViT was converted from.
+
+    Raises:
+        UserError: the HPViT is not as it was converted.
+    """
     note, arguments = origin.config.get("mimkit") or {}, origin.config.get("model_args") or {}
     if note.get("written") != sha256(folder):
         raise UserError(
-            f"{folder} was trained or changed after its conversion, or never converted: only what a conversion wrote "
-            "goes back to the plain ViT."
+            f"{folder} was trained or changed after its conversion, or never converted. Only an unchanged conversion "
+            "can be converted back to the plain ViT."
         )
     state = read_weights(folder)
     pools = [key for key in state if key.startswith("pools.")]
-    rows = [Row("dropped", (key,), None, "a pool, as it started") for key in pools]
+    rows = [Row("dropped", (key,), None, "pool weight, unchanged since its initialization") for key in pools]
     rows += [Row("copied", (key,), key) for key in state if key not in (*pools, KERNEL)]
     name, given = arguments["source"], arguments.get("source_args") or {}
     side = on_meta(plain_vit, name, **given).patch_embed.patch_size[0]
-    why = f"kernel {PATCH} -> {side} px, by the transpose of the resize" if side != PATCH else ""
+    why = f"kernel {PATCH} -> {side} px, by the transpose of the resize matrix" if side != PATCH else ""
     rows.append(Row("resized" if why else "copied", (KERNEL,), KERNEL, why))
     state[KERNEL] = restore_kernel(state[KERNEL], side)
     return Plain(name, given, {key: state[key] for key in state if key not in pools}, rows, pyramid=True)

@@ -1,4 +1,4 @@
-"""The checks of a conversion, on the real weights, through the file as written and read back."""
+"""The checks of a conversion. They use the real weights and the written file, read back from disk."""
 
 import math
 import re
@@ -9,68 +9,101 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
+from PIL import Image
 from timm.models import load_pretrained
 from torch import Tensor
 
-from mimkit.data.loader import load_preview
-from mimkit.data.sources import open_source
-from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
 from mimkit.io.weights import State, assemble, materialize, on_meta, read_weights
 from mimkit.models.hpvit import PATCH, SIDE, HPViT, set_eps, unfold
 from mimkit.models.layers.patch_embed import KERNEL, resize_kernel, resize_matrix
+from mimkit.sample import load_images
 
 if TYPE_CHECKING:
     from mimkit.conversion.family import Family
     from mimkit.conversion.source import Plain
 
-LIMIT, DOUBT, LIMIT64 = 1e-4, 1e-5, 1e-9  # relative differences: float32 fails; is looked at again; float64 fails
-IMAGES, SIMILARITY_IMAGES, TOKENS = 2, 8, 2_000
+# Relative differences: the largest one allowed in float32, the one above which float32 is checked again in float64, and
+# the largest one allowed in float64
+LIMIT, DOUBT, LIMIT64 = 1e-4, 1e-5, 1e-9
+IMAGES, SIMILARITY_IMAGES = 2, 8  # sample images for checks of equality and of similarity
+TOKENS = 2_000  # tokens that CKA compares at most
 
-REFUSALS = (RuntimeError, LookupError, ValueError, TypeError, AssertionError, AttributeError, ImportError, OSError)
+# What timm and transformers raise for a file that they cannot read
+READER_ERRORS = (RuntimeError, LookupError, ValueError, TypeError, AssertionError, AttributeError, ImportError, OSError)
 PRETRAINING = r"(decoder|(dino|ibot)_head|lm_head|predictor)[._].*|head\.(mlp|last_layer)\..*|.*mask_token"
 
-Check = dict[str, Any]
+Check = dict[str, Any]  # name, result and text, and the figures by name
 
 
 def run_checks(folder: Path, to: str, plain: "Plain | None", file: Path, family: "Family") -> list[Check]:
-    """All that apply to a file and what was made of it; one that fails is an error."""
+    """Run all checks that apply to a conversion.
+
+    Args:
+        folder: what the conversion wrote.
+        to: name of the target.
+        plain: the plain ViT that was read; None for a network of our own.
+        file: the source checkpoint.
+        family: the source checkpoint's family.
+
+    Raises:
+        UserError: a check failed.
+    """
     if plain is None:
-        return [no_reader(family, "it is in no other library")]
-    if plain.pyramid:  # our own file: the pyramid in it is what the plain ViT must equal
-        checks = [identity(file, plain) | {"name": "the pyramid that was read is the plain ViT"}]
+        return [no_reader(family, "no other library has this network")]
+    if plain.pyramid:  # the source file is an HPViT, which must equal the plain ViT too
+        checks = [check_pyramid(file, plain) | {"name": "the pyramid that was read is the plain ViT"}]
     else:
-        checks = [independent(plain, file, family)]
+        checks = [check_reader(plain, file, family)]
     if to == "timm":
-        return [*checks, read_back(folder, plain)]
-    return [*checks, *([] if plain.pyramid else [kernel(folder, plain)]), identity(folder, plain)]
+        return [*checks, check_plain(folder, plain)]
+    return [*checks, *([] if plain.pyramid else [check_kernel(folder, plain)]), check_pyramid(folder, plain)]
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, relative to the largest value; infinite where either is not a number."""
+    """Compute the largest absolute difference, relative to the largest value of `theirs`.
+
+    It is infinite if either tensor has values that are not finite.
+    """
     gap = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(torch.finfo(theirs.dtype).tiny))
     return gap if math.isfinite(gap) else math.inf
 
 
-def shipped(size: tuple[int, ...], colors: dict[str, Any], count: int = IMAGES) -> Tensor:
-    """Images that come with mimkit as a network takes them (b c H W), by its size (c H W), mean and std."""
+def sample_input(size: tuple[int, ...], data_config: dict[str, Any], count: int = IMAGES) -> Tensor:
+    """Return images of the packaged sample dataset as a network's input (b c H W).
+
+    Images are resized to cover the input (bicubic), center-cropped and normalized.
+
+    Args:
+        size: input size (c H W).
+        data_config: `mean` and `std`. Where they do not fit the channels, 0.5 is used.
+        count: number of images.
+    """
     in_chans, height, width = size
-    mean, std = (list(colors[name]) if len(colors[name]) == in_chans else [0.5] * in_chans for name in ("mean", "std"))
-    return Normalize(mean, std)(load_preview(open_source("sample"), (height, width), in_chans, count).images)
+    side = max(height, width)  # the sample images are square
+    left, top = round((side - width) / 2), round((side - height) / 2)
+    images = [image.resize((side, side), Image.Resampling.BICUBIC) for image in load_images(count)]
+    pixels = np.stack([np.asarray(image.crop((left, top, left + width, top + height))) for image in images])
+    mean, std = (
+        torch.tensor(data_config[name] if len(data_config[name]) == in_chans else [0.5] * in_chans)[:, None, None]
+        for name in ("mean", "std")
+    )
+    return repeat(torch.from_numpy(pixels), "b h w -> b c h w", c=in_chans).float().div_(255).sub_(mean).div_(std)
 
 
-def written(folder: Path) -> Any:
-    """The network in a folder, as timm reads its config.json, with the weights mapped instead of copied."""
+def load_written(folder: Path) -> Any:
+    """Build the network in a folder as timm does, with its weights mapped from disk instead of copied."""
     return assemble(on_meta(timm.create_model, f"local-dir:{folder}"), read_weights(folder)).eval()
 
 
 @torch.no_grad()
 def tokens_after(net: Any, x: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """Tokens (b k+n d) of a plain ViT after so many blocks, and its final output."""
+    """Return the tokens (b k+n d) of a plain ViT after its first `blocks` blocks, and its final output."""
     caught: list[Tensor] = []
     if blocks:
         hook = net.blocks[blocks - 1].register_forward_hook(lambda module, args, output: caught.append(output))
@@ -85,7 +118,7 @@ def tokens_after(net: Any, x: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def in_float64(net: Any) -> Iterator[None]:
-    """Each part computes in float64 while it runs, and only then: the whole would take twice the memory."""
+    """Let a network compute in float64, one part at a time: all parts at once would take twice the memory."""
     children = [child for name, child in net.named_children() if name not in ("blocks", "pools", "patch_embed")]
     parts = [*children, *net.blocks, *getattr(net, "pools", []), *net.patch_embed.children()]
     hooks = [part.register_forward_pre_hook(lambda module, args: module.double() and None) for part in parts]
@@ -97,66 +130,82 @@ def in_float64(net: Any) -> Iterator[None]:
             hook.remove()
 
 
-def inexact(pyramid: HPViT) -> str:
-    """Why an HPViT does not start as its source, if it doesn't."""
+# The pyramid equals the plain ViT ------------------------------------------------------------------------------------
+
+
+def why_inexact(pyramid: HPViT) -> str:
+    """Return the reason why an HPViT with these options does not equal its source, or "" if it does."""
     pools = [pool for pool in pyramid.pools[:2] if getattr(pool, "share", 0.0) != 1.0]
     if pyramid.attention != "subgrid":
         return "attention is local"
     if pools:
-        return "its pools do not start as one tap"
+        return "the pools do not start as one tap"
     if pyramid.num_prefix_tokens != getattr(pyramid.source, "num_prefix_tokens", 0):
         return "the prefix tokens are dropped"
     if len(pyramid.global_blocks) < len(pyramid.blocks) and pyramid.window < max(pyramid.grid):
-        return "its windows are smaller than the grid"
+        return "the attention windows are smaller than the grid"
     return ""
 
 
 @torch.no_grad()
-def identity(folder: Path, plain: "Plain") -> Check:
-    """(1) Stage 3, and the end where stage 4 is empty, are the source network's with its kernel at 16."""
-    pyramid = written(folder)
+def check_pyramid(folder: Path, plain: "Plain") -> Check:
+    """Check that a pyramid equals the plain ViT whose kernel has 16 px.
+
+    Compares the tokens at the end of stage 3 and, if stage 4 has no blocks, the final output and the logits. If the
+    options do not let the pyramid start as its source, measures the similarity of their features instead.
+    """
+    pyramid = load_written(folder)
     source = plain.build(PATCH, any_grid=True)
-    reason = inexact(pyramid)
+    reason = why_inexact(pyramid)
     count = SIMILARITY_IMAGES if reason else IMAGES
-    images = shipped(pyramid.pretrained_cfg["input_size"], pyramid.pretrained_cfg, count)
+    images = sample_input(pyramid.pretrained_cfg["input_size"], pyramid.pretrained_cfg, count)
     if reason:
-        found = similarity(pyramid, source, images)
-        figures = ", ".join(f"stage {stage} {value:.3f}" for stage, value in found.items())
-        text = f"{reason.capitalize()}. Linear CKA with the source's features at the same depth: {figures}."
-        return {"name": "the pyramid is the plain ViT", "result": "not applicable", "text": text, "cka": found}
+        cka = stage_similarity(pyramid, source, images)
+        figures = ", ".join(f"stage {stage} {value:.3f}" for stage, value in cka.items())
+        text = (
+            f"Not an exact copy, because {reason}. Linear CKA of each stage's features with the source's features at "
+            f"the same depth: {figures}."
+        )
+        return {"name": "the pyramid is the plain ViT", "result": "not applicable", "text": text, "cka": cka}
 
     def compare(x: Tensor) -> list[float]:
         tokens, grid = pyramid.stages(x, 2)[-1]
         theirs, final = tokens_after(source, x, sum(pyramid.depths[:3]))
-        both = [difference(tokens, theirs)]
+        gaps = [difference(tokens, theirs)]
         if not pyramid.depths[3]:
             ours = pyramid.leave(tokens, grid)
-            both.append(difference(ours, final))
+            gaps.append(difference(ours, final))
             if pyramid.num_classes:
-                both.append(difference(pyramid.forward_head(ours), source.forward_head(final)))
-        return both
+                gaps.append(difference(pyramid.forward_head(ours), source.forward_head(final)))
+        return gaps
 
-    figures32 = [max(values) for values in zip(*(compare(x[None]) for x in images), strict=True)]
-    worst = max(figures32)
+    gaps = [max(values) for values in zip(*(compare(x[None]) for x in images), strict=True)]
+    worst = max(gaps)
     names = ("end of stage 3", "final output", "logits")
-    text = ", ".join(f"{name} {figure:.1e}" for name, figure in zip(names[: len(figures32)], figures32, strict=True))
+    text = ", ".join(f"{name} {gap:.1e}" for name, gap in zip(names[: len(gaps)], gaps, strict=True))
     text = f"Relative difference in float32 on {len(images)} images of {images.shape[-2]}x{images.shape[-1]} px: {text}"
     check = {"name": "the pyramid is the plain ViT", "result": "passed", "float32": worst}
     if not worst <= LIMIT:
-        raise UserError(f"The pyramid is not the plain ViT ({text}; {LIMIT:.0e} is allowed): nothing was written.")
+        raise UserError(f"The pyramid differs from the plain ViT ({text}; limit {LIMIT:.0e}). Nothing was written.")
     if worst > DOUBT:
         with in_float64(pyramid), in_float64(source):
             again = max(compare(images[:1].double()))
         if not again <= LIMIT64:
-            raise UserError(f"The pyramid is not the plain ViT ({text}; in float64 {again:.1e}): nothing was written.")
+            raise UserError(
+                f"The pyramid differs from the plain ViT ({text}; in float64 {again:.1e}, limit {LIMIT64:.0e}). "
+                "Nothing was written."
+            )
         check["float64"] = again
         text += f"; in float64 {again:.1e}"
     return {**check, "text": f"{text}."}
 
 
 @torch.no_grad()
-def similarity(pyramid: HPViT, source: Any, images: Tensor) -> dict[int, float]:
-    """Linear CKA of each stage's map, averaged to the coarser grid of the two, with the source's tokens as deep."""
+def stage_similarity(pyramid: HPViT, source: Any, images: Tensor) -> dict[int, float]:
+    """Compute the linear CKA of each stage's map with the source's tokens at the same depth.
+
+    Both maps are averaged to the coarser of the two grids.
+    """
     features: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for x in images.split(1):
         for stage, (tokens, grid) in enumerate(pyramid.stages(x)):
@@ -170,17 +219,20 @@ def similarity(pyramid: HPViT, source: Any, images: Tensor) -> dict[int, float]:
             coarse = (min(m.shape[1] for m in maps), min(m.shape[2] for m in maps))
             a, b = (rearrange(F.adaptive_avg_pool2d(m, coarse), "d h w -> (h w) d") for m in maps)
             features.setdefault(stage + 1, []).append((a, b))
-    found = {}
+    similarity = {}
     for stage, pairs in features.items():
         a, b = (torch.cat(part).double() for part in zip(*pairs, strict=True))
         step = -(-len(a) // TOKENS)
-        found[stage] = linear_cka(a[::step], b[::step])
-    return found
+        similarity[stage] = linear_cka(a[::step], b[::step])
+    return similarity
 
 
 def linear_cka(a: Tensor, b: Tensor) -> float:
-    """Similarity of two sets of features (n d), 1 when one is a turned and scaled copy of the other, 0 on average when
-    they have nothing in common (Kornblith et al., ICML 2019, with the unbiased HSIC of Song et al., JMLR 2012)."""
+    """Compute the linear CKA, a similarity of two sets of features (n d).
+
+    It is 1 if one set is a rotated and scaled copy of the other, and 0 on average for independent sets (Kornblith et
+    al., ICML 2019, with the unbiased HSIC of Song et al., JMLR 2012).
+    """
 
     def hsic(k: Tensor, m: Tensor) -> Tensor:
         n = len(k)
@@ -191,73 +243,90 @@ def linear_cka(a: Tensor, b: Tensor) -> float:
     return float(hsic(*grams) / (hsic(grams[0], grams[0]) * hsic(grams[1], grams[1])).sqrt())
 
 
-def kernel(folder: Path, plain: "Plain") -> Check:
-    """(2) Resized patch times resized kernel is patch times kernel, and that kernel is the one that was written."""
+# The resized kernel --------------------------------------------------------------------------------------------------
+
+
+def check_kernel(folder: Path, plain: "Plain") -> Check:
+    """Check the resized patch embedding kernel.
+
+    A resized patch times the resized kernel must equal the patch times the kernel, and the written kernel must be the
+    resized one.
+    """
     name, weight = "the kernel's resize", plain.state[KERNEL].double()
     side = weight.shape[-1]
     if side == PATCH:
-        return {"name": name, "result": "not applicable", "text": "The kernel has 16 px already."}
-    images = shipped((weight.shape[1], 8 * side, 8 * side), {"mean": [], "std": []})
+        return {"name": name, "result": "not applicable", "text": f"The kernel already has {PATCH} px."}
+    images = sample_input((weight.shape[1], 8 * side, 8 * side), {"mean": [], "std": []})
     patches = rearrange(images.double(), "b c (h p) (w q) -> (b h w) c (p q)", p=side, q=side)
     before = torch.einsum("n c p, d c p -> n d", patches, weight.flatten(2))
     resized = resize_kernel(weight, PATCH)
     after = torch.einsum("n c p, d c p -> n d", patches @ resize_matrix(side, PATCH).T, resized.flatten(2))
     error = difference(after, before)
-    text = f"Resized patches times the kernel at 16 px against patches times the kernel at {side} px: {error:.1e}"
+    text = (
+        f"Relative difference between resized patches times the kernel at {PATCH} px and patches times the kernel at "
+        f"{side} px: {error:.1e}"
+    )
     if side > PATCH:
-        return {"name": name, "result": "shrunk", "error": error, "text": f"{text}; shrinking loses some of it."}
+        return {"name": name, "result": "shrunk", "error": error, "text": f"{text}. Shrinking a kernel is not exact."}
     if not error <= LIMIT64 or not torch.equal(read_weights(folder)[KERNEL], resized.to(plain.state[KERNEL])):
-        raise UserError(f"The kernel's resize is wrong ({text}; {LIMIT64:.0e} is allowed): nothing was written.")
+        raise UserError(f"The resized kernel is wrong ({text}; limit {LIMIT64:.0e}). Nothing was written.")
     return {"name": name, "result": "passed", "error": error, "text": f"{text}."}
 
 
-def no_reader(family: "Family", why: str) -> Check:
-    """Say so, and what stands in."""
-    text = f"{why[0].upper()}{why[1:]}; tests/test_converters.py::{family.stand_in} stands in."
+# An independent reader -----------------------------------------------------------------------------------------------
+
+
+def no_reader(family: "Family", reason: str) -> Check:
+    """Report that no other library reads the file, and which parity test covers the family instead."""
+    test = f"tests/conversion/test_converters.py::{family.parity_test}"
+    text = f"{reason[0].upper()}{reason[1:]}. {test} covers this family instead."
     return {"name": "an independent reader", "result": "no independent reader", "text": text}
 
 
 @torch.no_grad()
-def independent(plain: "Plain", file: Path, family: "Family") -> Check:
-    """(3) The file read without us gives what our plain ViT gives, at its own patch size."""
+def check_reader(plain: "Plain", file: Path, family: "Family") -> Check:
+    """Check that another library, which reads the file without our tables, computes the same as our plain ViT.
+
+    Both networks use the file's own patch size.
+    """
     if family.reader is None:
         return no_reader(family, f"no installed library reads files of {family.title}")
     reader = {"timm": read_by_timm, "transformers": read_by_transformers}[family.reader]
     ours = plain.build()
     size = (ours.patch_embed.proj.in_channels, *ours.patch_embed.img_size)
-    x = shipped(size, {**ours.pretrained_cfg, **plain.data}, count=1)
+    x = sample_input(size, {**ours.pretrained_cfg, **plain.data}, count=1)
     try:
         theirs = reader(plain, file, size, x)
-    except REFUSALS as refused:
-        reason = (str(refused).strip().splitlines() or [type(refused).__name__])[0][:160]
+    except READER_ERRORS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         return no_reader(family, f"{family.reader} cannot read this file ({reason})")
     tokens, final = tokens_after(ours, x, len(ours.blocks))
-    own = {"tokens": tokens, "final": final, "pooled": ours.forward_head(final, pre_logits=True), "output": ours(x)}
-    gap = max(difference(own[name], output) for name, output in theirs.items())
-    kinds = ", ".join(theirs)
-    text = f"{kinds} of the plain ViT at {x.shape[-1]} px, as {family.reader} reads it, against ours: {gap:.1e}"
+    outputs = {"tokens": tokens, "final": final, "pooled": ours.forward_head(final, pre_logits=True), "output": ours(x)}
+    gap = max(difference(outputs[name], output) for name, output in theirs.items())
+    text = (
+        f"Relative difference between our plain ViT and the one that {family.reader} reads from the file, at "
+        f"{x.shape[-1]} px ({', '.join(theirs)}): {gap:.1e}"
+    )
     if not gap <= LIMIT:
-        raise UserError(f"{family.reader} reads {file} otherwise ({text}; {LIMIT:.0e} allowed): nothing was written.")
-    return {
-        "name": "an independent reader",
-        "result": "passed",
-        "float32": gap,
-        "text": f"{text[0].upper()}{text[1:]}.",
-    }
+        raise UserError(f"{family.reader} reads {file} differently ({text}; limit {LIMIT:.0e}). Nothing was written.")
+    return {"name": "an independent reader", "result": "passed", "float32": gap, "text": f"{text}."}
 
 
 def read_by_timm(plain: "Plain", file: Path, size: tuple[int, ...], x: Tensor) -> dict[str, Tensor]:
-    """By timm's own loader, strictly: all tensors, or those that are not known to be of pre-training alone."""
+    """Compute the output of a file's network, loaded strictly by timm's own loader.
+
+    If timm does not take all tensors, those that are known to belong to pre-training only are left out.
+    """
     name, eps = plain.name.split(".")[0], plain.arguments.get("norm_eps")
     arguments = {key: value for key, value in plain.arguments.items() if key != "norm_eps"}
 
     def load(state: State) -> Any:
         net = on_meta(timm.create_model, name, **arguments)
         own_filter = sys.modules[type(net).__module__].checkpoint_filter_fn
-        more = {"adapt_layer_scale": True} if name.startswith("deit") else {}  # as timm's deit module has it
+        options = {"adapt_layer_scale": True} if name.startswith("deit") else {}  # as in timm's deit module
         net.load_state_dict = partial(net.load_state_dict, assign=True)
         cfg = {**net.pretrained_cfg, "state_dict": state, "num_classes": net.num_classes, "input_size": size}
-        load_pretrained(net, cfg, net.num_classes, size[0], partial(own_filter, **more))
+        load_pretrained(net, cfg, net.num_classes, size[0], partial(own_filter, **options))
         return materialize(net).eval().float()
 
     try:
@@ -269,20 +338,23 @@ def read_by_timm(plain: "Plain", file: Path, size: tuple[int, ...], x: Tensor) -
 
 
 def read_by_transformers(plain: "Plain", file: Path, size: tuple[int, ...], x: Tensor) -> dict[str, Tensor]:
-    """By the classes that config.json beside the file names: tokens, final norm or pooler, and logits."""
+    """Compute the outputs of a folder's network, loaded by the classes that its config.json names.
+
+    These are the tokens, the output of the final norm or of the pooler, and the logits.
+    """
     import transformers
 
     folder = file if file.is_dir() else file.parent
     config = transformers.AutoConfig.from_pretrained(folder)
-    kind, more = config.model_type, {}
-    if kind == "vit_mae":  # all patches, in order
+    kind, noise = config.model_type, {}
+    if kind == "vit_mae":  # keep all patches, in order
         config.mask_ratio = 0.0
         side = plain.state[KERNEL].shape[-1]
-        more = {"noise": torch.arange((size[1] // side) * (size[2] // side))[None].float()}
+        noise = {"noise": torch.arange((size[1] // side) * (size[2] // side))[None].float()}
 
     def load(name: str) -> Any:
         with quiet(transformers.logging):
-            net, found = getattr(transformers, name).from_pretrained(
+            net, info = getattr(transformers, name).from_pretrained(
                 folder,
                 attn_implementation="eager",
                 dtype=torch.float32,
@@ -290,19 +362,18 @@ def read_by_transformers(plain: "Plain", file: Path, size: tuple[int, ...], x: T
                 **({"config": config} if kind == "vit_mae" else {}),
             )
         ignored = ("pooler.dense" if "fc_norm.weight" in plain.state else "pooler", "decoder")
-        if missing := [name for name in found["missing_keys"] if not any(word in name for word in ignored)]:
+        if missing := [name for name in info["missing_keys"] if not any(word in name for word in ignored)]:
             raise KeyError(f"{', '.join(sorted(missing)[:3])} missing")
         return net.eval()
 
-    said = load("CLIPVisionModel" if kind.startswith("clip") else "AutoModel")(
-        pixel_values=x, output_hidden_states=True, **more
-    )
-    outputs = {"tokens": said.hidden_states[-1]}
-    if kind in ("beit", "clip", "clip_vision_model"):  # these have their last norm after pooling
+    net = load("CLIPVisionModel" if kind.startswith("clip") else "AutoModel")
+    output = net(pixel_values=x, output_hidden_states=True, **noise)
+    outputs = {"tokens": output.hidden_states[-1]}
+    if kind in ("beit", "clip", "clip_vision_model"):  # these pool before their last norm
         if "fc_norm.weight" in plain.state or ("norm.weight" in plain.state and kind != "beit"):
-            outputs["pooled"] = said.pooler_output
+            outputs["pooled"] = output.pooler_output
     else:
-        outputs["final"] = said.last_hidden_state
+        outputs["final"] = output.last_hidden_state
     if plain.arguments["num_classes"]:
         if kind.startswith("clip"):
             outputs["output"] = load("CLIPVisionModelWithProjection")(pixel_values=x).image_embeds
@@ -313,7 +384,7 @@ def read_by_transformers(plain: "Plain", file: Path, size: tuple[int, ...], x: T
 
 @contextmanager
 def quiet(logging: Any) -> Iterator[None]:
-    """transformers without its bar and its table of names."""
+    """Silence transformers' progress bar and its table of loaded names."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -325,14 +396,16 @@ def quiet(logging: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def read_back(folder: Path, plain: "Plain") -> Check:
-    """What was written for timm, read by timm, is the plain ViT."""
-    net, ours = written(folder), plain.build()
-    x = shipped((net.patch_embed.proj.in_channels, *net.patch_embed.img_size), net.pretrained_cfg, count=1)
+def check_plain(folder: Path, plain: "Plain") -> Check:
+    """Check that a plain ViT written for timm, read back by timm, computes the same as the one that was read."""
+    net, ours = load_written(folder), plain.build()
+    x = sample_input((net.patch_embed.proj.in_channels, *net.patch_embed.img_size), net.pretrained_cfg, count=1)
     error = difference(net(x), ours(x))
     eps = plain.arguments.get("norm_eps")
-    note = f" (the norms' epsilon of {eps:g} becomes timm's own: its config.json cannot hold one)" if eps else ""
-    text = f"Its output, read back by timm, against ours: {error:.1e}{note}"
+    note = f" (timm's config.json cannot hold the norm epsilon {eps:g}, so timm's default is used)" if eps else ""
+    text = f"Relative difference between the written network's output, read back by timm, and ours: {error:.1e}{note}"
     if not error <= LIMIT:
-        raise UserError(f"What was written is not the plain ViT ({text}; {LIMIT:.0e} is allowed): nothing was kept.")
+        raise UserError(
+            f"The written network differs from the plain ViT ({text}; limit {LIMIT:.0e}). Nothing was written."
+        )
     return {"name": "the file as written", "result": "passed", "float32": error, "text": f"{text}."}
