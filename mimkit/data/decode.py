@@ -1,4 +1,4 @@
-"""One image file of any kind -> a picture or an array of the channels asked for."""
+"""Decode one image file, of any format, to a PIL image or a tensor with the requested number of channels."""
 
 import io
 import struct
@@ -6,31 +6,35 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import tifffile
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-LARGEST = 178_956_970  # pixels: what PIL refuses to unpack above
-APP1, SOF = 0xE1, (0xC0, 0xC1, 0xC2)  # markers of a JPEG: where a camera writes, and where the frame is described
-JPEG, NPY, TIFF = b"\xff\xd8", b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-BITS, PLANES = 258, 284  # of a TIFF: bits of each sample, and 2 where each channel is a plane of its own
+MAX_PIXELS = 178_956_970  # PIL refuses to decode larger images too: they may be decompression bombs
+APP1, SOF = 0xE1, (0xC0, 0xC1, 0xC2)  # JPEG markers: EXIF data of a camera, and the frame header
+JPEG, NPY, TIFF = b"\xff\xd8", b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes of a file
+BITS_PER_SAMPLE, PLANAR_CONFIG = 258, 284  # TIFF tags; PlanarConfiguration 2 stores each channel separately
 EXTENSIONS = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {".npy"}
 
 
 def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
-    """Bytes of an image file -> a PIL image (gray for 1 channel, RGB for 3) or an array (c H W).
+    """Decode the bytes of an image file to a PIL image, or to a tensor (c H W) where PIL has no such mode.
 
-    What a file is follows from its bytes. EXIF rotation is applied, transparency is laid over white, 16-bit gray is
-    scaled to 8, and so is 32-bit gray that needs more than 16; of an animation it is the first picture. `.npy` files,
-    and TIFF files for other than 1 or 3 channels, stay arrays: uint8 as it is, everything else float32, where uint16 is
-    scaled to 0-1 and floats are expected there already.
+    The content decides the format, not the file name. EXIF rotation is applied, and transparent pixels are blended with
+    white. Gray images of 16 or 32 bits are scaled to 8 bits; 32-bit images without values above 65,535 count as 16-bit.
+    Of an animation, the first frame is used.
+
+    Args:
+        data: content of the file.
+        in_chans: number of channels. 1 gives a gray image, 3 an RGB image. `.npy` files give tensors, and so do TIFF
+            files unless `in_chans` is 1 or 3: uint8 stays uint8; everything else becomes float32, where uint16 is
+            scaled to 0-1 and floats are expected in 0-1.
 
     Raises:
-        ValueError: an array whose channels are not `in_chans`; and whatever a broken file makes the readers raise, or
-            one of more than `LARGEST` pixels, which is not unpacked.
+        ValueError: an array does not have `in_chans` channels, or the file is not an image.
+        Exception: whatever PIL, NumPy or tifffile raise for a damaged file or one of more than `MAX_PIXELS` pixels.
     """
     if data.startswith(NPY):
         return to_tensor(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
@@ -39,19 +43,19 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
     try:
         image: Image.Image = open_image(data)
     except UnidentifiedImageError:
-        if data.startswith(TIFF):  # of a kind that PIL does not know, such as floating-point colors
+        if data.startswith(TIFF):  # a kind of TIFF that PIL does not support, such as floating-point RGB
             return read_tiff(data, in_chans)
         raise ValueError("not an image of a known kind" if data else "an empty file") from None
     tags = getattr(image, "tag_v2", {})
-    if len(image.getbands()) > 1 and tags.get(PLANES) == 2 and max(tags[BITS]) > 8:  # PIL would misread them
-        return read_tiff(data, in_chans)
+    if len(image.getbands()) > 1 and tags.get(PLANAR_CONFIG) == 2 and max(tags[BITS_PER_SAMPLE]) > 8:
+        return read_tiff(data, in_chans)  # PIL decodes such files wrongly
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     if in_chans not in (1, 3):
         return to_tensor(np.asarray(image), in_chans)
     if image.mode.startswith(("I", "F")):  # 16-bit and floating-point gray, which PIL would clip to 8 bits
         gray = np.asarray(image)
-        if image.mode == "I" and gray.max() > 65535:  # 32 bits, which PIL takes for signed ones
+        if image.mode == "I" and gray.max() > 65535:  # 32 bits, which PIL reads as signed integers
             gray = gray.view(np.uint32) >> 16
         scale = 255 if image.mode == "F" else 1 / 257
         image = Image.fromarray(np.clip(gray * scale, 0, 255).astype(np.uint8))
@@ -62,9 +66,13 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
 
 
 def decode_pixels(data: bytes, in_chans: int = 3) -> Tensor:
-    """The same as (c H W). An ordinary JPEG is unpacked by torchvision, to the same bytes as by PIL, but faster."""
+    """Decode the bytes of an image file to a tensor (c H W).
+
+    Like `decode`, but ordinary JPEG files are decoded by torchvision, which is faster than PIL. The values of the two
+    differ by at most 1 of 255.
+    """
     if in_chans in (1, 3) and jpeg_channels(data) in (1, in_chans):
-        with suppress(RuntimeError):  # below PIL says what is wrong with it
+        with suppress(RuntimeError):  # PIL, below, has the better error message
             mode = ImageReadMode.GRAY if in_chans == 1 else ImageReadMode.RGB
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
     image = decode(data, in_chans)
@@ -72,36 +80,44 @@ def decode_pixels(data: bytes, in_chans: int = 3) -> Tensor:
 
 
 def jpeg_channels(data: bytes) -> int:
-    """1 or 3 of a JPEG of 8 bits that no camera may have turned (ITU-T T.81, annex B), else 0. PIL's header takes as
-    long as a tenth of the picture."""
+    """Return the number of channels (1 or 3) of an 8-bit JPEG without EXIF data, or 0 for any other file.
+
+    Parse the header only (ITU-T T.81, annex B). Letting PIL parse it would take a tenth of the decoding time.
+    """
     at = 2 if data.startswith(JPEG) else len(data)
     while at + 10 <= len(data) and data[at] == 0xFF and data[at + 1] != APP1:
         if data[at + 1] in SOF:
             precision, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
-            return channels if precision == 8 and channels in (1, 3) and height * width <= LARGEST else 0
+            return channels if precision == 8 and channels in (1, 3) and height * width <= MAX_PIXELS else 0
         at += 2 + int.from_bytes(data[at + 2 : at + 4])
     return 0
 
 
 def read_tiff(data: bytes, in_chans: int) -> Tensor:
-    """Bytes of a TIFF file of any kind -> (c H W), uint8 or float32"""
+    """Decode the bytes of a TIFF file to a tensor (c H W), uint8 or float32."""
+    import tifffile
+
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
-        if series.size > LARGEST * in_chans:
-            raise ValueError(f"an array of shape {series.shape} is more than {LARGEST} pixels")
+        if series.size > MAX_PIXELS * in_chans:
+            raise ValueError(f"an array of shape {series.shape} is more than {MAX_PIXELS} pixels")
         return to_tensor(series.asarray(), in_chans)
 
 
 def open_image(data: bytes) -> Image.Image:
-    """PIL's, but not of a program."""
+    """Open an image with PIL, but refuse EPS: it is a program, which PIL would run with Ghostscript."""
     image = Image.open(io.BytesIO(data))
-    if image.format == "EPS":  # ghostscript would run it
+    if image.format == "EPS":
         raise ValueError("EPS is a program, not an image: convert it")
     return image
 
 
 def to_tensor(array: np.ndarray[Any, Any], in_chans: int) -> Tensor:
-    """(H W), (H W c) or (c H W) -> (c H W), uint8 or float32"""
+    """Convert an array (H W), (H W c) or (c H W) to a tensor (c H W), uint8 or float32.
+
+    Raises:
+        ValueError: the array has another number of channels, another type, or values that are not finite.
+    """
     shape = array.shape
     if array.ndim == 2:
         array = array[None]

@@ -1,16 +1,18 @@
-"""Rows of a source -> batches that depend on nothing but (seed, epoch, index of the image).
+"""Data loaders: rows of a source in, batches out.
 
-Every random choice about an image (its crop, its flip, the noise that says what is masked and what is decoded) is drawn
-from (seed, epoch, index), never from the state of a worker or a process, and the order of rows is a pure function too:
-so a run can be resumed at any step, and any number of workers gives the same batches.
+A batch depends only on (seed, epoch, indices of its images), because the order of rows is a pure function (order.py,
+streaming.py) and so is every random choice about an image (sample.py). A run can therefore resume at any step, and any
+number of workers gives the same batches.
 """
 
 import os
 import signal
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from threading import Thread, Timer
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -24,75 +26,57 @@ from mimkit.data.streaming import Stream
 from mimkit.data.transforms import Size, eval_transform
 from mimkit.errors import STOP_SIGNALS, WORKER, UserError
 
-WAIT = 100  # seconds after which a worker that gives nothing is stuck
+WAIT = 100  # seconds to wait for a batch before the workers count as stuck
 
 
 class Rows(Dataset[Sample]):
-    """(epoch, index) -> view, of a source with rows by index; with `filled` the next good one in the place of a bad."""
+    """Samples of a source by (epoch, index).
 
-    def __init__(self, source: Source, viewer: SampleLoader, filled: bool = False):
-        self.source, self.viewer, self.filled = source, viewer, filled
+    With `replace_bad`, a bad image is replaced by the next good one of the source.
+    """
+
+    def __init__(self, source: Source, sample_loader: SampleLoader, replace_bad: bool = False):
+        self.source, self.sample_loader, self.replace_bad = source, sample_loader, replace_bad
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         epoch, index = place
-        places = ((index + i) % self.source.length for i in range(self.source.length if self.filled else 1))
-        return first_good(self.viewer(self.source.rows[i], epoch, i) for i in places)
-
-
-def ignore_scheduler_signals(_: int) -> None:
-    """In a data worker: schedulers signal every process of a job, but the one that trains still needs the others."""
-    if hasattr(signal, "sigwaitinfo"):
-        Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
-        pass
-    os._exit(0)
+        indices = ((index + i) % self.source.length for i in range(self.source.length if self.replace_bad else 1))
+        return first_good(self.sample_loader(self.source.rows[i], epoch, i) for i in indices)
 
 
 class Loader(DataLoader[Any]):
-    """torch's, whose workers heed their parent only, and are killed when stuck; `None` is a sign of life."""
+    """torch's DataLoader, with workers that obey signals of their parent only and that are killed if they are stuck.
+
+    A dataset may yield `None` as a sign of life; it is dropped.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **(kwargs | {"worker_init_fn": ignore_scheduler_signals}))
 
     def __iter__(self) -> Any:
-        with _blocked():
+        with _stop_signals_blocked():
             batches = super().__iter__()
         return (batch for batch in (_watched(batches) if self.num_workers else batches) if batch is not None)
 
 
-def _watched(batches: Any) -> Iterator[Any]:
-    """Batches of torch's workers, which are killed where one is waited for too long: torch then tells that they ended.
+def ignore_scheduler_signals(_: int) -> None:
+    """Let a data worker ignore the stop signals of a scheduler, but not those of its parent.
 
-    Its own limit sees neither a worker that stopped while it hands a batch over, nor one that cannot be told to end.
+    A scheduler signals every process of a job. The training process still needs its workers until it has stopped.
     """
-    while True:
-        limit = Timer(WAIT, _kill, [batches])
-        limit.daemon = True
-        limit.start()
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except (ConnectionError, EOFError) as error:
-            raise UserError(WORKER.format("it ended while it handed a batch over")) from error
-        finally:
-            limit.cancel()
-        yield batch
+    if hasattr(signal, "sigwaitinfo"):
+        Thread(target=_exit_when_parent_signals, daemon=True).start()
 
 
-def _kill(batches: Any) -> None:
-    _remove_worker_pids(id(batches))  # or torch's handler of SIGCHLD would raise in whatever line it meets
-    batches._worker_pids_set = False
-    for worker in batches._workers:
-        worker.kill()
+def _exit_when_parent_signals() -> None:
+    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @contextmanager
-def _blocked() -> Iterator[None]:
-    """Block `STOP_SIGNALS` in the processes that start inside, and in the threads that libraries start in them."""
+def _stop_signals_blocked() -> Iterator[None]:
+    """Block `STOP_SIGNALS` in processes that are started inside, and in the threads that libraries start in them."""
     if not hasattr(signal, "sigwaitinfo"):
         yield
         return
@@ -103,41 +87,99 @@ def _blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class Watchdog:
+    """A thread that kills the workers of torch's batch iterator when one wait for a batch exceeds `WAIT` seconds.
+
+    Once the workers are killed, torch raises an error in the process that waits. torch's own timeout does not cover a
+    worker that is stopped while it sends a batch, nor a worker that does not react to being terminated.
+    """
+
+    def __init__(self, batches: Any):
+        self.batches = weakref.ref(batches)  # the iterator must end with its owner, not with this thread
+        self.deadline: float | None = None  # end of the current wait; None while no batch is waited for
+        self.stopped = Event()
+        Thread(target=self._run, daemon=True).start()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Limit the time that is spent inside."""
+        self.deadline = time.monotonic() + WAIT
+        try:
+            yield
+        finally:
+            self.deadline = None
+
+    def stop(self) -> None:
+        """End the thread."""
+        self.stopped.set()
+
+    def _run(self) -> None:
+        pause: float = WAIT
+        while not self.stopped.wait(pause):
+            # a wait that begins during a pause cannot end before it, so the thread needs no signal when one begins
+            deadline = self.deadline
+            pause = WAIT if deadline is None else deadline - time.monotonic()
+            if pause <= 0:
+                self._kill_workers()
+                return
+
+    def _kill_workers(self) -> None:
+        if batches := self.batches():
+            _remove_worker_pids(id(batches))  # otherwise torch's SIGCHLD handler raises an error in an arbitrary line
+            batches._worker_pids_set = False
+            for worker in batches._workers:
+                worker.kill()
+
+
+def _watched(batches: Any) -> Iterator[Any]:
+    """Yield the batches of torch's workers under a `Watchdog`."""
+    watchdog = Watchdog(batches)
+    try:
+        while True:
+            try:
+                with watchdog.waiting():
+                    batch = next(batches)
+            except StopIteration:
+                return
+            except (ConnectionError, EOFError) as error:
+                raise UserError(WORKER.format("it ended while it handed a batch over")) from error
+            yield batch
+    finally:
+        watchdog.stop()
+
+
+def cpu_count() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """Return the default number of data workers of one process: its share of the CPU cores, less one for training."""
+    return min(16, max(0, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
 def train_loader(
-    source: Source, viewer: SampleLoader, plan: Plan, workers: int, collate: Callable[[list[Sample]], Batch] = collate
+    source: Source,
+    sample_loader: SampleLoader,
+    plan: Plan,
+    workers: int,
+    collate: Callable[[list[Sample]], Batch] = collate,
 ) -> DataLoader[Any]:
-    """All batches of a run, from its first step to its last, on one set of workers."""
+    """Return a loader of all micro-batches of a run, from its first step to its last, with one set of workers.
+
+    Bad images are replaced by good ones.
+    """
     common: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
     if source.streaming:
-        return Loader(Stream(source, viewer, plan), batch_size=None, **common)
-    return Loader(Rows(source, viewer, filled=True), batch_sampler=Order(plan), collate_fn=collate, **common)
+        return Loader(Stream(source, sample_loader, plan), batch_size=None, **common)
+    rows = Rows(source, sample_loader, replace_bad=True)
+    return Loader(rows, batch_sampler=Order(plan), collate_fn=collate, **common)
 
 
 def restart(loader: DataLoader[Any], step: int) -> None:
-    """Let the next pass over `train_loader`'s batches begin at another step."""
+    """Let the next iteration over a `train_loader` begin at `step`."""
     holder: Any = loader.dataset if isinstance(loader.dataset, Stream) else loader.batch_sampler
     holder.plan = replace(holder.plan, start=step)
-
-
-def single_image_loader(
-    source: Source, viewer: SampleLoader, places: Iterable[int], workers: int = 0, collate: Any = collate
-) -> DataLoader[Any]:
-    """Batches of one image, as large as it is; none in a batch whose image is bad."""
-    sampler: Any = [(0, i) for i in places]
-    return Loader(Rows(source, viewer), 1, sampler=sampler, collate_fn=collate, num_workers=workers)
-
-
-def check_samples(source: Source, viewer: SampleLoader) -> list[Any]:
-    """Views of 50 images of a set, or of all that it has.
-
-    Raises:
-        UserError: one of them cannot be used.
-    """
-    views = [viewer(source.rows[i], 0, i) for i in evenly_spaced(source.length, 50)]
-    for view in views:
-        if view.bad:
-            raise UserError(f"{view.name} cannot be used ({view.bad[1]}): mend or remove it.")
-    return views
 
 
 def eval_loader(
@@ -148,33 +190,71 @@ def eval_loader(
     batch_size: int = 256,
     workers: int = 0,
     crop_pct: float = 1.0,
-    share: tuple[int, int] = (0, 1),
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader[Any]:
-    """Images in order, with labels: evenly spread ones where fewer are wanted, of them the share of (rank, world)."""
-    viewer = SampleLoader(
-        eval_transform(size, crop_pct), in_chans, 0, 0, (source.image, source.label), part=source.part
-    )
-    rank, world = share
-    places: Any = [(0, i) for i in evenly_spaced(source.length, images or source.length)[rank::world]]
-    return Loader(Rows(source, viewer), batch_size, sampler=places, collate_fn=collate, num_workers=workers)
+    """Return a loader of center-cropped images and their labels, in order. Bad images are left out.
+
+    Args:
+        source: where images and labels come from.
+        size: (H, W) of a crop.
+        in_chans: number of channels.
+        images: number of images, evenly spaced in the source; by default all of them.
+        batch_size: number of images in a batch.
+        workers: number of data workers.
+        crop_pct: ratio of the crop's size to the size that the image is resized to.
+        rank, world_size: this process gets every `world_size`-th image, from the `rank`-th on.
+    """
+    fields = (source.image, source.label)
+    sample_loader = SampleLoader(eval_transform(size, crop_pct), in_chans, 0, 0, fields, part=source.part)
+    indices = evenly_spaced(source.length, images or source.length)[rank::world_size]
+    sampler: Any = [(0, i) for i in indices]
+    return Loader(Rows(source, sample_loader), batch_size, sampler=sampler, collate_fn=collate, num_workers=workers)
+
+
+def single_image_loader(
+    source: Source, sample_loader: SampleLoader, indices: Iterable[int], workers: int = 0, collate: Any = collate
+) -> DataLoader[Any]:
+    """Return a loader of batches of one image each, in its own size. The batch of a bad image has no images."""
+    sampler: Any = [(0, i) for i in indices]
+    return Loader(Rows(source, sample_loader), 1, sampler=sampler, collate_fn=collate, num_workers=workers)
 
 
 def load_preview(source: Source, size: Size, in_chans: int, count: int) -> Batch:
-    """A few images, uncropped: evenly spread ones, or the first of a stream."""
-    viewer = SampleLoader(eval_transform(size), in_chans, 0, 0, (source.image, source.label))
+    """Return one batch of `count` center-cropped images: evenly spaced ones, or the first ones of a stream."""
+    sample_loader = SampleLoader(eval_transform(size), in_chans, 0, 0, (source.image, source.label))
     rows = (
         source.rows.take(count) if source.streaming else (source.rows[i] for i in evenly_spaced(source.length, count))
     )
-    return collate([viewer(row, 0, i) for i, row in enumerate(rows)])
+    return collate([sample_loader(row, 0, i) for i, row in enumerate(rows)])
+
+
+def check_samples(source: Source, sample_loader: SampleLoader) -> list[Any]:
+    """Load 50 evenly spaced samples of a source, or all if it has fewer, and return them.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    samples = [sample_loader(source.rows[i], 0, i) for i in evenly_spaced(source.length, 50)]
+    for sample in samples:
+        if sample.bad:
+            raise UserError(f"{sample.name} cannot be used ({sample.bad[1]}): fix or remove it.")
+    return samples
 
 
 def limit_bad_images(
     batches: Iterable[Batch], limit: float, log: Callable[[str], None], bad: dict[str, str] | None = None
 ) -> Iterator[Batch]:
-    """Pass batches on, name each bad image once, and stop when there are more than `limit` of them.
+    """Yield the batches, log each bad image once, and stop the run when more than `limit` images are bad.
 
     Args:
-        bad: those that are known, and why; new ones are added.
+        batches: any number of epochs of batches.
+        limit: number of bad images to tolerate.
+        log: called with one line for each bad image.
+        bad: names of the bad images known from before, with the reasons. New ones are added.
+
+    Raises:
+        UserError: there are more than `limit` bad images.
     """
     bad = {} if bad is None else bad
     for batch in batches:
@@ -186,6 +266,6 @@ def limit_bad_images(
             image, reason = next(iter(bad.items()))
             raise UserError(
                 f"{len(bad)} images cannot be used, more than the {int(limit)} allowed, such as {image} ({reason}): "
-                "remove or mend them, or raise --max-bad."
+                "fix or remove them, or raise --max-bad."
             )
         yield batch

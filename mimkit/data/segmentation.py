@@ -1,10 +1,9 @@
-"""What `--data` names -> pairs of an image and the mask of its classes, for semantic segmentation."""
+"""Data sets for semantic segmentation: images with a mask that gives each pixel's class, and their transforms."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -15,23 +14,26 @@ from torchvision.transforms import InterpolationMode, v2
 from mimkit.data.decode import EXTENSIONS, open_image
 from mimkit.data.sample import read_bytes
 from mimkit.data.sources import TRAIN, VAL, Source, hold_out, open_all
-from mimkit.data.transforms import Size, Transform, checked_size
+from mimkit.data.transforms import Size, Transform, checked_size, resize_short
 from mimkit.errors import UserError
 
-IGNORE = 255  # in a mask: nothing is known about the pixel, so nothing is learned from it and nothing judged by it
+IGNORE = 255  # value of a mask's pixels without a class: neither the loss nor the metric uses them
 UNKNOWN = -1
-MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of PIL: one number for a pixel
-PICTURES = [ending for ending in EXTENSIONS if ending != ".npy"]  # that masks come in
+MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # PIL's modes with one number for each pixel
+MASK_EXTENSIONS = EXTENSIONS - {".npy"}
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What the numbers in mask files mean.
+    """The classes of a data set, and the numbers that stand for them in mask files.
 
     Args:
-        names: of the classes.
-        values: the number in a file that stands for each.
-        ignored: numbers that stand for nothing, beside `IGNORE`.
+        names: names of the classes.
+        values: the number that stands for each class in mask files.
+        ignored: numbers besides `IGNORE` that stand for no class.
+
+    Raises:
+        UserError: there are fewer than 2 or more than 254 classes.
     """
 
     names: list[str]
@@ -46,30 +48,34 @@ class Classes:
             )
 
     def __call__(self, cell: dict[str, Any]) -> Tensor:
-        """A cell with the file of a mask -> (H W), uint8: classes by their place, and IGNORE
+        """Read the mask file of a cell as class indices (H W), uint8, with `IGNORE` for pixels without a class.
 
         Raises:
-            ValueError: it is no mask, or holds a number that stands for nothing.
+            ValueError: the file is not a mask, or holds a number that stands for no class.
         """
         numbers = read_mask(cell)
         table = np.full(2 + max(IGNORE, *self.values, *self.ignored), UNKNOWN)
         table[[IGNORE, *self.ignored]] = IGNORE
         table[self.values] = range(len(self.values))
-        mask = table[numbers.clip(max=len(table) - 1)]  # the last one stands for whatever lies beyond
+        mask = table[numbers.clip(max=len(table) - 1)]  # the last entry stands for all larger numbers
         if (mask == UNKNOWN).any():
-            odd = int(numbers[mask == UNKNOWN].max())
+            unknown = int(numbers[mask == UNKNOWN].max())
             known = f"{min(self.values)} to {max(self.values)}"
-            raise ValueError(f"its mask has class {odd}, where {known} and {IGNORE} for 'ignore' are known")
+            raise ValueError(f"its mask has class {unknown}, where {known} and {IGNORE} for 'ignore' are known")
         return torch.from_numpy(mask.astype(np.uint8))
 
 
 def read_mask(cell: dict[str, Any] | None) -> np.ndarray[Any, Any]:
-    """The numbers in a file of one channel (H W)."""
+    """Read the numbers (H W) of a mask file with one channel.
+
+    Raises:
+        ValueError: the file has colors or negative numbers, or the cell is empty.
+    """
     if cell is None:
         raise ValueError("it has no mask")
     picture = ImageOps.exif_transpose(open_image(read_bytes(cell)))
     if picture.mode not in MODES:
-        raise ValueError(f"its mask holds colors ({picture.mode}), where one number for a pixel is needed")
+        raise ValueError(f"its mask holds colors ({picture.mode}), where one number for each pixel is needed")
     numbers = np.asarray(picture).astype(np.int64)
     if numbers.min() < 0:
         raise ValueError(f"its mask has class {numbers.min()}, below 0")
@@ -77,14 +83,20 @@ def read_mask(cell: dict[str, Any] | None) -> np.ndarray[Any, Any]:
 
 
 def open_masked(data: str, classes: int | None = None, zero_ignored: bool = False) -> tuple[Source, Source, Classes]:
-    """The training and the test part of a set with masks, and its classes.
+    """Open the training split, the test split and the classes of a data set with masks.
+
+    If there is only one split, every fifth image is held out as the test split.
 
     Args:
-        data: the official folders of Cityscapes (leftImg8bit/, gtFine/) or ADE20K (images/training/,
+        data: one of: the official folders of Cityscapes (leftImg8bit/, gtFine/) or ADE20K (images/training/,
             annotations/training/, ...; 0 is ignored); a folder with images/ and masks/, or with train/ and val/ that
-            hold them; parquet files or a set on the hub with columns of images and of masks.
-        classes: how many; by default as many lines as classes.txt beside the folders has, or as the masks say.
-        zero_ignored: 0 stands for nothing, and classes begin at 1.
+            hold these two; parquet files or a data set on the hub with a column of images and one of masks.
+        classes: number of classes; by default the number of lines of classes.txt in the folder, or the largest number
+            in the masks plus 1.
+        zero_ignored: whether 0 stands for no class, so that the classes begin at 1.
+
+    Raises:
+        UserError: there is no such data set, masks are missing, or the classes cannot be determined.
     """
     root = Path(data).expanduser()
     if (root / "leftImg8bit").is_dir():
@@ -107,34 +119,37 @@ def open_masked(data: str, classes: int | None = None, zero_ignored: bool = Fals
     for part in parts:
         if part.mask is None:
             raise UserError(
-                f"--data {data} has no masks: pass a folder with images/ and masks/, that of ADE20K or Cityscapes, or "
-                "parquet files with a column named mask."
+                f"--data {data} has no masks: pass a folder with images/ and masks/, the folder of ADE20K or "
+                "Cityscapes, or parquet files with a column named mask."
             )
     if not (train.length and test.length):
-        raise UserError(f"--data {data} has too few images to hold some back for judging: give it a val part.")
+        raise UserError(f"--data {data} has too few images to hold some back for validation: give it a val split.")
     return train, test, _classes(root, parts, classes, zero_ignored)
 
 
 def _pair(images: Path, masks: Path) -> Source:
-    """Images and the masks of the same name, but for the ending, at the same place below."""
+    """Pair each image with the mask that has the same path below its folder, apart from the extension."""
     if not masks.is_dir():
-        raise UserError(f"{images} has no masks beside it: {masks} is not there.")
+        raise UserError(f"The images in {images} have no masks: the folder {masks} does not exist.")
     pictures = (file for file in images.rglob("*") if file.suffix.lower() in EXTENSIONS)
     files = sorted(file for file in pictures if not file.name.startswith("."))
-    drawn = sorted(file for file in masks.rglob("*") if file.suffix.lower() in PICTURES)
-    found = {file.relative_to(masks).with_suffix(""): file for file in drawn}
+    mask_files = sorted(file for file in masks.rglob("*") if file.suffix.lower() in MASK_EXTENSIONS)
+    by_name = {file.relative_to(masks).with_suffix(""): file for file in mask_files}
     names = [file.relative_to(images).with_suffix("") for file in files]
-    missing = [file for file, name in zip(files, names, strict=True) if name not in found]
+    missing = [file for file, name in zip(files, names, strict=True) if name not in by_name]
     if missing:
         raise UserError(
             f"{len(missing)} images have no mask of the same name in {masks}, such as {missing[0]}: add them."
         )
     if not files:
         raise UserError(f"{images} has no images: put some there.")
-    return _source(images, files, [found[name] for name in names])
+    return _source(images, files, [by_name[name] for name in names])
 
 
 def _source(name: Path, images: list[Any], masks: list[Any]) -> Source:
+    """Make a source of paths of images and masks."""
+    import datasets
+
     picture = datasets.Image(decode=False)
     columns = {"image": list(map(str, images)), "mask": list(map(str, masks))}
     rows = datasets.Dataset.from_dict(columns, features=datasets.Features({"image": picture, "mask": picture}))
@@ -142,51 +157,52 @@ def _source(name: Path, images: list[Any], masks: list[Any]) -> Source:
 
 
 def _cityscapes(root: Path) -> tuple[Source, Source, Classes]:
+    """Open the splits and the 19 evaluated classes of Cityscapes."""
     parts = []
     for split in ("train", "val"):
         try:
             found = Cityscapes(str(root), split, mode="fine", target_type="semantic")
         except (RuntimeError, OSError) as error:
             raise UserError(
-                f"--data {root} is not the whole of Cityscapes: it needs leftImg8bit/{split}/ and gtFine/{split}/."
+                f"--data {root} is not all of Cityscapes: it needs leftImg8bit/{split}/ and gtFine/{split}/."
             ) from error
-        pairs = sorted(
-            zip(found.images, (targets[0] for targets in found.targets), strict=True)
-        )  # it lists as disks do
+        # torchvision lists files in the order of the disk
+        pairs = sorted(zip(found.images, (targets[0] for targets in found.targets), strict=True))
         if missing := [mask for _, mask in pairs if not Path(mask).is_file()]:
-            raise UserError(f"--data {root} lacks {missing[0]} and {len(missing) - 1} more: unpack gtFine too.")
+            raise UserError(f"--data {root} lacks {missing[0]} and {len(missing) - 1} more masks: unpack gtFine too.")
         parts.append(_source(root / split, [image for image, _ in pairs], [mask for _, mask in pairs]))
         if not parts[-1].length:
             raise UserError(f"--data {root} has no images in leftImg8bit/{split}/: unpack that archive too.")
-    learned = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE), key=lambda c: c.train_id)
-    ignored = tuple(c.id for c in Cityscapes.classes if c not in learned and c.id >= 0)
-    return parts[0], parts[1], Classes([c.name for c in learned], [c.id for c in learned], ignored)
+    evaluated = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE), key=lambda c: c.train_id)
+    ignored = tuple(c.id for c in Cityscapes.classes if c not in evaluated and c.id >= 0)
+    return parts[0], parts[1], Classes([c.name for c in evaluated], [c.id for c in evaluated], ignored)
 
 
 def _classes(root: Path, parts: list[Source], count: int | None, zero_ignored: bool) -> Classes:
+    """Determine the classes by a file with their names, by `count`, or by the numbers in all masks."""
     first = int(zero_ignored)
     ignored = (0,) if zero_ignored else ()
     names: list[str] = []
     if (root / "classes.txt").is_file():
         names = [line.strip() for line in (root / "classes.txt").read_text().splitlines() if line.strip()]
-    elif (root / "objectInfo150.txt").is_file():  # ADE20K's: Idx, Ratio, Train, Val, (Stuff,) Name between tabs
+    elif (root / "objectInfo150.txt").is_file():  # ADE20K: Idx, Ratio, Train, Val, (Stuff,) Name, separated by tabs
         lines = (root / "objectInfo150.txt").read_text().splitlines()[1:]
         names = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
     if count and names and count != len(names):
-        raise UserError(f"--classes {count}: {root} names {len(names)} classes; leave --classes out, or mend the file.")
+        raise UserError(f"--classes {count}: {root} names {len(names)} classes; leave --classes out, or fix the file.")
     if not (count or names):
         try:
             cells = [cell for part in parts for cell in part.rows[part.mask]]
-            found = {i: (cell or {}).get("path") or "a mask" for cell in cells for i in _ids(cell)}
+            files = {i: (cell or {}).get("path") or "a mask" for cell in cells for i in _class_ids(cell)}
         except ValueError as error:
             raise UserError(
-                f"The masks of {parts[0].name} cannot be counted: {error}; mend it, or pass --classes."
+                f"The classes in the masks of {parts[0].name} cannot be counted: {error}; fix it, or pass --classes."
             ) from error
-        largest = max(found, default=-1)
-        missing = next((i for i in range(first, largest) if i not in found), None)
+        largest = max(files, default=-1)
+        missing = next((i for i in range(first, largest) if i not in files), None)
         if missing is not None:
             raise UserError(
-                f"{found[largest]} has the class {largest}, and no mask has {missing}: mend it, or say how many "
+                f"{files[largest]} has the class {largest}, and no mask has {missing}: fix it, or say how many "
                 "classes there are, by --classes or classes.txt."
             )
         count = largest + 1 - first
@@ -194,50 +210,48 @@ def _classes(root: Path, parts: list[Source], count: int | None, zero_ignored: b
     return Classes(names, list(range(first, first + len(names))), ignored)
 
 
-def _ids(cell: dict[str, Any]) -> list[int]:
-    """The classes of a mask; its file is named where it has none."""
+def _class_ids(cell: dict[str, Any]) -> list[int]:
+    """Return the numbers in a mask, without `IGNORE`. Errors name the mask's file."""
     try:
         numbers = read_mask(cell)
-    except Exception as error:  # readers raise whatever they like
+    except Exception as error:  # image libraries raise many kinds
         raise ValueError(f"{(cell or {}).get('path') or 'a mask'}: {error}") from error
     return np.unique(numbers[numbers != IGNORE]).tolist()
 
 
 def check_sizes(image: Any, mask: Tensor) -> Size:
-    """Height and width of an image whose mask has the same ones."""
+    """Return the (height, width) of an image and its mask (H W).
+
+    Raises:
+        ValueError: the sizes of the two differ, or one side is far longer than the other.
+    """
     height, width = checked_size(image)
     if (height, width) != tuple(mask.shape):
         raise ValueError(f"it is {height}x{width}, and its mask {mask.shape[0]}x{mask.shape[1]}")
     return height, width
 
 
-def resize_short(image: Any, size: Size, short: float) -> Any:
-    """An image of `size`, scaled so that its short side has so many pixels."""
-    scale = short / min(size)
-    scaled = [max(1, round(side * scale)) for side in size]
-    return v2.functional.resize(image, scaled, InterpolationMode.BILINEAR, antialias=True)
-
-
 def train_pairs(size: Size, short: int, scales: tuple[float, float], mean: list[float]) -> Transform:
-    """Random scale, crop and flip of an image and its mask.
+    """Return the augmentation of training: random scale, crop and horizontal flip of an image and its mask.
 
     Args:
-        size: of the crop; what lies beyond an image has the color `mean` (0 in arrays), and is ignored in its mask.
-        short: pixels of the short side at scale 1.
-        scales: a factor is drawn between these.
+        size: (H, W) of the crop. Where the crop exceeds the image, it is padded: the mask with `IGNORE`, the image with
+            `mean`, or with 0 if it is a tensor.
+        short: length in pixels of the image's short side at scale 1.
+        scales: range of the random scale.
+        mean: color of the padding, in 0-1.
     """
     fill = [round(255 * value) for value in mean]
 
     def transform(image: Any, mask: Tensor) -> tuple[Any, Tensor]:
-        own = check_sizes(image, mask)
-        factor = float(torch.empty(()).uniform_(*scales))
-        image = resize_short(image, own, short * factor)
+        original = check_sizes(image, mask)
+        scale = float(torch.empty(()).uniform_(*scales))
+        image = resize_short(image, original, short * scale)
         height, width = v2.functional.get_size(image)
-        pixels = mask[None]
-        pixels = v2.functional.resize(pixels, [height, width], InterpolationMode.NEAREST_EXACT)
-        beyond = [0, 0, max(0, size[1] - width), max(0, size[0] - height)]
-        image = v2.functional.pad(image, beyond, fill=fill if isinstance(image, Image.Image) else 0)
-        pixels = v2.functional.pad(pixels, beyond, fill=IGNORE)
+        pixels = v2.functional.resize(mask[None], [height, width], InterpolationMode.NEAREST_EXACT)
+        padding = [0, 0, max(0, size[1] - width), max(0, size[0] - height)]
+        image = v2.functional.pad(image, padding, fill=fill if isinstance(image, Image.Image) else 0)
+        pixels = v2.functional.pad(pixels, padding, fill=IGNORE)
         top, left = (
             int(torch.randint(max(0, side - crop) + 1, ())) for side, crop in zip((height, width), size, strict=True)
         )
@@ -250,7 +264,7 @@ def train_pairs(size: Size, short: int, scales: tuple[float, float], mean: list[
 
 
 def eval_pairs(short: int) -> Transform:
-    """An image scaled to so many pixels of its short side, and its mask as it is."""
+    """Return the transform of evaluation: resize the image's short side to `short` pixels, and keep the mask."""
 
     def transform(image: Any, mask: Tensor) -> tuple[Any, Tensor]:
         return resize_short(image, check_sizes(image, mask), short), mask
