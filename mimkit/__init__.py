@@ -1,3 +1,6 @@
-"""mimkit: pre-train hierarchical vision transformers by masked autoencoding, at plain-ViT speed."""
+"""Pre-train hierarchical vision transformers by masked autoencoding, at the speed of a plain ViT.
 
-import mimkit.models  # noqa: F401  registers the networks with timm
+Importing mimkit registers its networks with timm.
+"""
+
+import mimkit.models  # noqa: F401

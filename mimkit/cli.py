@@ -1,6 +1,5 @@
-"""The `mimkit` command."""
+"""The `mimkit` command. Each command imports what it uses, so that `mimkit --help` starts as fast as `import timm`."""
 
-import csv
 import pkgutil
 import sys
 import tempfile
@@ -8,58 +7,40 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
-import torch
-from rich.console import Console
-from rich.table import Table
-
-import mimkit.models  # registers the networks with timm
 import mimkit.recipes
 from mimkit.config import PositiveInt, run_command
-from mimkit.conversion import convert as convert_module
-from mimkit.conversion import family as families_module
-from mimkit.data.loader import eval_loader, limit_bad_images, load_preview
-from mimkit.data.order import cpu_count
-from mimkit.data.sources import open_all, open_labeled, open_source
-from mimkit.data.transforms import Normalize, parse_size
-from mimkit.doctor.loss_bands import health
 from mimkit.errors import UserError, cli_entry
-from mimkit.evaluation import features, probes
-from mimkit.evaluation import knn as knn_module
-from mimkit.evaluation.features import apply_to_images
-from mimkit.files import replacing_file
-from mimkit.flops import count_gmacs
-from mimkit.io import onnx
-from mimkit.io.hub import check_target, upload
-from mimkit.io.model_card import find_pushable, lay_out, model_card
-from mimkit.io.weights import on_meta
-from mimkit.methods.checkpoint import load_run
-from mimkit.methods.reconstruction import reconstructions
-from mimkit.models.factory import create_network, has_weights, input_of
-from mimkit.tasks.classification import classifier
-from mimkit.tasks.dense_checkpoint import find_dense
-from mimkit.tasks.detection import predict_objects
-from mimkit.tasks.segmentation import predict_masks
-from mimkit.training import replay as replay_module
-from mimkit.training.run import replaying
+
+if TYPE_CHECKING:
+    from mimkit.evaluation.features import Features
 
 NOTES = {
-    "hivit_nano": "ours, for tests and demonstrations",
-    "hivit_b": "the paper's base; the released MAE weights",
+    "hivit_nano": "small, for tests and demonstrations",
+    "hivit_b": "the paper's base model; fits the released MAE weights",
     "hivit_b24": "the official README's 'base' row",
-    "svit_nano": "ours, for tests and demonstrations",
-    "hpvit_s": "around vit_small_patch16_224, as the others around theirs",
+    "svit_nano": "small, for tests and demonstrations",
+    "hpvit_s": "around vit_small_patch16_224; the others likewise",
 }
 
 
 def models(img_size: int | str = 224) -> None:
-    """List the networks: parameters, GMACs (convolutions + matrix products + attention), strides of the feature maps.
+    """List the networks with their parameters, GMACs, and the strides of their feature maps.
+
+    GMACs count convolutions, matrix products and attention.
 
     Args:
-        img_size: input in pixels, 224 or HEIGHTxWIDTH.
+        img_size: Set the input size in pixels: 224 or HEIGHTxWIDTH.
     """
+    import timm
+    from rich.console import Console
+    from rich.table import Table
+
+    from mimkit.data.transforms import parse_size
+    from mimkit.flops import count_gmacs
+    from mimkit.io.weights import on_meta
+
     size = parse_size(img_size)
     table = Table("name", "parameters", f"GMACs at {size[0]}x{size[1]}", "strides", "note")
     for name in timm.list_models(["hivit_*", "hpvit_*", "svit_*"]):
@@ -72,18 +53,27 @@ def models(img_size: int | str = 224) -> None:
 
 def _features(
     model: str, data: str, img_size: int | str | None, images: int | None, max_bad: float
-) -> list[features.Features]:
-    train, test = open_labeled(data)
+) -> "list[Features]":
+    """Compute a model's features of the training and the test part of a data set."""
+    import torch
+
+    from mimkit.data.order import cpu_count
+    from mimkit.data.sources import open_labeled
+    from mimkit.data.transforms import Normalize, parse_size
+    from mimkit.evaluation.features import extract_parts
+    from mimkit.models.factory import create_network, has_weights, input_of
+
+    parts = open_labeled(data)
     options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
     network = create_network(model, **options)
     if not has_weights(model):
-        print(f"{model} is neither a folder nor a name with a tag: its weights are random")
-    _, own_size, normalize, _ = input_of(network)
-    size = options.get("img_size", own_size)
-    network.to("cuda" if torch.cuda.is_available() else "cpu")
-    workers = cpu_count() if torch.cuda.is_available() else 0
-    counts = images, None
-    return features.extract_parts(network, (train, test), size, normalize, counts, workers, max_bad)
+        print(f"{model} is neither a model folder nor a name with a tag, so its weights are random.")
+    spec = input_of(network)
+    size = options.get("img_size", spec.size)
+    on_gpu = torch.cuda.is_available()
+    network.to("cuda" if on_gpu else "cpu")
+    workers = cpu_count() if on_gpu else 0
+    return extract_parts(network, parts, size, Normalize(spec.mean, spec.std), (images, None), workers, max_bad)
 
 
 def knn(
@@ -93,17 +83,19 @@ def knn(
     images: PositiveInt | None = None,
     max_bad: float = 0.01,
 ) -> None:
-    """Accuracy of the nearest neighbors among the training images, weighted as in DINO (temperature .07).
+    """Compute the accuracy of nearest-neighbor classification on a model's features, as DINO does.
 
     Args:
-        model: directory of an encoder, such as RUN/encoder, or a name known to timm (random without a tag).
-        data: labeled images: 'sample', a folder with class folders, parquet files, or the name of a set on the hub.
-        img_size: input in pixels; the model's own by default.
-        images: use so many training images only.
-        max_bad: share of images of each part that may be impossible to decode; they are left out.
+        model: Load a model folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a timm model by its name.
+        data: Read labeled images: 'sample', a folder of class folders, parquet files, or a data set on the hub.
+        img_size: Set the input size in pixels: 224 or HEIGHTxWIDTH. The model's own size is the default.
+        images: Use only this many training images.
+        max_bad: Skip images that cannot be decoded, but fail if they exceed this fraction.
     """
+    from mimkit.evaluation.knn import knn as knn_accuracy
+
     train, test = _features(model, data, img_size, images, max_bad)
-    for k, accuracy in knn_module.knn(train, test).items():
+    for k, accuracy in knn_accuracy(train, test).items():
         print(f"kNN {accuracy:.2f} % (k = {k}, {len(train.y)} training and {len(test.y)} test images)")
 
 
@@ -114,33 +106,43 @@ def probe(
     images: PositiveInt | None = None,
     max_bad: float = 0.01,
 ) -> None:
-    """Accuracy of a linear classifier on pooled features; its decay is chosen on a fifth of the training images.
+    """Compute the accuracy of a linear classifier on a model's frozen features.
+
+    The weight decay is chosen on a fifth of the training images.
 
     Args:
-        model: directory of an encoder, such as RUN/encoder, or a name known to timm (random without a tag).
-        data: labeled images: 'sample', a folder with class folders, parquet files, or the name of a set on the hub.
-        img_size: input in pixels; the model's own by default.
-        images: use so many training images only.
-        max_bad: share of images of each part that may be impossible to decode; they are left out.
+        model: Load a model folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a timm model by its name.
+        data: Read labeled images: 'sample', a folder of class folders, parquet files, or a data set on the hub.
+        img_size: Set the input size in pixels: 224 or HEIGHTxWIDTH. The model's own size is the default.
+        images: Use only this many training images.
+        max_bad: Skip images that cannot be decoded, but fail if they exceed this fraction.
     """
+    from mimkit.evaluation.probes import linear_probe
+
     train, test = _features(model, data, img_size, images, max_bad)
-    found = probes.linear_probe(train, test)
+    result = linear_probe(train, test)
     print(
-        f"linear probe {found.accuracy:.2f} % ({len(train.y)} training and {len(test.y)} test images; "
-        f"weight decay {found.weight_decay:g}: {found.validation:.2f} % on held-out training images)"
+        f"linear probe {result.accuracy:.2f} % ({len(train.y)} training and {len(test.y)} test images; "
+        f"weight decay {result.weight_decay:g}: {result.validation:.2f} % on held-out training images)"
     )
 
 
 def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.png", count: PositiveInt = 8) -> None:
-    """Draw what a pre-training run makes of masked images: original, masked, reconstruction.
+    """Draw images, the same images masked, and their reconstructions by a pre-training run.
 
     Args:
-        run: directory of the run.
-        images: 'sample', a folder of images, parquet or .tar files.
-        out: picture to write.
-        count: images to show.
+        run: Load the model of this run.
+        images: Read images: 'sample', an image, a folder of images, parquet or .tar files.
+        out: Write the picture to this file: .png, .pdf, .svg or .jpg.
+        count: Show this many images.
     """
-    mae, config = load_run(run)
+    from mimkit.data.loader import load_preview
+    from mimkit.data.sources import open_source
+    from mimkit.data.transforms import Normalize
+    from mimkit.methods.checkpoint import load_run
+    from mimkit.methods.reconstruction import reconstructions
+
+    method, config = load_run(run)
     if Path(out).suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
         raise UserError(f"--out {out} is no picture: give a name that ends in .png, .pdf, .svg or .jpg.")
     in_chans, *size = config["input_size"]
@@ -150,7 +152,7 @@ def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.pn
     for name, reason in batch.bad:
         print(f"skipped {name}, which cannot be used ({reason})")
     normalize = Normalize(config["mean"], config["std"])
-    reconstructions(mae, normalize(batch.images), normalize, Path(out))
+    reconstructions(method, normalize(batch.images), normalize, Path(out))
     print(f"wrote {out}")
 
 
@@ -173,37 +175,41 @@ def convert(
     no_checks: bool = False,
     list_: bool = False,
 ) -> None:
-    """Turn a released plain ViT into an HPViT, or bring it to timm's layout, and prove that nothing was lost.
+    """Convert a released plain ViT to an HPViT or to timm's layout, and verify that nothing was lost.
 
     Args:
-        from_: alias (--list prints them), name of a plain ViT in timm, or folder of a timm model.
-        to: hpvit, hpvit_s, hpvit_b, hpvit_l, hpvit_h, timm (the plain ViT), or a hivit_* or svit_* for its own.
-        out: directory to write.
-        checkpoint: file or folder of weights; the published ones by default.
-        layout: the checkpoint's family, such as mae, hf, timm, dinov2; an alias has its own.
-        weights: which of several states in a file: ema, teacher, student or model.
-        source_args: arguments of the source's network in timm, where its name does not say.
-        depths: blocks in each stage, such as 0-1-11-0, or coarse, light, fine, even, swin.
-        pool: between stages: dw, conv or avg.
-        pool_init: what pools start as: aligned, average, or the share of the aligned tap, from 0 to 1.
-        attention: subgrid, or local for comparison.
-        window: side of windows inside a sub-grid, for large images.
-        padding: pixels before and after the image: [4,8], [8,4] or [0,12].
-        prefix: keep or drop class and register tokens.
-        dry_run: do and check all of it, but write nothing.
-        no_checks: write without checks; report and config.json say so.
-        list_: print aliases and families.
+        from_: Convert this network: an alias (see --list), a plain ViT's name in timm, or a timm model folder.
+        to: Convert to hpvit, hpvit_s, hpvit_b, hpvit_l, hpvit_h, timm (the plain ViT), or, from their own files,
+            hivit_* or svit_*.
+        out: Write the model to this folder.
+        checkpoint: Read this file or folder of weights. The published weights are the default.
+        layout: Name the family of the checkpoint, such as mae, hf, timm or dinov2. An alias implies its own.
+        weights: Select a state dict in a file with several: ema, teacher, student or model.
+        source_args: Create the source network in timm with these arguments, where its name does not imply them.
+        depths: Divide the blocks among the stages: numbers such as 0-1-11-0, or coarse, light, fine, even or swin.
+        pool: Pool between the stages by dw, conv or avg.
+        pool_init: Start the pools as aligned, average, or between: the weight of the aligned tap, from 0 to 1.
+        attention: Choose the attention of the finer stages: subgrid, or local for comparison.
+        window: Divide sub-grids of large images into windows of this side.
+        padding: Pad images by these pixels before and after: [4,8], [8,4] or [0,12].
+        prefix: Choose what happens to class and register tokens: keep or drop.
+        dry_run: Print the result, but write and push nothing.
+        no_checks: Skip the checks. The report and config.json say so.
+        list_: Print the aliases and families.
     """
+    from mimkit.conversion.convert import convert as convert_checkpoint
+    from mimkit.conversion.family import families, plain_vits
+
     if list_:
-        for layout, family in families_module.families().items():
+        for layout, family in families().items():
             print(f"--layout {layout}: {family.title}")
             for alias, name in family.aliases.items():
                 print(f"  {alias:18s} {name}")
-        print(f"\nand the {len(families_module.plain_vits())} plain ViTs of timm, with or without a tag")
+        print(f"\nand the {len(plain_vits())} plain ViTs of timm, with or without a tag")
         return
     if from_ is None:
         raise UserError("Nothing to convert: pass --from NAME, such as vit_b_mae, or --list.")
-    given = {
+    options = {
         "depths": depths,
         "pool": pool,
         "pool_init": pool_init,
@@ -212,7 +218,7 @@ def convert(
         "padding": padding,
         "prefix": prefix,
     }
-    report = convert_module.convert(
+    report = convert_checkpoint(
         from_,
         to,
         out,
@@ -222,7 +228,7 @@ def convert(
         source_args,
         checks=not no_checks,
         dry_run=dry_run,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in options.items() if value is not None},
     )
     report.show()
     if not dry_run:
@@ -240,145 +246,187 @@ def predict(
     crop_pct: float | None = None,
     max_bad: float = 0.01,
 ) -> None:
-    """Label images by a fine-tuned classifier, their pixels by a segmenter, or find objects by a detector.
+    """Predict labels with a classifier, masks with a segmenter, or objects with a detector.
+
+    --model also takes a run of recipes/finetune.py, segment.py or detect.py, and uses its best/. A segmenter writes a
+    new folder of masks, each of the size of its image and with the class values of the training data. A detector writes
+    a new COCO file, whose annotations have scores.
 
     Args:
-        model: run of recipes/finetune.py, segment.py or detect.py, its last/ or best/, or any classifier that timm can
-            load.
-        images: an image, a folder of images, parquet or .tar files.
-        out: table to write: image, label and probability (predictions.csv); for a segmenter a new folder of masks, each
-            of the size of its image, in the class numbers of the data it was trained with (predictions); for a
-            detector a new file of COCO's format, whose annotations have scores (predictions.json).
-        top: how many labels for an image, the most likely first.
-        crop_pct: share of the scaled image that is looked at; the model's own by default.
-        max_bad: share of images that may be impossible to decode; they are left out.
+        model: Load a model folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a timm model by its name.
+        images: Read images: 'sample', an image, a folder of images, parquet or .tar files.
+        out: Write the labels to this table (predictions.csv), the masks to this folder (predictions), or the objects
+            to this COCO file (predictions.json).
+        top: Write this many labels for each image, the most likely ones.
+        crop_pct: Crop this fraction of the resized image. The model's own fraction is the default.
+        max_bad: Skip images that cannot be decoded, but fail if they exceed this fraction.
     """
+    from mimkit.tasks.dense_checkpoint import find_dense
+
     if segmenter := find_dense(model, "segmenter"):
+        from mimkit.tasks.segmentation import predict_masks
+
         out = out or "predictions"
         print(f"wrote {out}/: {predict_masks(segmenter, images, out, max_bad)} masks")
         return
     if detector := find_dense(model, "detector"):
+        from mimkit.tasks.detection import predict_objects
+
         out = out or "predictions.json"
         print(f"wrote {out}: {predict_objects(detector, images, out, max_bad)} images")
         return
     out = out or "predictions.csv"
+    print(f"wrote {out}: {_predict_labels(model, images, out, top, crop_pct, max_bad)} images")
+
+
+def _predict_labels(model: str, images: str, out: str, top: int, crop_pct: float | None, max_bad: float) -> int:
+    """Write a table of image, label and probability, and return the number of images."""
+    import csv
+
+    import torch
+
+    from mimkit.data.loader import eval_loader, limit_bad_images
+    from mimkit.data.sources import open_all
+    from mimkit.data.transforms import Normalize
+    from mimkit.evaluation.features import apply_to_images
+    from mimkit.files import replacing_file
+    from mimkit.models.factory import input_of
+    from mimkit.tasks.classification import classifier
+
     network = classifier(model)
-    in_chans, size, normalize, own_crop = input_of(network)
+    spec = input_of(network)
+    normalize = Normalize(spec.mean, spec.std)
     names = network.pretrained_cfg.get("label_names") or list(map(str, range(network.num_classes)))
     if top > len(names):
         raise UserError(f"--top {top} is more than the {len(names)} classes of {model}: ask for fewer.")
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for source in open_all(images):
-        loader = eval_loader(source, size, in_chans, batch_size=64, crop_pct=crop_pct or own_crop)
+        loader = eval_loader(source, spec.size, spec.in_chans, batch_size=64, crop_pct=crop_pct or spec.crop_pct)
         for batch in limit_bad_images(loader, max_bad * source.length, print):
             if len(batch.images):
                 likely, labels = apply_to_images(network, [batch], normalize, network).x.softmax(1).topk(top)
                 for name, shares, chosen in zip(batch.names, likely.tolist(), labels.tolist(), strict=True):
                     rows += [[name, names[label], f"{share:.4f}"] for share, label in zip(shares, chosen, strict=True)]
     with replacing_file(out) as file, open(file, "w", newline="") as opened:
-        table = csv.writer(opened)
-        table.writerows([["image", "label", "probability"], *rows])
-    print(f"wrote {out}: {len(rows) // top} images")
+        csv.writer(opened).writerows([["image", "label", "probability"], *rows])
+    return len(rows) // top
 
 
 def export(model: str, out: str = "model.onnx") -> None:
-    """Write a fine-tuned model as ONNX or as a torch.export program, for any batch size, and check what it computes.
+    """Export a classifier to ONNX or a torch.export program for any batch size, and verify its outputs.
+
+    --model also takes a run of recipes/finetune.py, and uses its best/. The file holds mean, std, input_size, crop_pct
+    and label_names as JSON under the key `mimkit`.
 
     Args:
-        model: run of recipes/finetune.py, its last/ or best/, or any classifier that timm can load.
-        out: file to write, .onnx or .pt2. It holds mean, std, input_size and label_names as JSON, named mimkit.
+        model: Load a model folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a timm model by its name.
+        out: Write this file, .onnx or .pt2.
     """
+    from mimkit.io.onnx import export_model
+    from mimkit.tasks.classification import classifier
+
     network = classifier(model)
-    known = ("input_size", "mean", "std", "crop_pct", "label_names")
-    about = {name: network.pretrained_cfg[name] for name in known if network.pretrained_cfg.get(name) is not None}
-    difference = onnx.export_model(network, Path(out), about)
-    print(f"wrote {out}: the same as the model to {difference:.1e} of its largest output")
+    keys = ("input_size", "mean", "std", "crop_pct", "label_names")
+    about = {key: network.pretrained_cfg[key] for key in keys if network.pretrained_cfg.get(key) is not None}
+    difference = export_model(network, Path(out), about)
+    print(f"wrote {out}: equal to the model up to {difference:.1e} of its largest output")
 
 
 def push(run: str, /, *, to: str, private: bool = False, dry_run: bool = False) -> None:
-    """Push what a run or a folder holds to the Hugging Face hub, with a model card of the run's own figures.
+    """Push a run or a model folder to the Hugging Face hub, with a model card of the run's own figures.
 
     Args:
-        run: of a pre-training, a fine-tuning, a segmenter or a detector (its best/; RUN/last for the last), or a folder
-            that `mimkit convert` wrote.
-        to: repository on the hub, OWNER/NAME; an old one gets a new commit.
-        private: make a new repository private.
-        dry_run: print the card and leave the hub alone.
+        run: Push the encoder/ or best/ of this run (pass RUN/last for the last weights), or this converted folder.
+        to: Push to this repository, OWNER/NAME. An existing one gets a new commit.
+        private: Make a new repository private.
+        dry_run: Print the result, but write and push nothing.
     """
+    from mimkit.io.hub import check_target, upload
+    from mimkit.io.model_card import find_pushable, model_card, write_repository
+
     check_target(to)
     found = find_pushable(run)
     if dry_run:
         print(model_card(found, to))
         return
-    with tempfile.TemporaryDirectory() as place:
-        lay_out(found, to, Path(place))
-        print(f"pushed {found.folder} to {upload(Path(place), to, private)}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_repository(found, to, Path(folder))
+        print(f"pushed {found.folder} to {upload(Path(folder), to, private)}")
 
 
 def replay(step: str, /) -> None:
-    """Make a step once more that a run passed by, and say where its numbers stop being finite.
+    """Repeat a skipped training step, and report where its numbers stop being finite.
 
     Args:
-        step: RUN/replay/step-N, which a run leaves: its batch, the weights before it, the names of its images.
+        step: Repeat the step in this folder, RUN/replay/step-N, with its batch and the weights before it.
     """
+    from mimkit.training.replay import read_about
+
     folder = Path(step)
-    recipe, config = replay_module.read_about(folder)["recipe"], folder.parent.parent / "config.yaml"
+    recipe, config = read_about(folder)["recipe"], folder.parent.parent / "config.yaml"
     if recipe not in recipes() or not config.is_file():
-        raise UserError(f"{step} is not in the run that left it: pass RUN/replay/step-N, beside RUN/config.yaml.")
-    with tempfile.TemporaryDirectory() as place, replaying(folder):
-        argv = ["--config", str(config), "--out", f"{place}/run", "--workers", "0", "--track", "null"]
-        import_module(f"mimkit.recipes.{recipe}").main(argv)
+        raise UserError(f"{step} is not inside its run: pass RUN/replay/step-N, where RUN has a config.yaml.")
+    with tempfile.TemporaryDirectory() as out:
+        argv = ["--config", str(config), "--out", f"{out}/run", "--workers", "0", "--track", "null"]
+        import_module(f"mimkit.recipes.{recipe}").main(argv, replay=folder)
 
 
 def recipes() -> list[str]:
-    """Their names."""
+    """Return the names of the recipes."""
     return [module.name for module in pkgutil.iter_modules(mimkit.recipes.__path__)]
 
 
 def doctor(*words: str) -> None:
-    """Say whether a recipe is ready to run (doctor RECIPE FLAGS), or a run is healthy (doctor --run DIR).
+    """Check whether a recipe is ready to run (doctor RECIPE FLAGS), or a run is healthy (doctor --run DIR).
 
-    Of a recipe of pre-training with its own flags, such as `mimkit doctor mae_hivit --data DIR --batch-size 256`, it
-    looks at images, colors, units, steps, speed, memory and disk; of another one it does what --dry-run does there. It
-    trains nothing and writes nothing. Exit code 1: something would spoil the run, or the run is not healthy; 2: the
-    recipe refuses the flags.
+    For a recipe and its flags, such as `mimkit doctor mae_hivit --data DIR --batch-size 256`, check the images, colors,
+    units, steps, speed, memory and disk. For a recipe that does not pre-train, do what its --dry-run does. Nothing is
+    trained or written. Exit code 1 means that something would spoil the run, or that the run is not healthy; 2 means
+    that the recipe refuses the flags.
     """
-    known = recipes()
+    names = recipes()
     first, *flags = words or ("--help",)
     if first in ("--help", "-h"):
-        print(f"usage: mimkit doctor RECIPE FLAGS | mimkit doctor --run DIR\n\n{doctor.__doc__}\nrecipes: {known}")
+        text = "\n".join(line.strip() for line in (doctor.__doc__ or "").strip().splitlines())
+        print(f"usage: mimkit doctor RECIPE FLAGS | mimkit doctor --run DIR\n\n{text}\n\nrecipes: {', '.join(names)}")
         return
     if first == "--run" and len(flags) == 1:
-        said, wrong = health(Path(flags[0]))
-        print("\n".join(said))
-        if wrong:
+        from mimkit.doctor.loss_bands import health
+
+        sentences, problems = health(Path(flags[0]))
+        print("\n".join(sentences))
+        if problems:
             sys.exit(1)
         return
-    if first not in known:
-        raise UserError(f"mimkit doctor {first}: choose a recipe among {', '.join(known)}, or pass --run DIR.")
+    if first not in names:
+        raise UserError(f"mimkit doctor {first}: choose a recipe among {', '.join(names)}, or pass --run DIR.")
     recipe = import_module(f"mimkit.recipes.{first}")
     if not hasattr(recipe.Options, "dry_run"):
-        raise UserError(f"mimkit doctor {first}: this recipe has no --dry-run; start it, it is short.")
+        raise UserError(
+            f"mimkit doctor {first}: this recipe has no --dry-run. Start the recipe itself, which is short."
+        )
     recipe.main([*flags, "--dry-run"])
+
+
+COMMANDS: list[Callable[..., None]] = [
+    models,
+    convert,
+    knn,
+    probe,
+    reconstruct,
+    predict,
+    export,
+    push,
+    doctor,
+    replay,
+]
 
 
 @cli_entry
 def main() -> None:
-    """The command's entry point."""
-    commands: list[Callable[..., None]] = [
-        models,
-        convert,
-        knn,
-        probe,
-        reconstruct,
-        predict,
-        export,
-        push,
-        doctor,
-        replay,
-    ]
-    run_command(commands, "Masked image modeling for hierarchical vision transformers.", version("mimkit"))
+    """Run the command that `sys.argv` names."""
+    run_command(COMMANDS, "Masked image modeling for hierarchical vision transformers.", version("mimkit"))
 
 
 if __name__ == "__main__":

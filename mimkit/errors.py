@@ -1,11 +1,16 @@
-"""What a user did, said in one sentence instead of a traceback."""
+"""User errors: reported as one sentence instead of a traceback, with an exit code.
+
+With `MIMKIT_DEBUG=1` in the environment, the traceback is printed before the sentence.
+"""
 
 import errno
 import functools
 import json
+import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -13,49 +18,57 @@ from typing import Any, ParamSpec, TypeVar
 import yaml
 from safetensors import SafetensorError
 
-REQUEUE = 75  # sysexits.h: a temporary failure, try again
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure; the scheduler may start the job again
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # sent before a kill
-WORKER = "A data worker is stuck or dead ({}): check memory and the disk of --data, then go on with --resume auto."
-PEER = "Another process of this run ended or cannot be reached ({}): see what it said, then go on with --resume auto."
+WORKER = "A data worker is stuck or dead ({}): check memory and the disk of --data, then resume with --resume auto."
+PEER = "Another process of this run ended or cannot be reached ({}): read its message, then resume with --resume auto."
 MEMORY = "Out of memory ({}): choose a smaller --batch-size, more --grad-accum-steps, or --grad-checkpointing true."
-TORCHS = {  # errors that torch raises in whatever line a process has come to, by a part of their first line
+BUG = "{}. This is likely a bug: set MIMKIT_DEBUG=1 to see the traceback, and report it with that."
+TORCH_ERRORS = {  # torch raises these as RuntimeError from any line; they are known by a part of their first line
     "DataLoader worker (pid": WORKER,
-    "Pin memory thread exited": WORKER,  # it was waiting for such a worker
+    "Pin memory thread exited": WORKER,  # the thread was waiting for a dead worker
     "gloo/": PEER,
     "NCCL": PEER,
     "out of memory": MEMORY,
     "can't allocate memory": MEMORY,
 }
+PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+WRONG_PATH = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.EBUSY)
+BROKEN_STORAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+RESOURCE_LIMIT = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class UserError(ValueError):
-    """Something the user gave does not fit. The message names the value, what was expected, and what to do."""
+    """An error in what the user gave. The message names the value, what was expected, and what to do."""
 
 
 class StoppedError(BaseException):
-    """A scheduler told a run to end, and it did so in good order; it can be resumed. Exit code `REQUEUE`.
+    """A scheduler stopped the run, which ended in good order and can be resumed. The exit code is `REQUEUE`.
 
-    No `Exception`: a signal comes anywhere, and nothing on its way may take it for a bad image or file.
+    It is not an `Exception`: a signal can arrive anywhere, and a handler of bad images or files must not catch it.
     """
 
 
 def is_full(error: Exception) -> bool:
-    """Whether a disk or a quota is; safetensors says the number of the system's error in words alone, torch none."""
+    """Return whether an error says that a disk or a quota is full.
+
+    safetensors names the number of the system's error only in its text, and torch does not name it at all.
+    """
     number = getattr(error, "errno", None) or next(iter(re.findall(r"os error (\d+)", str(error))), 0)
     return int(number) in (errno.ENOSPC, errno.EDQUOT) or "inline_container" in str(error)
 
 
-def stop(number: int, *_: Any) -> None:
-    """What a signal to stop does outside of training, which has a checkpoint to write first."""
+def _stop(number: int, *_: Any) -> None:
+    """Handle a stop signal outside of training steps, where there is no checkpoint to write first."""
     name = signal.Signals(number).name
     raise StoppedError(f"Stopped by {name} outside of training steps: start it as before, a run with --resume auto.")
 
 
 @contextmanager
 def signal_handlers(handlers: dict[Any, Any]) -> Iterator[None]:
-    """Inside, these are what signals call."""
+    """Install these signal handlers inside a `with` block, and restore the earlier ones after it."""
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
@@ -64,57 +77,71 @@ def signal_handlers(handlers: dict[Any, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _explain_os_error(error: OSError) -> str | None:
+    """Say what to do about an error of the system, or return None if it is an unexpected one."""
+    if is_full(error):
+        hint = "the disk is full: free some space, or choose another place"
+    elif error.errno in PERMISSION:
+        hint = "it cannot be read or written: choose another place, or change its permissions"
+    elif error.errno in WRONG_PATH:
+        hint = f"{error.strerror}: check the path"
+    elif error.errno in BROKEN_STORAGE:
+        hint = f"{error.strerror}: check that the disk or the network works, and start again"
+    elif error.errno in RESOURCE_LIMIT:
+        hint = f"{error.strerror}: use fewer --workers, or raise the limit (ulimit -n, -u, -v)"
+    else:
+        return None
+    return f"{error.filename or 'Writing a file'}: {hint}."
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """Return the sentence and the exit code for an error, or None where only the traceback can explain it."""
+    match error:
+        case UserError():
+            return str(error), 2
+        case StoppedError():
+            return str(error), REQUEUE
+        case KeyboardInterrupt():
+            return str(error) or "Interrupted.", 130
+        case BrokenPipeError():
+            return "The program that read the output has closed it.", 141
+        case OSError():
+            sentence = _explain_os_error(error)
+            return (sentence, 2) if sentence else None
+        case UnicodeError() | yaml.YAMLError() | json.JSONDecodeError() | RecursionError():
+            return f"A file or a name is not valid text, YAML or JSON ({error}): correct it, or pass another one.", 2
+        case RuntimeError():
+            reason = next(iter(str(error).splitlines()), "")
+            known = next((sentence for part, sentence in TORCH_ERRORS.items() if part in reason), None)
+            if known is None:
+                return BUG.format(f"{type(error).__name__}: {reason}"[:150].rstrip(" .:")), 1
+            return known.format(reason), 2
+        case SafetensorError():  # safetensors raises its own kind even for errors of the system
+            if is_full(error):
+                return "Writing weights: the disk is full: free some space, or choose another place.", 2
+            return f"Weights cannot be read ({error}): get another copy of the file.", 2
+    return None
+
+
 def cli_entry(main: Callable[P, R]) -> Callable[P, R]:
-    """Decorate an entry point: a wrong file, flag, shape or a full disk ends it with a sentence and exit code 2,
-    a signal to stop with `REQUEUE`."""
+    """Decorate an entry point so that errors end it with one sentence on stderr and an exit code.
+
+    A wrong file, flag or shape and a full disk exit with code 2, a stop signal with `REQUEUE`, and an unexpected
+    RuntimeError with code 1. Other unexpected errors keep their traceback.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            with signal_handlers(dict.fromkeys(STOP_SIGNALS, stop)):
+            with signal_handlers(dict.fromkeys(STOP_SIGNALS, _stop)):
                 return main(*args, **kwargs)
-        except UserError as error:
-            message, code = str(error), 2
-        except StoppedError as stopped:
-            message, code = str(stopped), REQUEUE
-        except KeyboardInterrupt as interrupt:
-            message, code = str(interrupt) or "Interrupted.", 130
-        except BrokenPipeError:
-            message, code = "The reader of the output went away.", 141
-        except OSError as error:
-            if is_full(error):
-                hint = "the disk is full: free some space, or choose another place"
-            elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                hint = "it cannot be written or read: choose another place, or change its permissions"
-            elif error.errno in (
-                errno.ENOTDIR,
-                errno.EISDIR,
-                errno.EEXIST,
-                errno.ENOENT,
-                errno.ENAMETOOLONG,
-                errno.EBUSY,
-            ):
-                hint = f"{error.strerror}: check the path"
-            elif error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
-                hint = f"{error.strerror}: see whether the disk or the network is well, and start again"
-            elif error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
-                hint = f"{error.strerror}: give fewer --workers, or raise the limit (ulimit -n, -u, -v)"
-            else:
+        except (Exception, StoppedError, KeyboardInterrupt) as error:
+            if (explained := explain(error)) is None:
                 raise
-            message, code = f"{error.filename or 'writing'}: {hint}.", 2
-        except (UnicodeError, yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
-            message, code = f"A file or a name is not text, YAML or JSON as it should be ({error}): mend it.", 2
-        except RuntimeError as error:
-            reason = next(iter(str(error).splitlines()), "")
-            advice = next((words for part, words in TORCHS.items() if part in reason), None)
-            if advice is None:
-                raise
-            message, code = advice.format(reason), 2
-        except SafetensorError as error:  # its own kind, also where the system's would do
-            full = "writing a checkpoint: the disk is full: free some space, or choose another place."
-            message, code = full if is_full(error) else f"Weights cannot be read ({error}): get another copy.", 2
-        # names and reasons may have lines; in one piece, as several processes may say theirs at once
-        sys.stderr.write(f"mimkit: {' '.join(message.split())}\n")
+            trace = traceback.format_exc() if os.environ.get("MIMKIT_DEBUG") == "1" else ""
+        message, code = explained
+        # Names and reasons may contain line breaks. Several processes may write at once, so this is a single write.
+        sys.stderr.write(f"{trace}mimkit: {' '.join(message.split())}\n")
         sys.exit(code)
 
     return wrapped

@@ -1,1 +1,1 @@
-"""Weights on disk, on the Hugging Face hub, and in other formats."""
+"""Read and write weights, fetch from and push to the Hugging Face hub, and export to other formats."""

@@ -1,4 +1,4 @@
-"""Weight files: read any safely, write safetensors + config.json in timm's hub layout."""
+"""Read weight files safely, and write safetensors and config.json in the layout of timm's hub."""
 
 import argparse
 from collections.abc import Callable
@@ -16,22 +16,23 @@ from mimkit.files import read_json, replacing
 from mimkit.io.hub import local_path
 
 State = dict[str, Tensor]
-NAMES = ("model.safetensors", "pytorch_model.bin")  # in a folder, the first that is there
-WRAPPERS = {  # names under which files keep a state, by what --weights calls them, the most wanted first
+NAMES = ("model.safetensors", "pytorch_model.bin")  # the first of these that a folder holds is read
+WRAPPERS = {  # keys under which files store a state dict, for each value of --weights, in order of preference
     "ema": ("state_dict_ema", "model_ema", "ema"),
     "teacher": ("teacher", "target_encoder"),
     "student": ("student", "encoder"),
     "model": ("state_dict", "model", "module"),
 }
 DECODER = {"decoder_embed.": "embed.", "decoder_blocks.": "blocks.", "decoder_norm.": "norm.", "decoder_pred.": "pred."}
-COMPUTED = ("decoder_pos_embed", "relative_position_index")  # sin-cos positions and an index, made anew
+COMPUTED = ("decoder_pos_embed", "relative_position_index")  # sin-cos positions and an index, which are recomputed
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
 
 def split(state: State) -> tuple[State, State]:
-    """State of a file, of a ViT or a HiViT -> (encoder's, decoder's; the latter is empty in an encoder-only file).
+    """Split the state dict of an MAE file (ViT or HiViT) into the encoder's and the decoder's.
 
-    In encoder-only files of HiViT the decoder's `mask_token` is left over alone.
+    The decoder's is empty for an encoder-only file. Such a file of a HiViT still holds `mask_token`, which alone does
+    not count as a decoder.
     """
     encoder, decoder = {}, {}
     for name, tensor in state.items():
@@ -46,19 +47,24 @@ def split(state: State) -> tuple[State, State]:
 
 
 def read_weights(path: str | Path, which: str | None = None) -> State:
-    """Tensors of a .safetensors file, of a .pth, .pt or .bin file, or of a folder with one of them or its shards.
+    """Read the tensors of a .safetensors, .pth, .pt or .bin file, or of a folder that holds one of them or its shards.
 
-    Pickles are read with weights_only. Wrappers (`model`, `state_dict`, ...) and prefixes (`module.`, `backbone.`,
-    `_orig_mod.`) are taken off.
+    Pickles are read with `weights_only=True`. Wrappers (`model`, `state_dict`, ...) and prefixes (`module.`,
+    `backbone.`, `_orig_mod.`) are removed.
 
     Args:
-        which: of several states in a file, ema, teacher, student or model; by default the first of them that is there.
+        path: a local path, or hf-hub:OWNER/NAME.
+        which: the state dict to read from a file with several: ema, teacher, student or model. By default it is the
+            first of these that the file holds.
+
+    Raises:
+        UserError: the file is missing, corrupt, or holds more than tensors and plain containers.
     """
     return open_weights(path, which)[0]
 
 
 def open_weights(path: str | Path, which: str | None = None) -> tuple[State, str]:
-    """The same, and which of the states in the file was taken."""
+    """Like `read_weights`, but also return the name of the state dict that was selected."""
     path = local_path(path)
     if which not in (None, *WRAPPERS):
         raise UserError(f"--weights {which} is unknown: choose among {', '.join(WRAPPERS)}.")
@@ -66,11 +72,13 @@ def open_weights(path: str | Path, which: str | None = None) -> tuple[State, str
         contents = [_load(file) for file in weight_files(path)]
     except UserError:
         raise
-    except Exception as error:  # torch, safetensors and pickle raise a dozen kinds
+    except Exception as error:  # torch, safetensors and pickle raise a dozen types
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         if "TorchScript" in str(error):
-            raise UserError(f"{path} is a TorchScript archive, which holds code: save its state_dict alone.") from error
-        raise UserError(f"{path} cannot be read as weights ({reason}): it is torn, or not only tensors.") from error
+            raise UserError(f"{path} is a TorchScript archive, which holds code: save only its state_dict.") from error
+        raise UserError(
+            f"{path} cannot be read as weights ({reason}): pass an intact file that holds only tensors."
+        ) from error
     parts = [unwrap(content, which, path) for content in contents]
     state = {str(name): tensor for part, _ in parts for name, tensor in part.items() if isinstance(tensor, Tensor)}
     if not state:
@@ -79,7 +87,7 @@ def open_weights(path: str | Path, which: str | None = None) -> tuple[State, str
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The file, or the files of a folder, that hold the weights."""
+    """Return the files that hold the weights of a path: the path itself, or one or more files of a folder."""
     if path.is_dir():
         for name in NAMES:
             if (path / name).is_file():
@@ -87,19 +95,21 @@ def weight_files(path: Path) -> list[Path]:
             index = path / f"{name}.index.json"
             if index.is_file():
                 return _shards(path, index)
-        raise UserError(f"{path} holds no weights ({' or '.join(NAMES)}): pass the folder or file that does.")
+        raise UserError(f"{path} holds no weights ({' or '.join(NAMES)}): pass the folder or file that holds them.")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file or folder; check the path.")
     return [path]
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
-    """Files that an index names, each of them in its own folder."""
+    """Return the shards that an index names. All must be in the folder of the index."""
     names = read_json(index).get("weight_map")
     names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
-    odd = [name for name in names if name != Path(name).name or not (folder / name).is_file()]
-    if odd or not names:
-        raise UserError(f"{index} names {', '.join(odd) or 'nothing'}, where files beside it are needed: get the rest.")
+    wrong = [name for name in names if name != Path(name).name or not (folder / name).is_file()]
+    if wrong or not names:
+        raise UserError(
+            f"{index} names {', '.join(wrong) or 'nothing'}, but files in its own folder are needed: get all shards."
+        )
     return [folder / name for name in names]
 
 
@@ -107,33 +117,34 @@ def _load(file: Path) -> Any:
     if file.suffix == ".safetensors":
         return load_file(file)
     with file.open("rb") as opened:
-        zipped = opened.read(2) == b"PK"  # what torch.save writes, unlike its format before 1.6, can be mapped
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a run, kept beside its weights
+        zipped = (
+            opened.read(2) == b"PK"
+        )  # only the zip format of torch.save, not the one before torch 1.6, can be mapped
+    with torch.serialization.safe_globals([argparse.Namespace]):  # many repositories store their options with weights
         return torch.load(file, "cpu", weights_only=True, mmap=zipped)
 
 
 def unwrap(content: Any, which: str | None, path: Path) -> tuple[dict[str, Any], str]:
-    """A file's content -> the names and tensors in it, and the way to them."""
-    wanted = (
-        [*WRAPPERS[which], *WRAPPERS["model"]] if which else [name for names in WRAPPERS.values() for name in names]
-    )
-    way: list[str] = []
+    """Return the state dict inside the content of a file, and the keys that lead to it, joined by dots."""
+    every_key = [key for keys in WRAPPERS.values() for key in keys]
+    wanted = [*WRAPPERS[which], *WRAPPERS["model"]] if which else every_key
+    route: list[str] = []
     while isinstance(content, dict):
-        inner = next((name for name in wanted if isinstance(content.get(name), dict)), None)
+        inner = next((key for key in wanted if isinstance(content.get(key), dict)), None)
         if inner is None:
             break
-        others = [name for names in WRAPPERS.values() for name in names if isinstance(content.get(name), dict)]
-        way.append(inner if len(others) == 1 else f"{inner} (of {', '.join(others)})")
+        candidates = [key for key in every_key if isinstance(content.get(key), dict)]
+        route.append(inner if len(candidates) == 1 else f"{inner} (of {', '.join(candidates)})")
         content = content[inner]
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not names and tensors: pass a file of weights.")
-    if which not in (None, "model") and not any(step.split(" ")[0] in WRAPPERS[which] for step in way):
+    if which not in (None, "model") and not any(key.split(" ")[0] in WRAPPERS[which] for key in route):
         raise UserError(f"{path} holds no {which} weights: it has {', '.join(map(str, list(content)[:5]))}, ...")
-    return content, ".".join(way)
+    return content, ".".join(route)
 
 
 def strip(state: State) -> State:
-    """Without the prefixes that training puts before names; what else is in the file keeps its own name."""
+    """Remove the prefixes that training adds to names, except where the shorter name is taken by another tensor."""
     stripped = {}
     for name, tensor in state.items():
         short = name
@@ -144,13 +155,21 @@ def strip(state: State) -> State:
 
 
 def misfits(own: State, state: State) -> tuple[list[str], list[str], list[str]]:
-    """Names that keep a state from being a network's own: missing, unexpected, of another shape."""
+    """Compare a state dict with a network's own, and return the names that are missing, unexpected, or misshapen."""
     misshapen = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
     return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()), misshapen
 
 
 def load_strictly(model: nn.Module, state: State, origin: str | Path, assign: bool = False) -> None:
-    """Load every tensor, or say which ones do not fit and load none."""
+    """Load a state dict whose names and shapes all match, or load nothing.
+
+    Args:
+        origin: where the state dict is from, for the error.
+        assign: use the given tensors as the parameters instead of copying them.
+
+    Raises:
+        UserError: it lists all names that are missing, unexpected or of another shape.
+    """
     own = model.state_dict()
     missing, unexpected, misshapen = misfits(own, state)
     shapes = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in misshapen]
@@ -162,19 +181,19 @@ def load_strictly(model: nn.Module, state: State, origin: str | Path, assign: bo
 
 
 def on_meta(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A network without memory: shapes only."""
+    """Build a network on the meta device, which has shapes but no memory."""
     with torch.device("meta"):
         return build(*args, **kwargs)
 
 
 def assemble(net: nn.Module, state: State) -> Any:
-    """Weights into a network on the meta device, without copying them."""
+    """Give a network on the meta device these weights, without copying them."""
     net.load_state_dict(state, assign=True)
     return materialize(net)
 
 
 def materialize(net: nn.Module) -> Any:
-    """Compute what a network on the meta device has beside its weights."""
+    """Compute the non-persistent buffers of a network that was on the meta device."""
     for module in net.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
@@ -184,10 +203,12 @@ def materialize(net: nn.Module) -> Any:
 
 
 def write_model(model: nn.Module, folder: str | Path, **data_config: Any) -> None:
-    """Write a timm model that was trained here; `timm.create_model("local-dir:FOLDER", pretrained=True)` gives it back.
+    """Write a trained timm model to a folder, which replaces an existing one only when it is complete.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads the model again.
 
     Args:
-        data_config: what travels with the weights: input_size (c H W), mean, std, interpolation.
+        data_config: the preprocessing that goes with the weights: input_size (c H W), mean, std, interpolation.
     """
     disown(model)
     with replacing(folder) as temporary:
@@ -195,12 +216,17 @@ def write_model(model: nn.Module, folder: str | Path, **data_config: Any) -> Non
 
 
 def disown(model: Any) -> None:
-    """Forget where the weights come from that timm's name stands for: these are others."""
+    """Remove the origin of timm's own weights from a model's `pretrained_cfg`, because its weights are now others."""
     for key in ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes", "description"):
         model.pretrained_cfg.pop(key, None)
 
 
 def save_model(model: nn.Module, folder: Path, label_names: list[str] | None = None, **data_config: Any) -> None:
-    """The same, into a folder that is there."""
+    """Write a timm model's model.safetensors and config.json into an existing folder.
+
+    Args:
+        label_names: names of the classes.
+        data_config: the preprocessing that goes with the weights, as for `write_model`.
+    """
     about = {"label_names": label_names} if label_names else {}
     save_for_hf(model, str(folder), model_config=about, safe_serialization=True, data_config=data_config)
