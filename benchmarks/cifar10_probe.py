@@ -1,12 +1,12 @@
-"""What a short masked pre-training is worth: a linear probe on CIFAR-10, before and after.
+"""Measure what a short masked pre-training is worth: a linear probe on CIFAR-10, before and after.
 
 python benchmarks/cifar10_probe.py --data DIR      DIR holds train.parquet and test.parquet (images, labels)
-python benchmarks/cifar10_probe.py --data DIR --recipe simmim_svit      or mae_svit
-python benchmarks/cifar10_probe.py --data DIR --recipe mae_svit --img-size 48 --mask-ratio 0.6
+python benchmarks/cifar10_probe.py --data DIR --preset simmim_svit_small      or mae_svit_small
+python benchmarks/cifar10_probe.py --data DIR --preset mae_svit_small --img-size 48 --mask-ratio 0.6
 
-Pre-trains on 120,000 images seen, by a recipe: hivit_nano, 40/80/160 wide (units of 4 px, 8 x 8 of them), or svit_nano
-with a stem of stride 1 (units of 8 px, 4 x 4, or 6 x 6 at 48 px). Then probes the encoder and the same network at
-random on 10,000 training and 10,000 test images, by the same sweep.
+The script pre-trains on 120,000 images seen: hivit_nano, 40/80/160 wide (8 x 8 units of 4 px), or svit_nano with a stem
+of stride 1 (4 x 4 units of 8 px, or 6 x 6 at 48 px). Then it probes the encoder, and the same network with random
+weights, on 10,000 training and 10,000 test images.
 """
 
 import subprocess
@@ -31,57 +31,57 @@ from mimkit.evaluation.features import apply_to_images, extract_parts
 from mimkit.evaluation.knn import knn
 from mimkit.evaluation.probes import linear_probe
 
-FLAGS = {
-    "mae_hivit": ["--model-args.embed_dim", "160"],
-    "simmim_svit": [],
-    "mae_svit": ["--norm-targets", "false", "--mask-ratio", "0.4"],
+FLAGS = {  # for each preset of a recipe
+    "mae_hivit_small": ["--model-args.embed_dim", "160"],
+    "simmim_svit_small": [],
+    "mae_svit_small": ["--norm-targets", "false", "--mask-ratio", "0.4"],
 }
 
 
 def pooled_maps(model: Any, x: Tensor) -> Tensor:
-    """(b c H W) -> the mean of each stage's map, side by side"""
+    """Images (b c H W) -> the mean of each stage's map, concatenated (b d)."""
     maps = model.forward_intermediates(x, intermediates_only=True)
     return torch.cat([m.mean(dim=(2, 3)) for m in maps], dim=1)
 
 
 def measure(
     data: str,
-    recipe: str = "mae_hivit",
+    preset: str = "mae_hivit_small",
     out: str | None = None,
     seed: int = 0,
     img_size: PositiveInt = 32,
     mask_ratio: float | None = None,
     images: PositiveInt = 120_000,
 ) -> None:
-    """Pre-train, then probe the encoder and the same network at random.
+    """Pre-train a network, then probe it and the same network with random weights.
 
     Args:
         data: CIFAR-10 as parquet files.
-        recipe: mae_hivit, simmim_svit or mae_svit.
-        out: directory of the pre-training run, which is not trained again if it is there; a temporary one by default.
-        seed: of the pre-training.
-        img_size: input in pixels, which the images of 32 px are scaled to.
-        mask_ratio: the recipe's, or by default that of the table.
-        images: how many are seen.
+        preset: Preset of the pre-training: mae_hivit_small, simmim_svit_small or mae_svit_small.
+        out: Directory of the pre-training run. A finished run in it is probed without training. Default: temporary.
+        seed: Seed of the pre-training.
+        img_size: Input size in pixels. The images of 32 px are scaled to it.
+        mask_ratio: Fraction of units to mask. Default: that of the published table.
+        images: Number of images seen in the pre-training.
     """
-    if recipe not in FLAGS:
-        raise UserError(f"--recipe {recipe} is not measured here: choose among {', '.join(FLAGS)}.")
+    if preset not in FLAGS:
+        raise UserError(f"--preset {preset} is not measured here: choose one of {', '.join(FLAGS)}.")
     with tempfile.TemporaryDirectory() as folder:
         run = out or f"{folder}/run"
-        command = ["accelerate", "launch", f"recipes/{recipe}.py", "--config", f"{recipe}_small", *FLAGS[recipe]]
+        command = ["accelerate", "launch", f"recipes/{preset.split('_')[0]}.py", "--config", preset, *FLAGS[preset]]
         epochs = images / 50_000
         command += ["--epochs", f"{epochs:g}", "--warmup-epochs", f"{epochs / 10:g}", "--data", data]
         command += ["--seed", str(seed), "--img-size", str(img_size)]
         command += ["--mask-ratio", str(mask_ratio)] if mask_ratio else []
         print(" ".join(command), flush=True)
-        begun = time.time()
-        done = (Path(run) / "decoder").is_dir()
-        if not done and subprocess.run([*command, "--out", run], cwd=Path(__file__).parent.parent).returncode:
-            raise UserError("the pre-training failed, as it says above: mend that first.")
-        minutes = (time.time() - begun) / 60
+        start = time.time()
+        finished = (Path(run) / "decoder").is_dir()
+        if not finished and subprocess.run([*command, "--out", run], cwd=Path(__file__).parent.parent).returncode:
+            raise UserError("The pre-training failed: fix the error that it printed above.")
+        minutes = (time.time() - start) / 60
         trained = timm.create_model(f"local-dir:{run}/encoder", pretrained=True)
         torch.manual_seed(seed)
-        random = timm.create_model(f"local-dir:{run}/encoder")  # timm leaves it at random without pretrained=True
+        random = timm.create_model(f"local-dir:{run}/encoder")  # without pretrained=True: random weights
     parts = open_labeled(data)
     cfg, size = trained.pretrained_cfg, (img_size, img_size)
     millions = sum(p.numel() for p in trained.parameters()) / 1e6

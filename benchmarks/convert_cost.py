@@ -1,10 +1,10 @@
-"""What a conversion costs, and what its layouts cost afterwards.
+"""Measure what a conversion costs, and what its layouts cost afterwards.
 
 python benchmarks/convert_cost.py
 
-Writes a ViT-B with random weights as facebookresearch/mae does (343 MB), converts it to hpvit_b in a process of its
-own, with and without checks, and prints seconds after the imports and the peak of memory above an idle `import mimkit`,
-as a multiple of the file. Then the GMACs of each split of the blocks.
+The script writes a ViT-B with random weights as facebookresearch/mae does (343 MB). A process of its own converts it to
+hpvit_b, with and without checks. The script prints the seconds after the imports, and the peak memory above that of the
+idle imports as a multiple of the file's size. Then it prints the GMACs of each split of the blocks.
 """
 
 import subprocess
@@ -24,18 +24,19 @@ from mimkit.io.weights import on_meta
 CHILD = """
 import resource, sys, time
 import mimkit.cli
+from mimkit.conversion.convert import convert
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-idle, begun = peak(), time.time()
-mimkit.cli.conversion.convert("vit_b_mae", "hpvit_b", sys.argv[2], sys.argv[1], checks=sys.argv[3] == "checks")
-print(time.time() - begun, peak() - idle)
+idle, start = peak(), time.time()
+convert("vit_b_mae", "hpvit_b", sys.argv[2], sys.argv[1], checks=sys.argv[3] == "checks")
+print(time.time() - start, peak() - idle)
 """
 
 
 def measure(rounds: PositiveInt = 5) -> None:
-    """Print both tables.
+    """Print the cost of a conversion and the GMACs of each layout.
 
     Args:
-        rounds: conversions of each kind; the median is given.
+        rounds: Number of conversions of each kind; the table shows the median.
     """
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     with tempfile.TemporaryDirectory() as folder:
@@ -43,16 +44,16 @@ def measure(rounds: PositiveInt = 5) -> None:
         torch.save({"model": timm.create_model("vit_base_patch16_224", num_classes=0).state_dict()}, file)
         size = file.stat().st_size
         print(f"| file of {size / 1e6:.0f} MB | seconds after imports | peak memory, files |\n|---|---|---|")
-        found: dict[str, list[tuple[float, float]]] = {"no checks": [], "checks": []}
+        results: dict[str, list[tuple[float, float]]] = {"no checks": [], "checks": []}
         for _ in range(rounds):
-            for kind, values in found.items():
+            for kind, values in results.items():
                 command = [sys.executable, "-c", CHILD, str(file), f"{folder}/out", kind]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise UserError(f"the conversion failed: {done.stderr.strip().splitlines()[-1]}")
-                seconds, peak = map(float, done.stdout.split()[-2:])
+                child = subprocess.run(command, capture_output=True, text=True)
+                if child.returncode:
+                    raise UserError(f"The conversion failed: {child.stderr.strip().splitlines()[-1]}")
+                seconds, peak = map(float, child.stdout.split()[-2:])
                 values.append((seconds, peak / size))
-        for kind, values in found.items():
+        for kind, values in results.items():
             seconds, peaks = (sorted(column)[len(column) // 2] for column in zip(*values, strict=True))
             print(f"| {kind} | {seconds:.1f} | {peaks:.2f} |", flush=True)
     plain = count_gmacs(on_meta(timm.create_model, "vit_base_patch16_224"), 1, 3, 224, 224)

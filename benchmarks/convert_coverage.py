@@ -1,12 +1,15 @@
-"""Which of timm's plain ViTs become an HPViT that is exactly the plain ViT: all of them, in float64.
+"""Check which of timm's plain ViTs become an HPViT that is exactly the plain ViT, in float64: all of them do.
 
 python benchmarks/convert_coverage.py [--names vit_base_patch16_224,...]
 
-Random weights with every tensor at order 1 (timm starts LayerScale at 1e-5 and tables at 0, which would hide what drops
-them), depth cut to 3 blocks, split 1-1-1-0, in timm's layout, through the same functions as `mimkit convert`. For each
-architecture: the relative difference of stage 3 and of the final output, in float64, then the same with the pools' taps
-moved by one, and with q and k swapped or LayerScale dropped in what was converted; these must be large. Inputs are the
-source's grid x 16, cut to 64 px, for SAM to 256 (its windows have 14 tokens); timm's BEiT is built for 64 px.
+Each network has 3 blocks, split 1-1-1-0, and random weights with every tensor at order 1. (timm initializes LayerScale
+to 1e-5 and tables to 0, which would hide a conversion that drops them.) It is converted from timm's layout by the same
+functions as `mimkit convert`.
+
+For each architecture the table shows the relative difference of stage 3 and of the final output, whichever is larger.
+Then it shows the same difference for three mutants, which must be large: the pools' taps moved by one, q and k swapped,
+and LayerScale dropped. Inputs are the source's grid x 16, cut to 64 px, or to 256 px for SAM, whose windows have 14
+tokens. timm's BEiT is built for 64 px.
 """
 
 import sys
@@ -28,7 +31,7 @@ from mimkit.models.hpvit import PATCH, plain_vit
 
 
 def order_one(name: str, shape: torch.Size) -> Tensor:
-    """A tensor at order 1, as its network uses it."""
+    """Return a random tensor whose values have order 1 where the network uses them."""
     if len(shape) < 2:
         return torch.randn(shape, dtype=torch.float64) / 2 + 0.5
     table = len(shape) == 3 or any(word in name for word in ("token", "pos_embed", "rel_pos", "freqs"))
@@ -37,23 +40,23 @@ def order_one(name: str, shape: torch.Size) -> Tensor:
 
 
 def read(name: str) -> Plain:
-    """A random network of this name, as its file would be read."""
-    given: dict[str, Any] = {"depth": 3}
+    """Return a random network of this name, as if it had been read from a file."""
+    arguments: dict[str, Any] = {"depth": 3}
     if name.startswith("samvit"):
-        given["global_attn_indexes"] = [1]
+        arguments["global_attn_indexes"] = [1]
     if name.startswith("beit"):
-        given["img_size"] = 64
-    if name.endswith("sapiens2"):  # grouped keys and values, a number for each block
+        arguments["img_size"] = 64
+    if name.endswith("sapiens2"):  # grouped keys and values; their number differs between blocks
         heads = [block.attn.num_kv_heads for block in on_meta(plain_vit, name).blocks]
-        given["num_kv_heads"] = (heads[0], min(heads), heads[-1])
-    own = on_meta(plain_vit, name, **given).state_dict()
+        arguments["num_kv_heads"] = (heads[0], min(heads), heads[-1])
+    own = on_meta(plain_vit, name, **arguments).state_dict()
     remap = Remap({key: order_one(key, value.shape) for key, value in own.items()}, set(own))
     families()["timm"].remap(remap)
-    return Plain(name, fit_source_args(name, remap.found, given, Path("random")), remap.found, remap.rows)
+    return Plain(name, fit_source_args(name, remap.found, arguments, Path("random")), remap.found, remap.rows)
 
 
 def gap(pyramid: Any, source: Any, x: Tensor) -> float:
-    """Relative difference, of stage 3 and of the final output."""
+    """Return the relative difference of stage 3 or of the final output, whichever is larger."""
     theirs, final = tokens_after(source, x, len(source.blocks))
     tokens, grid = pyramid.stages(x, 2)[-1]
     return max(difference(tokens, theirs), difference(pyramid.leave(tokens, grid), final))
@@ -61,7 +64,7 @@ def gap(pyramid: Any, source: Any, x: Tensor) -> float:
 
 @torch.no_grad()
 def row(name: str) -> tuple[str, bool]:
-    """A line of the table, and whether it is as it should be."""
+    """Return a row of the table, and whether the conversion is exact and every mutant differs."""
     try:
         plain = read(name)
         target = as_pyramid(plain, "hpvit", {"depths": "1-1-1-0"})
@@ -87,7 +90,7 @@ def row(name: str) -> tuple[str, bool]:
             swapped[key] = torch.cat([k, q, v])
         elif key.endswith("attn.q_proj.weight"):
             other = key.replace("q_proj", "k_proj")
-            if state[other].shape == value.shape:  # grouped keys are fewer
+            if state[other].shape == value.shape:  # grouped keys are fewer than queries
                 swapped |= {key: state[other], other: value}
         elif key.endswith((".gamma", "gamma_1", "gamma_2")):
             scaled[key] = torch.ones_like(value)
@@ -98,11 +101,11 @@ def row(name: str) -> tuple[str, bool]:
 
 
 def measure(names: str | None = None, threads: PositiveInt | None = None) -> None:
-    """Print the table.
+    """Print one row for each architecture.
 
     Args:
-        names: architectures, with commas; all by default.
-        threads: of the processor.
+        names: Architectures, separated by commas. Default: all plain ViTs of timm.
+        threads: Number of CPU threads.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -113,7 +116,7 @@ def measure(names: str | None = None, threads: PositiveInt | None = None) -> Non
         text, good = row(name)
         count[good] += 1
         print(text, flush=True)
-    print(f"\n{count[True]} of {count[True] + count[False]} as they should be")
+    print(f"\n{count[True]} of {count[True] + count[False]} passed")
     if count[False]:
         sys.exit(1)
 

@@ -1,15 +1,15 @@
-"""What checkpoints are worth once they are fine-tuned, on CIFAR-10 with 2,000 labels.
+"""Measure what checkpoints are worth once they are fine-tuned, on CIFAR-10 with 2,000 labels.
 
 python benchmarks/finetune.py labels --data CIFAR10 --run RUN
-    what recipes/mae_hivit.py left in RUN against the same network from scratch, by as many steps, and by as many more
-    as the pre-training's time allows
+    Compare the network that recipes/mae_hivit.py wrote to RUN with the same network from scratch: for the same steps,
+    and for the steps that the time of the pre-training allows in addition.
 python benchmarks/finetune.py pyramid --data CIFAR10 --plain FOLDER --side 96
-    a plain ViT in timm's layout (`mimkit convert --to timm`, or a run's encoder/) against the pyramids that
-    `mimkit convert` makes of it
+    Compare a plain ViT in timm's layout (`mimkit convert --to timm`, or a run's encoder/) with the pyramids that
+    `mimkit convert` makes of it.
 
 CIFAR10 holds train.parquet and test.parquet. Every run is recipes/finetune.py on the same 2,000 training images. The
-learning rate of each arm is the best of three after a third of the steps, on 1,000 other training images. Then come the
-seeds, and the 10,000 test images at the end of each. Rows are printed as they are done.
+learning rate of each arm is the best of three after a third of the steps, scored on 1,000 other training images. Each
+seed is scored on the 10,000 test images at its end. Rows are printed as soon as they are measured.
 """
 
 import statistics
@@ -42,23 +42,23 @@ VIT = "--crop-scale [0.5,1] --layer-decay 0.75 --clip-grad 1".split()
 
 
 def subsets(data: str, folder: Path) -> tuple[Path, Path]:
-    """2,000 training images with the 10,000 test images, and with 1,000 other training images."""
+    """Write 2,000 training images with the 10,000 test images, and with 1,000 held-out training images."""
     train, test = open_labeled(data)
     order = np.random.default_rng(0).permutation(train.length)
-    for name, judged in (("test", test.rows), ("held", train.rows.select(order[2_000:3_000]))):
+    for name, scored in (("test", test.rows), ("held", train.rows.select(order[2_000:3_000]))):
         (folder / name).mkdir()
         train.rows.select(order[:2_000]).to_parquet(folder / name / "train.parquet")
-        judged.to_parquet(folder / name / "test.parquet")
+        scored.to_parquet(folder / name / "test.parquet")
     return folder / "test", folder / "held"
 
 
 def finetune(out: Path, epochs: float, data: Path, *flags: object) -> tuple[float, float]:
-    """-> top-1 accuracy at the end, and seconds spent in training steps"""
-    about = ["--data", data, "--out", out, "--epochs", f"{epochs:g}", "--warmup-epochs", f"{epochs / 10:g}"]
-    command = ["accelerate", "launch", "--quiet", "recipes/finetune.py", *about, *flags]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(map(str, command))}\nfailed: {done.stderr.strip()[-500:]}")
+    """Fine-tune, and return the final top-1 accuracy and the seconds spent in training steps."""
+    options = ["--data", data, "--out", out, "--epochs", f"{epochs:g}", "--warmup-epochs", f"{epochs / 10:g}"]
+    command = ["accelerate", "launch", "--quiet", "recipes/finetune.py", *options, *flags]
+    job = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    if job.returncode:
+        raise UserError(f"{' '.join(map(str, command))}\nfailed: {job.stderr.strip()[-500:]}")
     lines = [yaml.safe_load(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rates = [(line["step"], line["images_per_s"]) for line in lines if "images_per_s" in line]
     seconds = sum((b - a) * 32 / rate for (a, _), (b, rate) in zip([(0, 0), *rates], rates, strict=False))
@@ -66,17 +66,17 @@ def finetune(out: Path, epochs: float, data: Path, *flags: object) -> tuple[floa
 
 
 def row(name: str, epochs: float, lrs: list[float], seeds: int, data: tuple[Path, Path], *flags: object) -> str:
-    """One line of the table: the rate is picked on held-out images, then come the seeds."""
+    """Pick the learning rate on held-out images, train all seeds, and return a row of the table."""
     test, held = data
     with tempfile.TemporaryDirectory() as folder:
-        tried = {lr: finetune(Path(folder) / f"{lr}", epochs / 3, held, "--lr", lr, *flags)[0] for lr in lrs}
-        best = max(tried, key=lambda lr: tried[lr])
+        held_out = {lr: finetune(Path(folder) / f"{lr}", epochs / 3, held, "--lr", lr, *flags)[0] for lr in lrs}
+        best = max(held_out, key=lambda lr: held_out[lr])
         runs = [
             finetune(Path(folder) / f"seed{seed}", epochs, test, "--lr", best, "--seed", seed, *flags)
             for seed in range(seeds)
         ]
     scores, seconds = zip(*runs, strict=True)
-    picked = ", ".join(f"{lr:g}: {score:.1f}" for lr, score in tried.items())
+    picked = ", ".join(f"{lr:g}: {score:.1f}" for lr, score in held_out.items())
     spread = f" ± {statistics.stdev(scores):.2f}" if seeds > 1 else ""
     each = " / ".join(f"{score:.2f}" for score in scores)
     accuracy = f"**{statistics.mean(scores):.2f}**{spread} ({each})"
@@ -84,26 +84,26 @@ def row(name: str, epochs: float, lrs: list[float], seeds: int, data: tuple[Path
 
 
 def interleaved(*steps: Callable[[], Any]) -> list[float]:
-    """Median seconds of each step, in turn, seven times after one to warm up."""
+    """Return the median seconds of each step. The steps take turns, seven times after one warm-up round."""
     times: list[list[float]] = [[] for _ in steps]
     for i in range(8):
-        for step, taken in zip(steps, times, strict=True):
-            begun = time.perf_counter()
+        for step, seconds in zip(steps, times, strict=True):
+            start = time.perf_counter()
             step()
             if i:
-                taken.append(time.perf_counter() - begun)
-    return [statistics.median(taken) for taken in times]
+                seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
 
 
 def labels(data: str, run: str, epochs: float = 10.0, seeds: PositiveInt = 3, arms: str = "0,1,2") -> None:
-    """HiViT fine-tuned from its masked pre-training against from scratch.
+    """Compare a HiViT fine-tuned after masked pre-training with the same network trained from scratch.
 
     Args:
         data: CIFAR-10 as parquet files.
-        run: of recipes/mae_hivit.py.
-        epochs: of fine-tuning.
-        seeds: runs of each arm.
-        arms: which rows, such as 0,2.
+        run: Directory of a run of recipes/mae_hivit.py.
+        epochs: Epochs of fine-tuning.
+        seeds: Number of runs of each arm.
+        arms: Rows to measure, such as 0,2.
     """
     keep_freed_memory()
     config = yaml.safe_load((Path(run) / "config.yaml").read_text())
@@ -111,10 +111,10 @@ def labels(data: str, run: str, epochs: float = 10.0, seeds: PositiveInt = 3, ar
     mae = load_run(Path(run))[0].train()
     network = load_network(run)[0].train()
     images = torch.randn(32, 3, *[config["img_size"]] * 2)
-    step, other = interleaved(lambda: network(images).sum().backward(), lambda: mae(images).loss.backward())
-    more = seen * other / step / 2_000
-    print(f"a step of 32: pre-training {other:.3f} s, supervised {step:.3f} s; {seen:,.0f} images of the one take as")
-    print(f"long as {more:.1f} epochs of the other\n")
+    supervised, masked = interleaved(lambda: network(images).sum().backward(), lambda: mae(images).loss.backward())
+    more = seen * masked / supervised / 2_000
+    print(f"a step of 32 images: pre-training {masked:.3f} s, supervised {supervised:.3f} s")
+    print(f"pre-training on {seen:,.0f} images takes as long as {more:.1f} supervised epochs\n")
     with tempfile.TemporaryDirectory() as folder:
         parts = subsets(data, Path(folder))
         rows: list[tuple[str, float, list[object]]] = [
@@ -152,47 +152,47 @@ def pyramid(
     lr: float | None = None,
     times: bool = False,
 ) -> None:
-    """A plain ViT against the pyramids made of it.
+    """Compare a plain ViT with the pyramids made of it.
 
     Args:
         data: CIFAR-10 as parquet files.
-        plain: folder of the plain ViT.
-        side: input in pixels.
-        own_side: input of the plain ViT at its own patch.
-        epochs: of fine-tuning.
-        seeds: runs of each arm.
-        arms: which rows, such as 0,1; 0 to 6.
-        lr: learning rate of all arms; picked for each by default.
-        times: measure a training step of each, in turn, instead.
+        plain: Folder of the plain ViT.
+        side: Input size in pixels.
+        own_side: Input size of the plain ViT at its own patch size, in pixels.
+        epochs: Epochs of fine-tuning.
+        seeds: Number of runs of each arm.
+        arms: Rows to measure, from 0 to 6, such as 0,1.
+        lr: Learning rate of all arms. Default: picked for each arm.
+        times: Measure a training step of each arm instead.
     """
     with tempfile.TemporaryDirectory() as folder:
         built = {}
         for i in map(int, arms.split(",")):
             name, layout, flags = ARMS[i]
-            where = Path(folder) / f"arm{i}" if layout else Path(plain).resolve()
+            target = Path(folder) / f"arm{i}" if layout else Path(plain).resolve()
             if layout:
-                convert(plain, "hpvit", where, depths=layout, checks=False)
+                convert(plain, "hpvit", target, depths=layout, checks=False)
             px = own_side if name.endswith("own patch") else side
-            built[name] = ["--model", where, "--img-size", px, *PLAIN, *VIT, *flags]
+            built[name] = ["--model", target, "--img-size", px, *PLAIN, *VIT, *flags]
         if times:
             show_times(built)
             return
         parts = subsets(data, Path(folder))
         print("| network | epochs | learning rates on held-out images, % | test accuracy, % | seconds |")
         print("|---|---|---|---|---|", flush=True)
-        for name, given in built.items():
-            print(row(name, epochs, [lr] if lr else [1e-4, 3e-4, 1e-3], seeds, parts, *given), flush=True)
+        for name, options in built.items():
+            print(row(name, epochs, [lr] if lr else [1e-4, 3e-4, 1e-3], seeds, parts, *options), flush=True)
 
 
 def show_times(built: dict[str, list[Any]]) -> None:
-    """Print GMACs and seconds of a training step of 32 images, in turn, in the precision that Run takes here."""
+    """Print GMACs and seconds of a training step of 32 images, in the precision that `auto` chooses here."""
     keep_freed_memory()
     bf16 = resolve_precision("auto") == "bf16"
     steps, costs = [], []
     for flags in built.values():
-        given = parse_recipe(Options, "fine-tune", "finetune", list(map(str, flags)))
-        size = int(given.img_size or 0)
-        network = load_network(given.model, img_size=size, **given.model_args)[0].train()
+        options = parse_recipe(Options, "fine-tune", "finetune", list(map(str, flags)))
+        size = int(options.img_size or 0)
+        network = load_network(options.model, img_size=size, **options.model_args)[0].train()
         costs.append(count_gmacs(network, 1, 3, size, size))
         images = torch.randn(32, 3, size, size)
 
@@ -204,8 +204,8 @@ def show_times(built: dict[str, list[Any]]) -> None:
         steps.append(step)
     seconds = interleaved(*steps)
     print(f"| network | GMACs | seconds of a step of 32, {'bf16' if bf16 else 'fp32'} | ratio |\n|---|---|---|---|")
-    for name, cost, taken in zip(built, costs, seconds, strict=True):
-        print(f"| {name} | {cost:.2f} | {taken:.3f} | {taken / seconds[0]:.2f} |")
+    for name, cost, time_of_step in zip(built, costs, seconds, strict=True):
+        print(f"| {name} | {cost:.2f} | {time_of_step:.3f} | {time_of_step / seconds[0]:.2f} |")
 
 
 if __name__ == "__main__":

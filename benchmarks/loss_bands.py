@@ -1,4 +1,6 @@
-"""Record what the loss of a small preset should be, of two runs with two seeds, as recipes/references/NAME.yaml.
+"""Record the reference losses of a small preset, from two runs with two seeds, as recipes/references/NAME.yaml.
+
+`mimkit doctor --run DIR` compares runs with these references.
 
 python recipes/mae_hivit.py --config mae_hivit_small --seed 0 --out runs/0
 python recipes/mae_hivit.py --config mae_hivit_small --seed 1 --out runs/1
@@ -17,11 +19,12 @@ from mimkit.files import read_metrics
 
 
 def record(name: str, first: str, second: str) -> None:
-    """Write the reference of two runs.
+    """Write the reference losses of two runs.
 
     Args:
-        name: of the preset that they were of.
-        first, second: their directories.
+        name: Preset of both runs.
+        first: Directory of the first run.
+        second: Directory of the second run.
     """
     runs, options = [], []
     for folder in map(Path, (first, second)):
@@ -30,14 +33,11 @@ def record(name: str, first: str, second: str) -> None:
         lines = [line for line in read_metrics(folder) if "loss" in line]
         runs.append(losses(lines, lines[-1]["step"] / lines[-1]["epoch"] * config["epochs"]))
     if options[0] != options[1]:
-        raise UserError(
-            f"{first} and {second} have other options than each other: pass runs that differ in their seed."
-        )
+        raise UserError(f"{first} and {second} differ in more options than their seed: pass runs of the same options.")
     loss = {fraction: [round(run[fraction], 4) for run in runs] for fraction in FRACTIONS}
-    recipe = name.rsplit("_", 1)[0]
-    text = (
-        f"# python recipes/{recipe}.py --config {name} --seed 0, and 1; python benchmarks/loss_bands.py --name {name}\n"
-    )
+    recipe = "mae_hivit" if name == "mae_hivit_small" else name.split("_")[0]
+    text = f"# python recipes/{recipe}.py --config {name} --seed 0, and 1; "
+    text += f"python benchmarks/loss_bands.py --name {name}\n"
     text += yaml.safe_dump({"loss": loss, "tolerance": round(tolerance(loss), 4)}, sort_keys=False)
     text += yaml.safe_dump({"options": options[0]}, sort_keys=False)
     file = Path(__file__).parent.parent / "recipes" / "references" / f"{name}.yaml"

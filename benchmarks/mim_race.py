@@ -1,15 +1,15 @@
-"""A masked pre-training step, forward and backward, side by side: networks that skip masked units, and others.
+"""Compare a masked pre-training step, forward and backward, of networks that skip masked units and of others.
 
-python benchmarks/mim_race.py                               what the table in mim_race.md shows for a CPU
+python benchmarks/mim_race.py                               the table in mim_race.md for a CPU
 python benchmarks/mim_race.py --precision bf16
 python benchmarks/mim_race.py --scaling                     HiViT-B at other mask ratios and sizes
-python benchmarks/mim_race.py --against-swin                SViT-S beside timm's swin_tiny, supervised
-python benchmarks/mim_race.py --profile "MAE HiViT-B"       where the time of a row goes
+python benchmarks/mim_race.py --against-swin                SViT-S and timm's swin_tiny, supervised
+python benchmarks/mim_race.py --profile "MAE HiViT-B"       profile of a row
 python benchmarks/mim_race.py --device cuda --precision bf16 --batch-size 128 [--compile]
 
-One process; the networks take turns on the same images, and every figure is the median over the rounds, ratios within a
-round. The rate of a large matrix product in the same rounds is the ceiling: a step's rate is 6 x forward GMACs x images
-a second. Needs transformers and hiera-transformer (pip install -e ".[bench]").
+The networks take turns on the same images in one process. Every figure is a median over the rounds, and ratios are
+taken within a round. A step's arithmetic rate is 6 x forward GMACs x images per second; the rate of a large matrix
+product in the same rounds is its ceiling. Needs transformers and hiera-transformer (pip install -e ".[bench]").
 """
 
 import ctypes
@@ -42,44 +42,44 @@ from mimkit.units import gather, sample_mask, serialize
 
 
 class Row(NamedTuple):
-    """A network in the race."""
+    """One network and method to time."""
 
     name: str
-    units: str  # side of a unit, and how many of them
-    ratio: float  # masked
-    size: int  # of the image, px
-    build: Callable[[], nn.Module]  # whose forward gives a loss, in some form
+    units: str  # side of a unit and number of units
+    ratio: float  # fraction of units to mask
+    size: int  # image side in px
+    build: Callable[[], nn.Module]  # builds the network, whose forward returns a loss in some form
 
 
 def mae(encoder: Any, depth: int, ratio: float, decode_ratio: float = 1.0) -> MAE:
-    """With the decoder of the papers, 512 wide."""
+    """Build an MAE with the decoder of the papers, 512 wide."""
     return MAE(encoder, Decoder(encoder.out_dim, encoder.unit_size, dim=512, depth=depth), ratio, True, decode_ratio)
 
 
-@cache  # rows that differ in what they mask share their network, for the sake of memory
+@cache  # rows that differ only in their masks share a network, to save memory
 def hivit_b(size: int) -> Any:
-    """HiViT-B as it is pre-trained."""
+    """Build HiViT-B in the form of pre-training."""
     return timm.create_model("hivit_b", num_classes=0, unit_form=True, multi_scale=True, img_size=size)
 
 
 @cache
 def svit_b() -> Any:
-    """SViT-B, of all its rows."""
+    """Build SViT-B, which all its rows share."""
     return timm.create_model("svit_b", num_classes=0)
 
 
 def hivit(size: int = 224, ratio: float = 0.75, decode_ratio: float = 1.0) -> MAE:
-    """HiViT-B as published."""
+    """Build HiViT-B's MAE as published."""
     return mae(hivit_b(size), 6, ratio, decode_ratio)
 
 
 def vit() -> MAE:
-    """ViT-B as published."""
+    """Build ViT-B's MAE as published."""
     return mae(UnitViT(timm.create_model("vit_base_patch16_224", num_classes=0, fc_norm=False)), 8, 0.75)
 
 
 def hiera() -> nn.Module:
-    """Hiera-B as published."""
+    """Build Hiera-B's MAE as published."""
     try:
         import hiera as package
     except ImportError as error:
@@ -88,18 +88,18 @@ def hiera() -> nn.Module:
 
 
 def simmim(net: Any) -> SimMIM:
-    """With the published head."""
+    """Build a SimMIM with the published head."""
     return SimMIM(net, PixelHead(net.out_dim, net.unit_size, net.token_dim))
 
 
 def swin(size: int, window: int) -> SimMIM:
-    """Swin-B as published."""
+    """Build Swin-B's SimMIM as published."""
     options = {"img_size": size, "window_size": window, "num_classes": 0, "drop_path_rate": 0.0}
     return simmim(MaskedSwin(timm.create_model("swin_base_patch4_window7_224", **options)))
 
 
 def vit_theirs() -> nn.Module:
-    """ViT-B of transformers."""
+    """Build transformers' ViTMAE-B."""
     return ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True, attn_implementation="sdpa"))
 
 
@@ -119,14 +119,14 @@ RACE = [
 
 
 class Encoder(nn.Module):
-    """The encoder of an MAE on a share of the units."""
+    """The encoder of an MAE, applied to the visible units of a random mask."""
 
     def __init__(self, encoder: Any, ratio: float):
         super().__init__()
         self.encoder, self.ratio = encoder, ratio
 
     def forward(self, images: Tensor) -> Tensor:
-        """(b c H W) -> (b v out_dim)"""
+        """Images (b c H W) -> latent of the visible units (b v out_dim)."""
         p = self.encoder.unit_size
         grid = images.shape[-2] // p, images.shape[-1] // p
         visible = sample_mask(len(images), grid[0] * grid[1], self.ratio).visible.to(images.device)
@@ -140,43 +140,43 @@ SCALING += [(192, 0.75), (256, 0.75), (320, 0.75), (384, 0.75), (448, 0.75), (51
 
 
 def loss_of(output: Any) -> Tensor:
-    """Of a mimkit or transformers output, of Hiera's tuple, or something to differentiate."""
+    """Return the loss of a mimkit or transformers output or of Hiera's tuple, or make one out of a tensor."""
     if isinstance(output, Tensor):
         return output.float().square().mean()
     return output.loss if hasattr(output, "loss") else output[0]
 
 
 class Machine:
-    """Where a race is run."""
+    """The device and precision to measure on."""
 
     def __init__(self, device: str, precision: str):
         self.device, self.precision = device, precision
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision)
         if dtype is None:
             raise UserError(f"--precision {precision} is unknown: choose fp32 or bf16.")
-        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, in convolutions too
+        torch.backends.cudnn.allow_tf32 = False  # so that fp32 is fp32 in convolutions too
         self.side = 8192 if device == "cuda" else 2048
         self.square = [torch.randn(self.side, self.side, device=device, dtype=dtype) for _ in range(2)]
 
     def step(self, network: nn.Module, images: Tensor) -> None:
-        """Forward and backward."""
+        """Compute a forward and a backward pass."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
             loss = loss_of(network(images))
         loss.backward()
         network.zero_grad()
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Of one call, to its end."""
+        """Return the seconds of one call, including the work on the device."""
         if self.device == "cuda":
             torch.cuda.synchronize()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         work()
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
     def gflops(self) -> float:
-        """Rate of a large matrix product."""
+        """Return the rate of a large matrix product in GFLOP/s."""
         repeat = 4
 
         def products() -> None:
@@ -186,31 +186,32 @@ class Machine:
         return repeat * 2 * self.side**3 / self.seconds(products) / 1e9
 
     def peak(self, work: Callable[[], object]) -> float:
-        """MB at the highest point of one call, above what there was before: allocated on a GPU, resident on a CPU."""
+        """Return the peak memory of one call in MB, above that before it: allocated on a GPU, resident on a CPU."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             self.seconds(work)
             return (torch.cuda.max_memory_allocated() - before) / 1e6
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # forget the highest point
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = _status("VmRSS")
         work()
         return (_status("VmHWM") - before) / 1e6
 
-    def words(self) -> str:
-        """On the machine and the software."""
+    def describe(self) -> str:
+        """Return the machine and the version of torch as one line."""
         cpu = f"{torch.get_num_threads()} threads, faster in bf16: {multiplies_bf16()}"
         return f"{torch.cuda.get_device_name() if self.device == 'cuda' else cpu}; torch {torch.__version__}"
 
 
 def _status(field: str) -> float:
+    """Read a memory field of /proc/self/status, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return 1024 * float(line.split()[1])
 
 
-def kept(network: nn.Module, images: Tensor, machine: Machine) -> float:
-    """MB that the forward pass keeps for the backward pass, but images, parameters and casts of them."""
+def kept_megabytes(network: nn.Module, images: Tensor, machine: Machine) -> float:
+    """Return the MB kept for the backward pass, without images, parameters and casts of them."""
     with torch.autocast(machine.device, torch.bfloat16, enabled=machine.precision == "bf16"):
         tensors = (*network.parameters(), *network.buffers(), images)
         return kept_bytes(lambda: loss_of(network(images)), tensors) / 1e6
@@ -219,7 +220,7 @@ def kept(network: nn.Module, images: Tensor, machine: Machine) -> float:
 def take_turns(
     steps: dict[str, Callable[[], object]], machine: Machine, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of each step in each round, after one that does not count, and the matrix rate beside each."""
+    """Return the seconds of each step in each round after a warm-up, and the matrix rate next to each of them."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
@@ -232,27 +233,27 @@ def take_turns(
     return times, rates
 
 
-def typical(rates: dict[str, list[float]]) -> float:
-    """The median of all."""
-    return median(rate for found in rates.values() for rate in found)
+def overall_median(rates: dict[str, list[float]]) -> float:
+    """Return the median of all rates."""
+    return median(rate for values in rates.values() for rate in values)
 
 
 # The three tables ----------------------------------------------------------------------------------------------------
 
 
 def race(machine: Machine, rows: list[Row], batch: int, rounds: int, compile: bool, out: str) -> None:
-    """Every row against Swin-B's."""
+    """Time all rows, and write the table and the picture that compare them with Swin-B."""
     images = {size: torch.randn(batch, 3, size, size, device=machine.device) for size in {row.size for row in rows}}
     steps: dict[str, Callable[[], object]] = {}
     gmacs, bytes_kept, peaks = {}, {}, {}
     for row in rows:
         network = row.build().to(machine.device).train()
         gmacs[row.name] = gmacs_of(network, images[row.size][:1])
-        bytes_kept[row.name] = kept(network, images[row.size], machine) / batch
+        bytes_kept[row.name] = kept_megabytes(network, images[row.size], machine) / batch
         if compile:
             network.compile()
         steps[row.name] = partial(machine.step, network, images[row.size])
-        steps[row.name]()  # gradients are there
+        steps[row.name]()  # warm up
         peaks[row.name] = machine.peak(steps[row.name]) / batch
         print(f"{row.name}: {bytes_kept[row.name]:.0f} MB kept an image", file=sys.stderr, flush=True)
     times, rates = take_turns(steps, machine, rounds)
@@ -272,13 +273,13 @@ def race(machine: Machine, rows: list[Row], batch: int, rounds: int, compile: bo
             f"{ratio / work:.2f} | {share:.0%} | {bytes_kept[name]:.0f} | {peaks[name]:.0f} |"
         )
     table = "\n".join(lines)
-    print(f"{machine.side}-cube matrix product: {typical(rates):.0f} GFLOP/s\n\n{table}")
+    print(f"{machine.side}-cube matrix product: {overall_median(rates):.0f} GFLOP/s\n\n{table}")
     Path(f"{out}.md").write_text(f"{table}\n")
-    draw(speeds, bytes_kept, f"{machine.words()}, {machine.precision}, batch {batch}", Path(f"{out}.png"))
+    draw(speeds, bytes_kept, f"{machine.describe()}, {machine.precision}, batch {batch}", Path(f"{out}.png"))
 
 
 def draw(speeds: dict[str, float], bytes_kept: dict[str, float], title: str, file: Path) -> None:
-    """Images a second, and what is kept for the backward pass."""
+    """Draw images/s and the memory kept for the backward pass as bars."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -301,7 +302,7 @@ def draw(speeds: dict[str, float], bytes_kept: dict[str, float], title: str, fil
 
 
 def scaling(machine: Machine, batch: int, rounds: int) -> None:
-    """HiViT-B: does cost grow with visible units?"""
+    """Print how the cost of HiViT-B grows with the number of visible units."""
     steps: dict[str, Callable[[], object]] = {}
     gmacs = {}
     for size, ratio in SCALING:
@@ -313,13 +314,11 @@ def scaling(machine: Machine, batch: int, rounds: int) -> None:
         if ratio:
             steps[f"{name} MAE"] = partial(machine.step, whole, images)
     times, rates = take_turns(steps, machine, rounds)
-    print(f"{machine.side}-cube matrix product: {typical(rates):.0f} GFLOP/s\n")
+    print(f"{machine.side}-cube matrix product: {overall_median(rates):.0f} GFLOP/s\n")
     reference = f"{SCALING[3][0]} px, {SCALING[3][1]:g}"
-    print(
-        "| image | masked | visible units | encoder GMACs | encoder images/s | its time a GMAC, against 224 px, .75 |",
-        end="",
-    )
-    print(" MAE images/s |\n" + "|---" * 7 + "|")
+    heads = ["image", "masked", "visible units", "encoder GMACs", "encoder images/s"]
+    heads += ["its time a GMAC, against 224 px, .75", "MAE images/s"]
+    print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|")
     for size, ratio in SCALING:
         name = f"{size} px, {ratio:g}"
         units = int((size // 16) ** 2 * (1 - ratio) + 1e-6)
@@ -331,18 +330,18 @@ def scaling(machine: Machine, batch: int, rounds: int) -> None:
 
 
 def against_swin(machine: Machine, batch: int, rounds: int, compile: bool) -> None:
-    """SViT-S beside timm's swin_tiny, as they are trained with labels."""
+    """Compare SViT-S with timm's swin_tiny, in the form that is trained with labels."""
     images = torch.randn(batch, 3, 224, 224, device=machine.device)
     names = {"svit_s": "svit_s", "timm's swin_tiny": "swin_tiny_patch4_window7_224"}
     networks = {t: timm.create_model(n, drop_path_rate=0.0).to(machine.device).train() for t, n in names.items()}
     gmacs = {title: gmacs_of(network, images[:1]) for title, network in networks.items()}
-    sizes = {title: kept(network, images, machine) / batch for title, network in networks.items()}
+    sizes = {title: kept_megabytes(network, images, machine) / batch for title, network in networks.items()}
     for network in networks.values():
         if compile:
             network.compile()
     steps = {title: partial(machine.step, network, images) for title, network in networks.items()}
     times, rates = take_turns(steps, machine, rounds)
-    print(f"{machine.side}-cube matrix product: {typical(rates):.0f} GFLOP/s\n")
+    print(f"{machine.side}-cube matrix product: {overall_median(rates):.0f} GFLOP/s\n")
     print("| network | forward GMACs | images/s | against swin_tiny | of the matrix rate | MB kept, an image |")
     print("|---" * 6 + "|")
     for title in networks:
@@ -369,25 +368,25 @@ def measure(
     """Time a step of each network in turns.
 
     Args:
-        batch_size: images of a step.
-        rounds: timings of each network, after one that does not count.
-        threads: of a CPU.
+        batch_size: Number of images in a step.
+        rounds: Number of timings of each network, after one warm-up round.
+        threads: Number of CPU threads.
         device: cpu or cuda.
         precision: fp32 or bf16.
-        compile: use torch.compile for all of them.
-        keep_memory: let glibc keep what a step frees, as `Run` does on a CPU; for all of them.
-        scaling_: measure HiViT-B at other mask ratios and sizes instead.
-        against_swin_: measure SViT-S and swin_tiny instead.
-        profile: the name of a row, or svit_s or swin_tiny: print where the time of one step goes.
-        rows: of those that have this in their name, beside Swin-B: all of them need 16 GB at a batch size of 4.
-        out: the table goes to OUT.md, the picture to OUT.png.
+        compile: Compile all networks with torch.compile.
+        keep_memory: Let glibc keep the memory that a step frees, as a run on a CPU does.
+        scaling_: Measure HiViT-B at other mask ratios and sizes instead.
+        against_swin_: Measure SViT-S and swin_tiny instead.
+        profile: Name of a row, or svit_s or swin_tiny. Print the most expensive operations of one step instead.
+        rows: Measure only Swin-B and the rows with this in their name. All rows need 16 GB at a batch size of 4.
+        out: Write the table to OUT.md and the picture to OUT.png.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if keep_memory:
         keep_freed_memory()
     machine = Machine(device, precision)
-    print(f"{machine.words()}; batch {batch_size}, {precision}, compile {compile}, keep_memory {keep_memory}")
+    print(f"{machine.describe()}; batch {batch_size}, {precision}, compile {compile}, keep_memory {keep_memory}")
     if profile:
         show_profile(machine, profile, batch_size)
     elif scaling_:
@@ -400,19 +399,20 @@ def measure(
 
 
 def show_profile(machine: Machine, name: str, batch: int) -> None:
-    """The dearest operations of one step."""
+    """Print the most expensive operations of one step."""
     row = next((row for row in RACE if row.name == name), None)
-    tagged = {"svit_s": "svit_s", "swin_tiny": "swin_tiny_patch4_window7_224"}
-    if row is None and name not in tagged:
-        raise UserError(f"--profile {name} is no row: choose among {', '.join([r.name for r in RACE] + list(tagged))}.")
-    network = (row.build() if row else timm.create_model(tagged[name], drop_path_rate=0.0)).to(machine.device).train()
+    networks = {"svit_s": "svit_s", "swin_tiny": "swin_tiny_patch4_window7_224"}
+    if row is None and name not in networks:
+        choices = [*(row.name for row in RACE), *networks]
+        raise UserError(f"--profile {name} is not a row: choose one of {', '.join(choices)}.")
+    network = (row.build() if row else timm.create_model(networks[name], drop_path_rate=0.0)).to(machine.device).train()
     images = torch.randn(batch, 3, *[row.size if row else 224] * 2, device=machine.device)
     for _ in range(2):
         machine.step(network, images)
-    with torch.profiler.profile() as found:
+    with torch.profiler.profile() as profiler:
         machine.step(network, images)
     by = "self_device_time_total" if machine.device == "cuda" else "self_cpu_time_total"
-    events = sorted(found.key_averages(), key=lambda event: -getattr(event, by))
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, by))
     total = sum(getattr(event, by) for event in events)
     for event in events[:20]:
         value = getattr(event, by)

@@ -1,10 +1,10 @@
-"""What padding does to an image: its map at 1/16 alone, and in a larger batch.
+"""Measure what padding does to an image: compare its map at 1/16 with and without padding.
 
 python benchmarks/padding.py
 python benchmarks/padding.py --window 14
-python benchmarks/padding.py --models OUT_OF_MIMKIT_CONVERT
+python benchmarks/padding.py --models FOLDER      written by mimkit convert
 
-The photograph comes with matplotlib. Names of timm without a tag get weights at random.
+The photograph comes with matplotlib. Names in timm without a tag get random weights.
 """
 
 import sys
@@ -31,14 +31,14 @@ def measure(
     window: NonNegativeInt = 0,
     seed: int = 0,
 ) -> None:
-    """Norm of the difference over the image's own area, relative to the norm of its map alone.
+    """Print the norm of the difference over the image's own area, relative to the norm of the map without padding.
 
     Args:
-        models: names in timm, or folders, between commas.
-        img_size: of the image, in pixels.
-        padded_size: of the batch.
-        window: as in recipes/segment.py; networks with windows of their own are left with these.
-        seed: of weights at random.
+        models: Names in timm, or folders, separated by commas.
+        img_size: Size of the image in pixels: HEIGHTxWIDTH.
+        padded_size: Size of the padded image in pixels: HEIGHTxWIDTH.
+        window: Window side in tokens, as in recipes/segment.py. Networks with windows of their own ignore it.
+        seed: Seed of random weights.
     """
     size, padded = parse_size(img_size), parse_size(padded_size)
     photograph = Image.open(get_sample_data("grace_hopper.jpg")).convert("RGB")
@@ -48,15 +48,15 @@ def measure(
     print(f"{img_size} px padded to {padded_size}\n\n| backbone | window | difference |\n|---|---|---|")
     for name in models.split(","):
         torch.manual_seed(seed)
-        backbone, words = load_network(name, **ANY_SIZE)
+        backbone, description = load_network(name, **ANY_SIZE)
         normalize = input_of(backbone)[2]
         pyramid = Pyramid(backbone, window=window if takes_windows(backbone) else 0).eval()
         x = normalize(pixels)
         alone = pyramid(x)[2]
         height, width = alone.shape[-2:]
-        within = pyramid(F.pad(x, (0, padded[1] - size[1], 0, padded[0] - size[0])))[2][..., :height, :width]
-        gap = (within - alone).norm() / alone.norm()
-        print(f"| {words} | {pyramid.window or ''} | {100 * gap:.2f} % |", flush=True)
+        padded_map = pyramid(F.pad(x, (0, padded[1] - size[1], 0, padded[0] - size[0])))[2][..., :height, :width]
+        gap = (padded_map - alone).norm() / alone.norm()
+        print(f"| {description} | {pyramid.window or ''} | {100 * gap:.2f} % |", flush=True)
 
 
 if __name__ == "__main__":
