@@ -39,9 +39,9 @@ from torchvision.transforms import v2
 
 from mimkit.config import PositiveInt, call
 from mimkit.data.decode import decode, decode_pixels
-from mimkit.data.loader import train_loader
-from mimkit.data.order import Plan, cpu_count, evenly_spaced, seeded
-from mimkit.data.sample import SampleLoader, read_bytes
+from mimkit.data.loader import cpu_count, train_loader
+from mimkit.data.order import Plan, evenly_spaced
+from mimkit.data.sample import SampleLoader, read_bytes, seeded
 from mimkit.data.sources import open_source
 from mimkit.data.transforms import Normalize, train_transform
 from mimkit.errors import cli_entry

@@ -330,7 +330,7 @@ def parse_recipe(
                 _add_option(group, fields[name], hints[name], explained[name])
             added.add(name)
     values = parser.parse_args(argv)
-    return options(**{k: v for k, v in values.items() if k != "config"})
+    return options(**{name: values[name] for name in fields})
 
 
 def _add_option(group: Any, option: "dataclasses.Field[Any]", hint: Any, explained: str) -> None:

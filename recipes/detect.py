@@ -24,8 +24,7 @@ from mimkit.config import (
 )
 from mimkit.conversion.convert import read_released
 from mimkit.data.detection import open_boxes, read_objects, train_objects
-from mimkit.data.loader import train_loader
-from mimkit.data.order import default_workers
+from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader, collate_list
 from mimkit.data.transforms import default_normalization, parse_size
 from mimkit.errors import UserError, cli_entry

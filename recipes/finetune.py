@@ -26,8 +26,7 @@ from mimkit.config import (
     parse_recipe,
 )
 from mimkit.conversion.convert import read_released
-from mimkit.data.loader import check_samples, train_loader
-from mimkit.data.order import default_workers
+from mimkit.data.loader import check_samples, default_workers, train_loader
 from mimkit.data.sample import SampleLoader
 from mimkit.data.sources import open_labeled
 from mimkit.data.transforms import default_normalization, finetune_transform, parse_size

@@ -23,8 +23,7 @@ from mimkit.config import (
     parse_recipe,
 )
 from mimkit.conversion.convert import read_released
-from mimkit.data.loader import train_loader
-from mimkit.data.order import default_workers
+from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader
 from mimkit.data.segmentation import open_masked, train_pairs
 from mimkit.data.transforms import default_normalization, parse_size
@@ -48,8 +47,8 @@ class Options(DenseOptions):
         decoder: upernet or fpn.
         decoder_dim: Number of channels of the decoder.
         schedule: poly (linear decay) or cosine.
-        slide: Evaluate sliding windows of the size of the crop, and average them, instead of whole images. Default: as the
-            run in --model did, else false.
+        slide: Evaluate sliding windows of the size of the crop, and average them, instead of whole images. Default: as
+            the run in --model did, else false.
         flip_test: Evaluate images and their mirror images, and average. Default: as for --slide.
     """
 

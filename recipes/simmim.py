@@ -24,8 +24,7 @@ from mimkit.config import (
     options_of,
     parse_recipe,
 )
-from mimkit.data.loader import train_loader
-from mimkit.data.order import default_workers
+from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader
 from mimkit.data.sources import open_source
 from mimkit.data.transforms import default_normalization, parse_size, train_transform

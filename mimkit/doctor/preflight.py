@@ -28,9 +28,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mimkit.data.loader import train_loader
-from mimkit.data.order import Plan, cpu_count, evenly_spaced, seeded
-from mimkit.data.sample import SampleLoader, read_bytes
+from mimkit.data.loader import cpu_count, train_loader
+from mimkit.data.order import Plan, evenly_spaced
+from mimkit.data.sample import SampleLoader, read_bytes, seeded
 from mimkit.data.sources import Source
 from mimkit.data.transforms import Size
 from mimkit.doctor.loss_bands import expected

@@ -16,13 +16,13 @@ class Decoder(nn.Module):
     """A light transformer from the latent of visible units to the pixels of masked units.
 
     The sequence holds the prefix tokens (without a position), the visible units, and one mask token for each unit to
-    predict. Attention does not depend on their order, so nothing is shuffled back, and units that are not predicted cost
-    nothing.
+    predict. Attention does not depend on their order, so nothing is shuffled back, and units that are not predicted
+    cost nothing.
 
     Args:
         in_dim: width of the encoder's latent, `encoder.out_dim`.
-        unit_size, in_chans: side of a unit in pixels, and channels. A prediction has unit_size ** 2 * in_chans values in
-            the layout (p q c).
+        unit_size, in_chans: side of a unit in pixels, and channels. A prediction has unit_size ** 2 * in_chans values
+            in the layout (p q c).
         dim, depth, num_heads: 512, 8 and 16 in MAE. HiViT uses a depth of 6.
 
     Raises:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mimkit.models.protocols import MapEncoder, UnitEncoder
 from mimkit.units import UnitMask
 
 
@@ -24,14 +23,20 @@ class Method(Protocol):
     method may also accept units (b n c p p) that were cut before.
     """
 
-    encoder: UnitEncoder | MapEncoder
     decoder: Any  # the predictor: a decoder over mask tokens, or a linear layer. Its `config` rebuilds it
     mask_ratio: float
     norm_targets: bool  # whether predictions are normalized per unit
 
     @property
+    def encoder(self) -> Any:
+        """A `UnitEncoder` or a `MapEncoder`."""
+
+    @property
     def config(self) -> dict[str, Any]:
         """Keyword arguments that rebuild the method around its encoder and decoder, as JSON."""
 
-    def __call__(self, images: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Output:
+    def forward(self, images: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Output:
         """Images (b c H W); mask noise (b n), or a generator of it -> Output"""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `forward` as torch modules do."""

@@ -88,7 +88,8 @@ class SimMIM(nn.Module):
         prediction = self.decoder(gather(latent, mask.masked))
         if prediction.shape != target.shape:
             raise UserError(
-                f"The head predicts {prediction.shape[-1]} values per unit, not {p} x {p} x {images.shape[1]}. Build it "
+                f"The head predicts {prediction.shape[-1]} values per unit, not {p} x {p} x {images.shape[1]}. Build "
+                "it "
                 f"with in_chans={images.shape[1]}."
             )
         loss = (prediction.float() - target).abs().mean()

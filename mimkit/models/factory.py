@@ -181,7 +181,7 @@ def map_encoder(name: str, grad_checkpointing: bool = False, **options: Any) -> 
     network = _kind(name)
     if network in ("HiViT", "VisionTransformer"):
         raise UserError(f"--model {name} is a {network}, which can skip masked units. Use recipes/mae.py instead.")
-    form = {"drop_path_rate": 0.0} if network == "SwinTransformer" else {}  # timm's default is .1
+    form: dict[str, Any] = {"drop_path_rate": 0.0} if network == "SwinTransformer" else {}  # timm's default is .1
     return _for_pretraining(as_map_encoder(create_network(name, num_classes=0, **form, **options)), grad_checkpointing)
 
 

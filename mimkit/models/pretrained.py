@@ -159,8 +159,8 @@ def new_head(network: Any, classes: int, std: float | None) -> str:
     """Give a network a new classification head, and return a description of it.
 
     Args:
-        std: draw its weights from a truncated normal distribution of this deviation (MAE: 2e-5), with bias 0. None keeps
-            the network's own initialization.
+        std: draw its weights from a truncated normal distribution of this deviation (MAE: 2e-5), with bias 0. None
+            keeps the network's own initialization.
     """
     network.reset_classifier(classes)
     head = network.get_classifier()

@@ -122,9 +122,12 @@ class Classification:
         normalize: Normalize,
         crop_pct: float,
         names: Sequence[str],
+        workers: int = 0,
+        max_bad: float = 0.01,
     ):
         self.run, self.test, self.shape, self.normalize = run, test, shape, normalize
         self.crop_pct, self.names = crop_pct, list(names)
+        self.workers, self.max_bad = workers, max_bad
 
     def score(self, network: Any) -> dict[str, float]:
         """top1 and top5, in %"""
@@ -136,7 +139,8 @@ class Classification:
             batch_size=128,
             workers=self.workers,
             crop_pct=self.crop_pct,
-            share=(accelerator.process_index, accelerator.num_processes),
+            rank=run.engine.rank,
+            world_size=run.engine.world_size,
         )
         batches = limit_bad_images(loader, self.max_bad * self.test.length, run.display.print_once)
         try:

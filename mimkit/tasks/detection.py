@@ -25,9 +25,8 @@ from mimkit.data.detection import CocoGroundTruth, Objects, fitting, read_object
 from mimkit.data.loader import check_samples, limit_bad_images, single_image_loader
 from mimkit.data.order import evenly_spaced
 from mimkit.data.sample import SampleLoader, collate_list
-from mimkit.data.segmentation import resize_short
 from mimkit.data.sources import Source, open_all
-from mimkit.data.transforms import Normalize, Size, checked_size
+from mimkit.data.transforms import Normalize, Size, checked_size, resize_short
 from mimkit.errors import UserError
 from mimkit.files import replacing_file
 from mimkit.models.feature_pyramid import Pyramid
@@ -240,7 +239,17 @@ class Detection:
     figure = "box_ap"
     hints: tuple[str, ...] = ("predict --model {} --images FOLDER --out found.json",)
 
-    def __init__(self, run: Run, test: Source, truth: CocoGroundTruth, normalize: Normalize, masks: bool):
+    def __init__(
+        self,
+        run: Run,
+        test: Source,
+        truth: CocoGroundTruth,
+        normalize: Normalize,
+        masks: bool,
+        workers: int = 0,
+        max_bad: float = 0.01,
+    ):
+        self.workers, self.max_bad = workers, max_bad
         self.run, self.test, self.truth, self.normalize = run, test, truth, normalize
         self.kinds = ("box", "mask") if masks else ("box",)
         fields = (test.image, test.label)
@@ -310,7 +319,7 @@ class Detection:
         sum(losses.values()).backward()
         network.zero_grad()
         told = ", ".join(f"{name.removeprefix('loss_')} {value.item():.3f}" for name, value in losses.items())
-        self.run.print(f"losses of 2 images: {told}; {self.words(self.score(network, 2))}")
+        self.run.print(f"losses of 2 images: {told}; {self.format_scores(self.score(network, 2))}")
 
     def format_scores(self, figures: dict[str, float]) -> str:
         """In a line."""

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from mimkit.data.loader import check_samples, limit_bad_images, single_image_loader
 from mimkit.data.order import evenly_spaced
 from mimkit.data.sample import Batch, SampleLoader, collate
-from mimkit.data.segmentation import IGNORE, Classes, eval_pairs, resize_short
+from mimkit.data.segmentation import IGNORE, Classes, eval_pairs
 from mimkit.data.sources import Source, open_all
-from mimkit.data.transforms import Normalize, Size, checked_size
+from mimkit.data.transforms import Normalize, Size, checked_size, resize_short
 from mimkit.errors import UserError
 from mimkit.files import replacing, replacing_file
 from mimkit.models.feature_pyramid import Pyramid
@@ -171,7 +171,10 @@ class Segmentation:
         short: int,
         crop: Size | None = None,
         flip: bool = False,
+        workers: int = 0,
+        max_bad: float = 0.01,
     ):
+        self.workers, self.max_bad = workers, max_bad
         self.run, self.test, self.classes, self.normalize = run, test, classes, normalize
         self.short, self.crop, self.flip = short, crop, flip
         fields = (test.image, test.mask)
@@ -240,7 +243,7 @@ class Segmentation:
             loss = loss_of(network(self.normalize(batch.images)), batch.labels)
         loss.backward()
         network.zero_grad()
-        self.run.print(f"loss of 2 images {loss.item():.3f}; {self.words(self.score(network, 2))}")
+        self.run.print(f"loss of 2 images {loss.item():.3f}; {self.format_scores(self.score(network, 2))}")
 
     def format_scores(self, figures: dict[str, float]) -> str:
         """In a line."""

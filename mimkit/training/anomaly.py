@@ -75,10 +75,9 @@ class AnomalyGuard:
             scaler: the gradient scaler of fp16, or None.
         """
         limit = self.running_loss * self.max_spike if self.max_spike else math.inf
-        scales = (
-            [(step, torch.full_like(loss, scaler.get_scale())) for step, loss in self.losses[-1:]] if scaler else []
-        )
-        losses, norms, scales = (self._read(seen, reduce) for seen in (self.losses, self.norms, scales))
+        last = self.losses[-1:] if scaler else []
+        scaled = [(step, torch.full_like(loss, scaler.get_scale())) for step, loss in last]
+        losses, norms, scales = (self._read(seen, reduce) for seen in (self.losses, self.norms, scaled))
         self.losses, self.norms = [], []
         bad = [Bad(step, "its loss is not finite") for step, loss in losses if not math.isfinite(loss)]
         bad += [
@@ -125,7 +124,9 @@ def too_many_skipped(steps: dict[int, str], folder: Path, lr: float, precision: 
     reasons = "; ".join(f"step {step}: {reason}" for step, reason in steps.items())
     hint = {"fp16": ", --precision fp32 or bf16", "bf16": ", --precision fp32"}.get(precision, "")
     return UserError(
-        f"{len(steps)} bad steps within {WINDOW} ({reasons}), at a learning rate of {lr:.3g} in {precision}. Look at one "
-        f"with mimkit replay {folder}/replay/step-{min(steps):08d}; then try a smaller --lr, a longer warm-up{hint}, or "
+        f"{len(steps)} bad steps within {WINDOW} ({reasons}), at a learning rate of {lr:.3g} in {precision}. Look at "
+        "one "
+        f"with mimkit replay {folder}/replay/step-{min(steps):08d}; then try a smaller --lr, a longer warm-up{hint}, "
+        "or "
         "other data."
     )

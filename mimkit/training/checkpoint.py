@@ -47,7 +47,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
 
 
 def seal(folder: Path, snapshot: Snapshot) -> None:
-    """Write the files of a checkpoint into an existing folder, which may hold files of the engine, and hash them all."""
+    """Write the files of a checkpoint into an existing folder, which may hold files of the engine, and hash them "
+    "all."""
     for name, state in snapshot[0].items():
         save_file(state, folder / f"{name}.safetensors")
     (folder / STATE).write_text(json.dumps(snapshot[1], indent=1))
@@ -201,7 +202,8 @@ class Checkpointer:
         written_by, sharded = snapshot[1].get("engine"), self.engine.sharded_checkpoint
         if written_by != str(self.engine) and (sharded or "optimizer" not in snapshot[0]):
             raise UserError(
-                f"{folder} was written by {written_by}, but this is {self.engine}. Launch with the same engine, or start "
+                f"{folder} was written by {written_by}, but this is {self.engine}. Launch with the same engine, or "
+                "start "
                 "a new run from its weights with --init."
             )
         state.load_state_dict(snapshot, folder, self.engine.device)

@@ -1,7 +1,7 @@
 """The engine of a run: one process, data-parallel processes, DeepSpeed's ZeRO, or FSDP2, all through accelerate.
 
-`accelerate launch --config_file recipes/accelerate/{cpu,ddp,fsdp2,zero2,zero3}.yaml` chooses the engine. Under ZeRO-3 and
-FSDP2, each process holds a shard of every weight, and a module's weights are complete only inside its `forward`.
+`accelerate launch --config_file recipes/accelerate/{cpu,ddp,fsdp2,zero2,zero3}.yaml` chooses the engine. Under ZeRO-3
+and FSDP2, each process holds a shard of every weight, and a module's weights are complete only inside its `forward`.
 """
 
 import copy
@@ -89,7 +89,8 @@ def start_accelerator(precision: str, grad_accum_steps: int, track: str | None) 
     if running != engine:
         raise UserError(
             f"accelerate launch was asked for {NAMES[engine]}, but {NAMES.get(running, running)} is running. "
-            f"{'FSDP needs GPUs' if engine == 'FSDP' else 'Check the launch configuration'}; recipes/accelerate/ has one "
+            f"{'FSDP needs GPUs' if engine == 'FSDP' else 'Check the launch configuration'}; recipes/accelerate/ has "
+            "one "
             "for each engine."
         )
     return accelerator
@@ -112,7 +113,7 @@ class Engine:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         if cpu:
-            from mimkit.data.order import cpu_count
+            from mimkit.data.loader import cpu_count
 
             if torch.get_num_threads() == 1:  # accelerate launch sets one thread if it finds no GPU
                 torch.set_num_threads(max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

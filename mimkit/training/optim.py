@@ -46,7 +46,8 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, 
 
 
 def layer_groups(model: Any, weight_decay: float, layer_decay: float, pool_scale: float = 1.0) -> list[dict[str, Any]]:
-    """Group parameters by layer, for learning rates that shrink by `layer_decay` per layer (Clark et al., ELECTRA; BEiT).
+    """Group parameters by layer, for learning rates that shrink by `layer_decay` per layer (Clark et al., ELECTRA;
+    BEiT).
 
     A timm schedule multiplies the rate of each group by its `lr_scale`.
 
@@ -107,7 +108,8 @@ def multistep(optimizer: torch.optim.Optimizer, steps: int, warmup: int, at: Seq
     """Linear warm-up from 0, then a constant rate that drops to a tenth at each of the steps `at`."""
     if list(at) != sorted(set(at)) or not all(warmup < step < steps for step in at):
         raise UserError(
-            f"The learning rate cannot drop at steps {list(at)} of {steps} with {warmup} steps of warm-up. Pass increasing "
+            f"The learning rate cannot drop at steps {list(at)} of {steps} with {warmup} steps of warm-up. Pass "
+            "increasing "
             "--drop-epochs between the two."
         )
     about = _warmed_up(steps, warmup)
@@ -119,6 +121,7 @@ def multistep(optimizer: torch.optim.Optimizer, steps: int, warmup: int, at: Seq
 def _warmed_up(steps: int, warmup: int) -> dict[str, Any]:
     if warmup >= steps:
         raise UserError(
-            f"A warm-up of {warmup} steps fills the whole run of {steps} steps. Pass fewer --warmup-epochs or more --epochs."
+            f"A warm-up of {warmup} steps fills the whole run of {steps} steps. Pass fewer --warmup-epochs or more "
+            "--epochs."
         )
     return {"t_initial": steps - warmup, "warmup_t": warmup, "warmup_prefix": True, "t_in_epochs": False}

@@ -87,7 +87,8 @@ def read_about(folder: Path) -> dict[str, Any]:
     """Return what is known about a skipped step: recipe, step, reason."""
     if not (folder / "about.json").is_file():
         raise UserError(
-            f"{folder} is not a step to replay. Pass RUN/replay/step-N, which a run writes. For the step that ends a run, "
+            f"{folder} is not a step to replay. Pass RUN/replay/step-N, which a run writes. For the step that ends a "
+            "run, "
             "only images and names are saved."
         )
     return read_json(folder / "about.json", recipe=str, step=int, reason=str)

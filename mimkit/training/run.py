@@ -117,7 +117,8 @@ class Run:
         steps = round(epochs * plan.steps_per_epoch)
         if steps < 1:
             raise UserError(
-                f"--epochs {epochs:g} with {plan.steps_per_epoch} steps per epoch is less than one step. Train for longer."
+                f"--epochs {epochs:g} with {plan.steps_per_epoch} steps per epoch is less than one step. Train for "
+                "longer."
             )
         self.checkpoints.permanent_every = self.keep_every * max(1, round(self.save_every * plan.steps_per_epoch))
         self.plan = with_changes(plan, steps=steps, start=start)
@@ -208,7 +209,8 @@ class Run:
 
     @property
     def step_skipped(self) -> bool:
-        """Whether the current step did not change the weights: it is skipped, or fp16's scaler dropped its gradients."""
+        """Whether the current step did not change the weights: it is skipped, or fp16's scaler dropped its "
+        "gradients."""
         return self.skipping or self.accelerator.optimizer_step_was_skipped
 
     def end_step(self, step: int) -> None:
@@ -231,7 +233,8 @@ class Run:
         self.display.update(plan, done, metrics, rate, waiting, line)
 
     def due(self, step: int, epochs: float) -> bool:
-        """Return whether `step` is the last one of the run, or ends every `epochs` epochs. After a bad step it is not."""
+        """Return whether `step` is the last one of the run, or ends every `epochs` epochs. After a bad step it is "
+        "not."""
         if self.bad:
             return False
         every = max(1, round(epochs * self.plan.steps_per_epoch))

@@ -72,7 +72,8 @@ class TrainState:
         states, values = snapshot
         if values.get("images") != self.images:
             raise UserError(
-                f"{origin} is from a run on {values.get('images')} images, but --data has {self.images}, in another order. "
+                f"{origin} is from a run on {values.get('images')} images, but --data has {self.images}, in another "
+                "order. "
                 "Pass the same data, or start a new run from its weights with --init."
             )
         try:

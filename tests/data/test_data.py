@@ -15,7 +15,8 @@ from torchvision.transforms import v2
 
 from mimkit.data.decode import decode, decode_pixels, jpeg_channels
 from mimkit.data.loader import eval_loader, limit_bad_images, train_loader
-from mimkit.data.order import Order, Plan, seeded
+from mimkit.data.order import Order, Plan
+from mimkit.data.sample import seeded
 from mimkit.data.sources import open_source
 from mimkit.data.transforms import Normalize, eval_transform, parse_size, train_transform
 from mimkit.errors import UserError
