@@ -232,29 +232,43 @@ def options_of(group: type, options: Any) -> dict[str, Any]:
 
 
 class HyphenParser(jsonargparse.ArgumentParser):
-    """`batch_size` is written --batch-size on the command line and batch_size in YAML.
+    """A parser whose options have hyphens on the command line, --batch-size, and underscores in YAML, batch_size.
 
-    A parameter that is named around one of Python's keywords, `from_`, is written --from.
+    A parameter whose name avoids a Python keyword, `from_`, becomes --from.
     """
 
     def add_argument(self, *names: Any, **kwargs: Any) -> Any:
-        """argparse's, with hyphens."""
+        """Add an argument as argparse does, with hyphens in its name."""
         hyphened = [
             n.rstrip("_").replace("_", "-") if n.startswith("--") and n != "--print_config" else n for n in names
         ]
         return super().add_argument(*hyphened, **kwargs)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """jsonargparse's, but no word may hold the character 0, which no name of a file can."""
+        """Parse as jsonargparse does, but refuse NUL characters, which no file name can contain."""
         values = super().parse_args(*args, **kwargs)
         if nul := [name for name, value in values.items() if isinstance(value, str) and "\0" in value]:
-            self.error(f"{', '.join(nul)}: a NUL character is in it, which no name has")
+            self.error(f"{', '.join(nul)}: contains a NUL character, which no name can contain")
         return values
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        """One sentence, and where to look."""
+        """Exit with code 2 and one sentence, which points to --help."""
         first = " ".join(str(message).split())
         self.exit(2, f"{self.prog}: {first.rstrip('.')}; see --help.\n")
+
+
+class HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    """Help with defaults, and without the names of types and the --no- forms, which fill the screen."""
+
+    def _get_help_string(self, action: Any) -> str:
+        text = " ".join((action.help or "").split())
+        shown = action.default not in (None, argparse.SUPPRESS, {}) and "Default:" not in text
+        return f"{text} (default: %(default)s)" if shown and action.option_strings else text
+
+    def _format_action_invocation(self, action: Any) -> str:
+        if isinstance(action, jsonargparse.ActionYesNo):
+            return f"{action.option_strings[0]} [true|false]"
+        return super()._format_action_invocation(action)
 
 
 def presets(recipe: str) -> dict[str, Path]:
@@ -310,11 +324,10 @@ def parse_recipe(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     shipped = presets(recipe)
-    parser = HyphenParser(
-        description=f"{description.strip().splitlines()[0]} Presets for --config: {', '.join(shipped)}."
-    )
+    summary = f"{description.strip().splitlines()[0]} Presets for --config: {', '.join(shipped)}."
+    parser = HyphenParser(usage="%(prog)s [options]", description=summary, formatter_class=HelpFormatter)
     action = type("PresetFile", (PresetFile,), {"shipped": shipped})
-    parser.add_argument("--config", action=action, help="YAML file, or the name of a preset")
+    parser.add_argument("--config", action=action, help="YAML file, or the name of a preset.")
     preset = default_preset(shipped, recipe, small or f"{recipe}_small", argv)
     parser.default_config_files = [str(preset)] if preset else []
     hints, fields = typing.get_type_hints(options), {f.name: f for f in dataclasses.fields(options)}
@@ -345,31 +358,32 @@ def _add_option(group: Any, option: "dataclasses.Field[Any]", hint: Any, explain
 
 
 def run_command(functions: list[Callable[..., None]], description: str, version: str) -> None:
-    """Parse `mimkit COMMAND --flags` and call the function of that name."""
+    """Parse `mimkit COMMAND --flags`, and call the function of that name."""
     commands = {function.__name__: function for function in functions}
     summaries = {name: (function.__doc__ or "").splitlines()[0] for name, function in commands.items()}
     listing = "\n".join(f"  {name:12s} {summary}" for name, summary in summaries.items())
     text = f"{description}\n\n{listing}"
     top = ArgumentParser(prog="mimkit", description=text, formatter_class=RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"mimkit {version}")
-    top.add_argument("command", choices=list(commands), help="`mimkit COMMAND --help` tells more")
+    top.add_argument("command", choices=list(commands), help="`mimkit COMMAND --help` describes its options.")
     name = top.parse_args(sys.argv[1:2] or ["--help"]).command
     call(commands[name], f"mimkit {name}", sys.argv[2:])
 
 
 def call(function: Callable[..., None], prog: str, argv: list[str]) -> None:
-    """Call a function with its parameters as flags; one that is False by default is a switch, and
-    one that is positional only stands without a flag.
+    """Call a function with its parameters as flags.
 
-    A function of `*words` gets them as they are.
+    A parameter that is False by default becomes a switch, and a positional-only one an argument without a flag. A
+    function of `*words` receives all arguments as they are.
     """
     if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(function).parameters.values()):
         function(*argv)
         return
-    parser = HyphenParser(prog=prog, description=(function.__doc__ or "").splitlines()[0])
     parameters = inspect.signature(function).parameters
     switches = [name for name, parameter in parameters.items() if parameter.default is False]
     placed = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY]
+    summary, usage = (function.__doc__ or "").splitlines()[0], " ".join([prog, "[options]", *placed])
+    parser = HyphenParser(prog=prog, usage=usage, formatter_class=HelpFormatter, description=summary)
     parser.add_function_arguments(function, skip={*switches, *placed})
     explained = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
     for name in placed:
