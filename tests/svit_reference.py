@@ -1,7 +1,4 @@
-"""A slow, dense SViT in the released names and layouts, written from the paper and the released code's layout.
-
-It has every mask as an explicit option, so that tests can switch one off and see that it matters.
-"""
+"""A slow, dense SViT for tests, in which every mask is explicit. It uses the names of the released checkpoints."""
 
 import re
 
@@ -11,15 +8,12 @@ from conftest import fill
 from einops import rearrange
 from torch import nn
 
-ALL = frozenset(("average", "association", "keys", "batchnorm"))
+ALL = frozenset(("average", "association", "keys", "batchnorm"))  # masks that skipping needs
 
 
 @torch.no_grad()
 def shaken(model):
-    """Fill all parameters and running statistics at order 1.
-
-    LayerScale starts at 1e-6, which would hide wrong attention.
-    """
+    """Set every parameter and running statistic to order 1. A LayerScale of 1e-6 would hide wrong attention."""
     fill(model)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -31,7 +25,7 @@ def shaken(model):
 
 
 def released(net):
-    """Return the state dict of our SViT in the names and layouts of the released checkpoints."""
+    """Return the state dict of an SViT in the names and layouts of the released checkpoints."""
     state = {}
     for key, tensor in net.state_dict().items():
         if match := re.fullmatch(r"stem\.(convs|norms)\.(\d)\.(.*)", key):
@@ -67,16 +61,16 @@ def released(net):
 
 
 class Reference:
-    """A dense SViT that computes with a state dict in the released names.
+    """A dense SViT that computes all positions, and applies masks wherever positions are combined.
 
     Args:
-        state: the state dict.
-        strides: of the four convolutions of the stem.
-        heads: of each stage.
-        train: use batch statistics in the batch norms.
-        keep: visible positions (b gh gw); all by default.
-        masks: which masks to apply.
-        noise: overwrite masked positions with noise before each mask, so that anything that gets past one shows.
+        state: state dict in the names of the released checkpoints.
+        strides: strides of the stem's convolutions.
+        heads: attention heads of the four stages.
+        train: normalize by the statistics of the batch, and store them in `stats`.
+        keep: units (b gh gw) that are visible, or None for all.
+        masks: the masks to apply, a subset of `ALL`.
+        noise: overwrite masked positions with noise before each mask, to make a missing mask visible.
     """
 
     def __init__(self, state, strides=(1, 1, 1, 1), heads=(1, 2, 4, 6), train=False, keep=None, masks=ALL, noise=False):
@@ -90,10 +84,11 @@ class Reference:
         return F.interpolate(self.kept[:, None].double(), size=x.shape[-2:]).bool()
 
     def dirty(self, x):
+        """Overwrite masked positions with noise, if the network was built with `noise`."""
         return torch.where(self.keep(x), x, torch.randn_like(x) * 3) if self.noise else x
 
     def average(self, x):
-        """Replace masked positions by the mean of the image's visible ones."""
+        """Replace masked tokens by the mean of the image's visible tokens."""
         x = self.dirty(x)
         if "average" not in self.masks:
             return x
@@ -146,7 +141,7 @@ class Reference:
         if "association" in self.masks:
             keep = self.keep(supers).double()
             around = F.unfold(keep, 3, padding=1).mT[:, :, None]  # (b n 1 9)
-            # positions beyond the border are neither kept nor masked: fold and unfold handle them
+            # positions beyond the border are handled by fold and unfold, not by the mask
             inside = F.unfold(torch.ones_like(keep), 3, padding=1).mT[:, :, None]
             association = association * keep.flatten(2).mT[..., None] * torch.where(inside > 0, around, 1.0)
         update = (tokens.mT @ association).permute(0, 2, 3, 1).flatten(1, 2)  # (b d*9 n)
@@ -163,7 +158,7 @@ class Reference:
         return self.state.get(name, torch.ones(()))
 
     def __call__(self, x):
-        """(b c H W) -> (b tail h w), or with `keep` the output of the last stage (b d h w)"""
+        """(b c H W) -> (b tail h w), or without a tail (b d h w) if there is a mask"""
         for i, stride in enumerate(self.strides):
             x = F.gelu(self.conv(f"patch_embed.proj.{3 * i}", x, stride))
             x = self.batch_norm(f"patch_embed.proj.{3 * i + 2}", x)

@@ -21,7 +21,7 @@ from mimkit.conversion import verify
 from mimkit.conversion.convert import convert
 from mimkit.conversion.family import Remap, families, plain_vits
 from mimkit.conversion.source import find_source, read_plain
-from mimkit.conversion.verify import difference, in_float64, linear_cka
+from mimkit.conversion.verify import difference, in_float64, linear_cka, sample_input
 from mimkit.errors import UserError
 from mimkit.io.weights import read_weights, write_model
 from mimkit.models.hpvit import Pool, plain_vit
@@ -577,3 +577,25 @@ def test_a_kernel_of_32_px_is_shrunk(tmp_path):
     assert report.checks[1]["error"] > 1e-3
     with pytest.raises(UserError, match="32 px was shrunk"):
         convert(str(tmp_path / "out"), "timm", dry_run=True)
+
+
+def test_sample_input():
+    """The checks' images cover any input size, are normalized, and have any number of channels."""
+    x = sample_input((3, 20, 31), {"mean": (0.5, 0.25, 0.0), "std": (0.5, 0.25, 1.0)}, count=3)
+    assert x.shape == (3, 3, 20, 31)
+    red, green, blue = x.unbind(1)
+    torch.testing.assert_close(0.5 * red + 0.5, blue)
+    torch.testing.assert_close(0.25 * green + 0.25, blue)
+    assert 0 <= blue.min() < 0.1 < 0.9 < blue.max() <= 1
+    assert not torch.equal(x[0], x[1])
+    wide = sample_input((4, 64, 64), {"mean": (0.5,) * 3, "std": (0.25,) * 3})
+    assert wide.shape == (2, 4, 64, 64)
+    assert (wide.min(), wide.max()) == (-1, 1)
+
+
+def test_four_channels(tmp_path):
+    """The encoder of a run on images with four channels is checked too."""
+    net = fill(timm.create_model(NAME, **TINY, num_classes=0, in_chans=4))
+    write_model(net, tmp_path / "encoder", input_size=(4, 64, 64), mean=(0.5,) * 4, std=(0.25,) * 4)
+    report = convert(str(tmp_path / "encoder"), dry_run=True)
+    assert [check["result"] for check in report.checks] == ["passed", "not applicable", "passed"]
