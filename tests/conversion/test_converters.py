@@ -1,167 +1,155 @@
-"""Each family against the library that its files come from: tiny random networks, through files, checks and all."""
+"""Compare each family with the library that its files come from, on tiny random networks."""
 
 import argparse
-import copy
 import json
 import math
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import transformers
 from conftest import fill
 from einops import rearrange
 from safetensors.torch import load_file, save_file
-from test_svit import Reference, released, shaken
+from svit_reference import Reference, released, shaken
 
-import mimkit
 from mimkit.conversion import source
-from mimkit.conversion.convert import convert
+from mimkit.conversion.convert import as_pyramid, convert, read_released
 from mimkit.conversion.family import families
-from mimkit.conversion.verify import difference, tokens_after
+from mimkit.conversion.source import find_source, read_plain
+from mimkit.conversion.verify import check_reader, difference, tokens_after
 from mimkit.errors import UserError
+from mimkit.io.weights import assemble, read_weights
 from mimkit.models.hpvit import plain_vit
 
 TINY = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64}
 HF = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192, "image_size": 64}
 HF["patch_size"] = 16
+HF14 = {**HF, "patch_size": 14, "image_size": 56}
+
+
+class File(NamedTuple):
+    """A file of a family, and the network that was written to it."""
+
+    net: Any
+    name: str  # alias, or name in timm
+    path: Path
+    layout: str
+    source_args: dict[str, Any]
+
+    @property
+    def options(self):
+        """Arguments of `convert`."""
+        return {"checkpoint": self.path, "layout": self.layout, "source_args": self.source_args}
 
 
 def tiny(name, **options):
-    """A timm network of this name with every tensor at order 1."""
+    """Build a timm network of this name with every tensor at order 1."""
     return fill(plain_vit(name, **{**TINY, **options})).eval()
 
 
 # Files of transformers -----------------------------------------------------------------------------------------------
 
 
-def hf_vit():
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=5)), "vit_base_patch16_224"
+class HfNetwork(NamedTuple):
+    """A network of transformers, by the names of its classes, and its counterpart in timm."""
+
+    network: str
+    config: str
+    options: dict[str, Any]
+    name: str
+    source_args: dict[str, Any] = {}  # noqa: RUF012  of timm's network, where its name implies others
 
 
-def hf_deit():
-    config = transformers.DeiTConfig(**HF, num_labels=5)
-    return transformers.DeiTForImageClassificationWithTeacher(config), "deit_base_distilled_patch16_224"
-
-
-def hf_mae():
-    decoder = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
-    config = transformers.ViTMAEConfig(**HF, **decoder, decoder_intermediate_size=64, mask_ratio=0.0)
-    return transformers.ViTMAEForPreTraining(config), "vit_base_patch16_224"
-
-
-def hf_dinov2():
-    config = transformers.Dinov2Config(**(HF | {"patch_size": 14, "image_size": 56}))
-    return transformers.Dinov2Model(config), "vit_base_patch14_dinov2"
-
-
-def hf_dinov2_registers():
-    config = transformers.Dinov2WithRegistersConfig(**(HF | {"patch_size": 14, "image_size": 56}))
-    return transformers.Dinov2WithRegistersModel(config), "vit_base_patch14_reg4_dinov2"
-
-
-def hf_dinov2_swiglu():
-    config = transformers.Dinov2Config(**(HF | {"patch_size": 14, "image_size": 56}), use_swiglu_ffn=True)
-    return transformers.Dinov2ForImageClassification(config), "vit_giant_patch14_dinov2"
-
-
-def hf_dinov3():
-    config = transformers.DINOv3ViTConfig(**HF, num_register_tokens=4)
-    return transformers.DINOv3ViTModel(config), "vit_small_patch16_dinov3_qkvb"
-
-
-def hf_dinov3_gated():
-    config = transformers.DINOv3ViTConfig(**HF, num_register_tokens=4, use_gated_mlp=True, hidden_act="silu")
-    return transformers.DINOv3ViTModel(config), "vit_huge_plus_patch16_dinov3_qkvb"
-
-
-def hf_beit():
-    config = transformers.BeitConfig(**HF, use_relative_position_bias=True, num_labels=5)
-    return transformers.BeitForImageClassification(config), "beit_base_patch16_224"
-
-
-def hf_beit_shared():
-    config = transformers.BeitConfig(**HF, use_shared_relative_position_bias=True, use_mask_token=True, vocab_size=8)
-    return transformers.BeitForMaskedImageModeling(config), "beit_base_patch16_224"
-
-
-def hf_clip():
-    config = transformers.CLIPVisionConfig(**HF, projection_dim=8)
-    return transformers.CLIPVisionModelWithProjection(config), "vit_base_patch16_clip_quickgelu_224"
-
-
-TRANSFORMERS = [hf_vit, hf_deit, hf_mae, hf_dinov2, hf_dinov2_registers, hf_dinov2_swiglu, hf_dinov3, hf_dinov3_gated]
-TRANSFORMERS += [hf_beit, hf_beit_shared, hf_clip]
-EXTRA = {  # of timm's network, where its name means another
-    "hf_dinov2_swiglu": {"mlp_ratio": 8 / 3 * 2},
-    "hf_dinov3_gated": {"mlp_ratio": 4.0, "swiglu_align_to": 0},
+DECODER = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+DECODER |= {"decoder_intermediate_size": 64, "mask_ratio": 0.0}
+SHARED = {"use_shared_relative_position_bias": True, "use_mask_token": True, "vocab_size": 8}
+REGISTERS = {**HF, "num_register_tokens": 4}
+HF_NETWORKS = {
+    "hf_vit": HfNetwork("ViTForImageClassification", "ViTConfig", {**HF, "num_labels": 5}, "vit_base_patch16_224"),
+    "hf_deit": HfNetwork(
+        "DeiTForImageClassificationWithTeacher",
+        "DeiTConfig",
+        {**HF, "num_labels": 5},
+        "deit_base_distilled_patch16_224",
+    ),
+    "hf_mae": HfNetwork("ViTMAEForPreTraining", "ViTMAEConfig", {**HF, **DECODER}, "vit_base_patch16_224"),
+    "hf_dinov2": HfNetwork("Dinov2Model", "Dinov2Config", HF14, "vit_base_patch14_dinov2"),
+    "hf_dinov2_registers": HfNetwork(
+        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", HF14, "vit_base_patch14_reg4_dinov2"
+    ),
+    "hf_dinov2_swiglu": HfNetwork(
+        "Dinov2ForImageClassification",
+        "Dinov2Config",
+        {**HF14, "use_swiglu_ffn": True},
+        "vit_giant_patch14_dinov2",
+        {"mlp_ratio": 8 / 3 * 2},
+    ),
+    "hf_dinov3": HfNetwork("DINOv3ViTModel", "DINOv3ViTConfig", REGISTERS, "vit_small_patch16_dinov3_qkvb"),
+    "hf_dinov3_gated": HfNetwork(
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        {**REGISTERS, "use_gated_mlp": True, "hidden_act": "silu"},
+        "vit_huge_plus_patch16_dinov3_qkvb",
+        {"mlp_ratio": 4.0, "swiglu_align_to": 0},
+    ),
+    "hf_beit": HfNetwork(
+        "BeitForImageClassification",
+        "BeitConfig",
+        {**HF, "use_relative_position_bias": True, "num_labels": 5},
+        "beit_base_patch16_224",
+    ),
+    "hf_beit_shared": HfNetwork("BeitForMaskedImageModeling", "BeitConfig", {**HF, **SHARED}, "beit_base_patch16_224"),
+    "hf_clip": HfNetwork(
+        "CLIPVisionModelWithProjection",
+        "CLIPVisionConfig",
+        {**HF, "projection_dim": 8},
+        "vit_base_patch16_clip_quickgelu_224",
+    ),
 }
 
 
-def transformers_file(build, folder, spelling="old"):
-    """A folder of transformers with every tensor at order 1; -> the network, timm's name, timm's arguments"""
-    net, name = build()
-    fill(net).eval()
+@pytest.fixture(scope="module")
+def transformers():
+    """Import transformers with the classes that the tests use, which takes seconds."""
+    import transformers
+
+    for network in HF_NETWORKS.values():
+        getattr(transformers, network.network)
+    return transformers
+
+
+def transformers_file(key, folder, spelling="old"):
+    """Write a tiny network of transformers with every tensor at order 1."""
+    import transformers
+
+    network, config, options, name, source_args = HF_NETWORKS[key]
+    net = fill(getattr(transformers, network)(getattr(transformers, config)(**options))).eval()
     net.save_pretrained(folder)
-    if spelling == "new":  # as version 5 has them in memory
+    if spelling == "new":  # the names that networks of transformers 5 have in memory
         save_file({key: value.contiguous() for key, value in net.state_dict().items()}, folder / "model.safetensors")
-    side = net.config.image_size
-    return net, name, {**TINY, "img_size": side, **EXTRA.get(build.__name__, {})}
+    return File(net, name, folder, "hf", {**TINY, "img_size": net.config.image_size, **source_args})
 
 
 def hidden(net, x):
-    """Tokens after the last block, before the final norm."""
-    more = {}
+    """Return the tokens after the last block, before the final norm."""
+    options = {}
     if net.config.model_type == "vit_mae":
-        net, more = net.vit, {"noise": torch.arange((x.shape[-1] // 16) ** 2)[None].float()}
-    if isinstance(net, transformers.BeitForMaskedImageModeling):
+        net, options = net.vit, {"noise": torch.arange((x.shape[-1] // 16) ** 2)[None].float()}
+    if type(net).__name__ == "BeitForMaskedImageModeling":
         net = net.beit
-    return net(pixel_values=x, output_hidden_states=True, **more).hidden_states[-1]
+    return net(pixel_values=x, output_hidden_states=True, **options).hidden_states[-1]
 
 
-@pytest.mark.parametrize("spelling", ["old", "new"])
-@pytest.mark.parametrize("build", TRANSFORMERS)
-def test_transformers(build, spelling, tmp_path):
-    net, name, arguments = transformers_file(build, tmp_path / "hf", spelling)
-    options = {"source_args": arguments, "checkpoint": tmp_path / "hf", "layout": "hf"}
-    report = convert(name, out=tmp_path / "out", **options)
-    results = {check["name"]: check["result"] for check in report.checks}
-    assert results["the pyramid is the plain ViT"] == "passed"
-    assert results["an independent reader"] == "passed", report.checks
-    pyramid = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
-    with torch.no_grad():
-        x = torch.randn(1, 3, arguments["img_size"], arguments["img_size"])
-        theirs = hidden(net, x)
-        if arguments["img_size"] == 64:  # a kernel of 16: the pyramid itself can be compared
-            assert difference(pyramid.stages(x, 2)[-1][0], theirs) < 1e-5
-        convert(name, "timm", out=tmp_path / "timm", **options)
-        back = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
-        assert difference(tokens_after(back, x, 2)[0], theirs) < 1e-5
-        convert(str(tmp_path / "out"), "timm", out=tmp_path / "back")
-        again = timm.create_model(f"local-dir:{tmp_path}/back", pretrained=True).eval()
-        assert difference(tokens_after(again, x, 2)[0], theirs) < 1e-5
-        if hasattr(net, "classifier") and isinstance(net.classifier, torch.nn.Linear) and back.num_classes:
-            assert difference(back(x), net(x).logits) < 1e-5
-
-
-@torch.no_grad()
-def test_transformers_heads(tmp_path):
-    """Logits: of ViT, of DeiT with two heads, of BEiT by the mean of its patches, of CLIP's projection."""
-    for build in (hf_vit, hf_deit, hf_beit, hf_clip):
-        net, name, arguments = transformers_file(build, tmp_path / "hf")
-        convert(name, out=tmp_path / "out", checkpoint=tmp_path / "hf", layout="hf", source_args=arguments)
-        pyramid = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
-        x = torch.randn(1, 3, 64, 64)
-        theirs = net(x).image_embeds if build is hf_clip else net(x).logits
-        assert difference(pyramid(x), theirs) < 1e-5, build.__name__
-
-
-# Files in the layouts of the papers' own code ------------------------------------------------------------------------
+# Files in the original layouts ---------------------------------------------------------------------------------------
 
 
 def mae_file(folder):
-    """Encoder and decoder, in a wrapper."""
+    """An encoder and a decoder, nested under `model`."""
     net = tiny("vit_base_patch16_224", num_classes=0)
     decoder = {"mask_token": torch.randn(1, 1, 32), "decoder_pos_embed": torch.randn(1, 17, 32)}
     decoder |= {"decoder_blocks.0.norm1.weight": torch.randn(32), "decoder_pred.bias": torch.randn(768)}
@@ -170,14 +158,14 @@ def mae_file(folder):
 
 
 def mae_finetuned_file(folder):
-    """fc_norm and head, no norm."""
+    """A fine-tuned file, with `fc_norm` and `head` but no `norm`."""
     net = tiny("vit_base_patch16_224", num_classes=7, global_pool="avg")
     torch.save({"model": net.state_dict()}, folder / "mae.pth")
     return net, "vit_b_mae", folder / "mae.pth", "mae"
 
 
 def dino_file(folder):
-    """Student and teacher, each with a projection head."""
+    """A student and a teacher, each with a projection head."""
     net = tiny("vit_base_patch16_224", num_classes=0)
     head = {"module.head.mlp.0.weight": torch.randn(4, 48), "module.head.last_layer.weight_g": torch.randn(4, 1)}
     teacher = {f"module.backbone.{k}": v for k, v in net.state_dict().items()} | head
@@ -187,14 +175,14 @@ def dino_file(folder):
 
 
 def deit_file(folder):
-    """Distilled."""
+    """A distilled DeiT."""
     net = tiny("deit_base_distilled_patch16_224", num_classes=7)
     torch.save({"model": net.state_dict()}, folder / "deit.pth")
     return net, "deit_b_distilled", folder / "deit.pth", "deit"
 
 
 def deit3_file(folder):
-    """LayerScale under names of its own."""
+    """A DeiT III, whose LayerScale has other names than timm's."""
     net = tiny("deit3_base_patch16_224", num_classes=7)
     state = {k.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for k, v in net.state_dict().items()}
     torch.save({"model": state}, folder / "deit3.pth")
@@ -202,7 +190,7 @@ def deit3_file(folder):
 
 
 def dinov2_file(folder):
-    """Registers, a mask token, a patch of 14."""
+    """A DINOv2 with registers, a mask token and patches of 14 px."""
     net = tiny("vit_base_patch14_reg4_dinov2", img_size=56, num_classes=0)
     state = dict(net.state_dict())
     first = torch.randn(1, 1, 48)
@@ -214,7 +202,7 @@ def dinov2_file(folder):
 
 
 def dinov2_chunked_file(folder):
-    """A training checkpoint: a teacher whose blocks are counted in chunks, with SwiGLU."""
+    """A training checkpoint: a teacher with chunked blocks and SwiGLU."""
     net = tiny("vit_giant_patch14_dinov2", img_size=56, num_classes=0)
     state = {}
     for key, value in net.state_dict().items():
@@ -225,7 +213,7 @@ def dinov2_chunked_file(folder):
 
 
 def dinov3_file(folder):
-    """RoPE periods, storage tokens, a bias mask."""
+    """A DINOv3 with RoPE periods, storage tokens and a bias mask."""
     net = tiny("vit_small_patch16_dinov3_qkvb", num_classes=0)
     state = {}
     for key, value in net.state_dict().items():
@@ -242,7 +230,7 @@ def dinov3_file(folder):
 
 
 def beit_file(folder):
-    """Fine-tuned, with an index in every block."""
+    """A fine-tuned BEiT with an index buffer in every block."""
     net = tiny("beit_base_patch16_224", num_classes=7)
     state = net.state_dict() | {f"blocks.{i}.attn.relative_position_index": torch.zeros(17, 17) for i in range(2)}
     torch.save({"module": state}, folder / "beit.pth")
@@ -250,7 +238,7 @@ def beit_file(folder):
 
 
 def beit_pretrained_file(folder):
-    """One table for all blocks, a norm, no head."""
+    """A pre-trained BEiT with one bias table for all blocks, a norm, and no head."""
     options = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "use_fc_norm": False, "num_classes": 0}
     net = tiny("beit_base_patch16_224", **options)
     state = net.state_dict() | {"mask_token": torch.randn(1, 1, 48), "lm_head.weight": torch.randn(9, 48)}
@@ -268,7 +256,7 @@ def ijepa_file(folder):
 
 
 def clip_file(folder):
-    """The whole of a CLIP, its text tower with it."""
+    """A complete CLIP with its text tower."""
     net = tiny("vit_base_patch16_clip_quickgelu_224", num_classes=8)
     with torch.no_grad():
         net.head.bias.zero_()
@@ -302,7 +290,7 @@ def siglip_file(folder):
 
 
 def openclip_timm_file(folder):
-    """OpenCLIP around a network of timm."""
+    """An OpenCLIP whose image tower is a timm network."""
     net = tiny("vit_base_patch16_siglip_224", num_classes=0)
     state = {f"visual.trunk.{key}": value for key, value in net.state_dict().items()}
     torch.save({**state, "logit_bias": torch.zeros(()), "text.cls_emb": torch.randn(3)}, folder / "clip.pt")
@@ -310,7 +298,7 @@ def openclip_timm_file(folder):
 
 
 def half_file(folder):
-    """In half precision."""
+    """An MAE in half precision."""
     net = tiny("vit_base_patch16_224", num_classes=0).half().float()
     torch.save({"model": {key: value.half() for key, value in net.state_dict().items()}}, folder / "mae.pth")
     return net, "vit_b_mae", folder / "mae.pth", "mae"
@@ -325,7 +313,7 @@ def sam_file(folder):
 
 
 def sam_original_file(folder):
-    """Image encoder, prompt encoder and mask decoder."""
+    """An image encoder with prompt encoder and mask decoder."""
     net = tiny("samvit_base_patch16", num_classes=0, window_size=3, global_attn_indexes=[1])
     state = {f"image_encoder.{key.replace('mlp.fc', 'mlp.lin')}": value for key, value in net.state_dict().items()}
     torch.save(
@@ -334,141 +322,217 @@ def sam_original_file(folder):
     return net, "sam_b", folder / "sam.pth", "sam"
 
 
-OWN = [mae_file, mae_finetuned_file, dino_file, deit_file, deit3_file, dinov2_file, dinov2_chunked_file, dinov3_file]
-OWN += [beit_file, beit_pretrained_file, ijepa_file, clip_file, siglip_file, eva02_file, sam_file]
-OWN += [sam_original_file, openclip_timm_file, half_file]
+BUILDERS = [mae_file, mae_finetuned_file, dino_file, deit_file, deit3_file, dinov2_file, dinov2_chunked_file]
+BUILDERS += [dinov3_file, beit_file, beit_pretrained_file, ijepa_file, clip_file, siglip_file, eva02_file, sam_file]
+BUILDERS += [sam_original_file, openclip_timm_file, half_file]
+ORIGINAL = {build.__name__.removesuffix("_file"): build for build in BUILDERS}
+ALL = [*ORIGINAL, *HF_NETWORKS]
+NO_READER = ("dinov2_chunked",)  # timm's loader does not read chunked blocks
 
 
-NO_READER = (dinov2_chunked_file,)  # timm's loader does not know chunks
+@pytest.fixture(scope="module")
+def write(tmp_path_factory, transformers):
+    """Return a function that writes a file by its key, once for the whole module."""
+
+    @cache
+    def write(key, spelling="old"):
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp(key)
+        if key in HF_NETWORKS:
+            return transformers_file(key, folder, spelling)
+        net, name, path, layout = ORIGINAL[key](folder)
+        source_args = {**TINY, "img_size": net.patch_embed.img_size[0]}
+        if key in ("sam", "sam_original"):
+            source_args |= {"window_size": 3, "global_attn_indexes": [1]}
+        return File(net, name, path, layout, source_args)
+
+    return write
 
 
-def arguments_of(net, build):
-    """timm's arguments for the tiny network of a file."""
-    arguments = {**TINY, "img_size": net.patch_embed.img_size[0]}
-    if build in (sam_file, sam_original_file):
-        arguments |= {"window_size": 3, "global_attn_indexes": [1]}
-    return arguments
+@pytest.fixture(scope="module")
+def read(write):
+    """Return a function that reads the plain ViT in such a file, once for the whole module."""
+
+    @cache
+    def read(key):
+        file = write(key)
+        return read_plain(find_source(file.name).name, file.path, file.layout, given=file.source_args)
+
+    return read
 
 
-@pytest.mark.parametrize("build", OWN)
+@pytest.fixture(scope="module")
+def converted(write, tmp_path_factory):
+    """Return a function that converts such a file to an HPViT on disk, once for the whole module."""
+
+    @cache
+    def converted(key, spelling="old"):
+        file, out = write(key, spelling), tmp_path_factory.mktemp("out") / key
+        return out, convert(file.name, out=out, **file.options)
+
+    return converted
+
+
+def load(folder):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+# Parity --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+@pytest.mark.parametrize("key", HF_NETWORKS)
 @torch.no_grad()
-def test_own_layouts(build, tmp_path):
-    """Checks pass, timm's own loader among them, and there and back is the file's network."""
-    net, name, file, layout = build(tmp_path)
-    options = {"checkpoint": file, "layout": layout, "source_args": arguments_of(net, build)}
-    report = convert(name, out=tmp_path / "out", **options)
+def test_transformers(key, spelling, write, converted, tmp_path):
+    """The checks pass, and the network of transformers, the pyramid, and both plain ViTs compute the same tokens."""
+    file, (out, report) = write(key, spelling), converted(key, spelling)
     results = {check["name"]: check["result"] for check in report.checks}
     assert results["the pyramid is the plain ViT"] == "passed"
-    assert results["an independent reader"] == ("no independent reader" if build in NO_READER else "passed")
+    assert results["an independent reader"] == "passed", report.checks
+    side = file.source_args["img_size"]
+    x = torch.randn(1, 3, side, side)
+    theirs = hidden(file.net, x)
+    if side == 64:  # the kernel has 16 px, so the pyramid itself can be compared
+        assert difference(load(out).stages(x, 2)[-1][0], theirs) < 1e-5
+    convert(file.name, "timm", out=tmp_path / "timm", **file.options)
+    plain = load(tmp_path / "timm")
+    assert difference(tokens_after(plain, x, 2)[0], theirs) < 1e-5
+    convert(str(out), "timm", out=tmp_path / "back")
+    assert difference(tokens_after(load(tmp_path / "back"), x, 2)[0], theirs) < 1e-5
+    if isinstance(getattr(file.net, "classifier", None), torch.nn.Linear) and plain.num_classes:
+        assert difference(plain(x), file.net(x).logits) < 1e-5
+
+
+@pytest.mark.parametrize("key", ["hf_vit", "hf_deit", "hf_beit", "hf_clip"])
+@torch.no_grad()
+def test_pyramids_keep_the_logits_of_transformers(key, write, converted):
+    """Logits: of ViT, of DeiT's two heads, of BEiT's mean patch token, and of CLIP's projection."""
+    file, (out, _) = write(key), converted(key)
+    x = torch.randn(1, 3, 64, 64)
+    theirs = file.net(x).image_embeds if key == "hf_clip" else file.net(x).logits
+    assert difference(load(out)(x), theirs) < 1e-5
+
+
+@pytest.mark.parametrize("key", ORIGINAL)
+@torch.no_grad()
+def test_own_layouts(key, write, converted, tmp_path):
+    """The checks pass, timm's own loader among them, and converting there and back returns the file's network."""
+    file, (out, report) = write(key), converted(key)
+    net = file.net
+    results = {check["name"]: check["result"] for check in report.checks}
+    assert results["the pyramid is the plain ViT"] == "passed"
+    assert results["an independent reader"] == ("no independent reader" if key in NO_READER else "passed")
     side = net.patch_embed.patch_size[0]
     assert results["the kernel's resize"] == ("not applicable" if side == 16 else "passed")
     x = torch.randn(1, 3, *net.patch_embed.img_size)
     if side == 16:
-        pyramid = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
-        assert difference(pyramid(x), net(x)) < 1e-5
-    convert(str(tmp_path / "out"), "timm", out=tmp_path / "back")
+        assert difference(load(out)(x), net(x)) < 1e-5
+    convert(str(out), "timm", out=tmp_path / "back")
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == net.state_dict().keys()
-    for key, value in net.state_dict().items():
-        torch.testing.assert_close(back[key], value, rtol=1e-5, atol=1e-6)
-    assert difference(timm.create_model(f"local-dir:{tmp_path}/back", pretrained=True).eval()(x), net(x)) < 1e-5
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(back[name], value, rtol=1e-5, atol=1e-6)
+    assert difference(load(tmp_path / "back")(x), net(x)) < 1e-5
 
 
-def test_every_tensor_is_counted_once(tmp_path):
-    for build in (*OWN, *TRANSFORMERS):
-        if build in OWN:
-            net, name, file, layout = build(tmp_path)
-            arguments = arguments_of(net, build)
-        else:
-            file, layout = tmp_path / build.__name__, "hf"
-            net, name, arguments = transformers_file(build, file)
-        report = convert(name, dry_run=True, checks=False, checkpoint=file, layout=layout, source_args=arguments)
-        origins = [origin for row in report.rows for origin in row.origins]
-        assert sorted(origins) == sorted(mimkit.checkpoint.read_weights(file)), build.__name__
-        targets = [target for row in report.rows if row.target for target in row.target.split(", ")]
-        pyramid = timm.create_model("hpvit", source=source.find_source(name).name, source_args=arguments, num_classes=0)
-        assert len(targets) == len(set(targets))
-        assert set(targets) >= {key for key in pyramid.state_dict() if "norm." not in key and "relative" not in key}
-        assert all(row.why for row in report.rows if row.action in ("dropped", "fresh", "resized"))
+@pytest.mark.parametrize("key", ALL)
+def test_every_tensor_is_reported_once(key, write, read):
+    file, plain = write(key), read(key)
+    rows = as_pyramid(plain, "hpvit", {}).rows
+    assert sorted(origin for row in rows for origin in row.origins) == sorted(read_weights(file.path))
+    targets = [target for row in rows if row.target for target in row.target.split(", ")]
+    pyramid = timm.create_model("hpvit", source=plain.name, source_args=file.source_args, num_classes=0)
+    assert len(targets) == len(set(targets))
+    assert set(targets) >= {name for name in pyramid.state_dict() if "norm." not in name and "relative" not in name}
+    assert all(row.why for row in rows if row.action in ("dropped", "fresh", "resized"))
 
 
-# Negative controls ---------------------------------------------------------------------------------------------------
+def test_every_family_has_a_parity_test(write):
+    assert {write(key).layout for key in ALL} | {"mmpretrain", "hivit", "svit"} == families().keys()
+    assert not [layout for layout, family in families().items() if family.parity_test not in globals()]
 
 
-def swap_q_and_k(found):
-    for key in [key for key in found if key.endswith("attn.qkv.weight")]:
-        q, k, v = found[key].chunk(3)
-        found[key] = torch.cat([k, q, v])
-    for key in [key for key in found if key.endswith("attn.q_proj.weight")]:
+# Negative controls: wrong families must be caught --------------------------------------------------------------------
+
+
+def swap_q_and_k(state):
+    for key in [key for key in state if key.endswith("attn.qkv.weight")]:
+        q, k, v = state[key].chunk(3)
+        state[key] = torch.cat([k, q, v])
+    for key in [key for key in state if key.endswith("attn.q_proj.weight")]:
         other = key.replace("q_proj", "k_proj")
-        found[key], found[other] = found[other], found[key]
+        state[key], state[other] = state[other], state[key]
 
 
-def drop_layer_scale(found):
-    for key in [key for key in found if key.endswith((".gamma", "gamma_1", "gamma_2"))]:
-        found[key] = torch.ones_like(found[key])
+def drop_layer_scale(state):
+    for key in [key for key in state if key.endswith((".gamma", "gamma_1", "gamma_2"))]:
+        state[key] = torch.ones_like(state[key])
 
 
-def transpose_positions(found):
-    if "pos_embed" in found and found["pos_embed"].ndim == 3:
-        table = found["pos_embed"]
+def transpose_positions(state):
+    if "pos_embed" in state and state["pos_embed"].ndim == 3:
+        table = state["pos_embed"]
         cells = math.isqrt(table.shape[1]) ** 2
         prefix, grid = table[:, : table.shape[1] - cells], table[:, table.shape[1] - cells :]
-        turned = rearrange(grid, "b (h w) d -> b (w h) d", h=math.isqrt(cells))
-        found["pos_embed"] = torch.cat([prefix, turned], dim=1)
+        transposed = rearrange(grid, "b (h w) d -> b (w h) d", h=math.isqrt(cells))
+        state["pos_embed"] = torch.cat([prefix, transposed], dim=1)
 
 
-def turn_the_final_norm(found):
-    for key in [key for key in found if key in ("norm.weight", "fc_norm.weight")]:
-        found[key] = found[key].flip(0) * 3
+def flip_final_norm(state):
+    for key in [key for key in state if key in ("norm.weight", "fc_norm.weight")]:
+        state[key] = state[key].flip(0) * 3
 
 
-def turn_the_head(found):
-    for key in [key for key in found if key.startswith("head.") and key.endswith("weight")]:
-        found[key] = found[key].flip(0)
+def flip_head(state):
+    for key in [key for key in state if key.startswith("head.") and key.endswith("weight")]:
+        state[key] = state[key].flip(0)
 
 
-MUTANTS = [swap_q_and_k, drop_layer_scale, transpose_positions, turn_the_final_norm, turn_the_head]
+MUTANTS = [swap_q_and_k, drop_layer_scale, transpose_positions, flip_final_norm, flip_head]
 
 
 @pytest.mark.parametrize("mutate", MUTANTS)
-@pytest.mark.parametrize("build", [*OWN, *TRANSFORMERS])
-def test_a_wrong_table_is_caught(build, mutate, tmp_path, monkeypatch):
-    """A family whose result is wrong ends in an error, with nothing written."""
-    if build in OWN:
-        net, name, file, layout = build(tmp_path)
-        arguments = arguments_of(net, build)
-    else:
-        file, layout = tmp_path / "hf", "hf"
-        net, name, arguments = transformers_file(build, file)
-    family = families()[layout]
-    changed = []
+@pytest.mark.parametrize("key", ALL)
+def test_the_reader_catches_a_wrong_family(key, mutate, write, read):
+    """If a family's result is wrong, the independent reader's output differs."""
+    file, plain = write(key), read(key)
+    state = {name: tensor.clone() for name, tensor in plain.state.items()}
+    mutate(state)
+    changed = [name for name, tensor in plain.state.items() if not torch.equal(tensor, state[name])]
+    if key in NO_READER:
+        pytest.skip("there is no reader: test_own_layouts compares instead")
+    if key == "hf_beit_shared" and mutate is flip_final_norm:
+        pytest.skip("in transformers, this norm is part of the pre-training loss, not of BeitModel")
+    if not changed:
+        assert mutate is not swap_q_and_k
+        pytest.skip(f"{file.name} has nothing that {mutate.__name__} could break")
+    with pytest.raises(UserError, match=f"{families()[file.layout].reader} reads .* differently"):
+        check_reader(replace(plain, state=state), file.path, families()[file.layout])
+
+
+@pytest.mark.parametrize(
+    "key", ["mae", "dino", "deit", "dinov2", "dinov3", "beit", "ijepa", "clip", "siglip", "sam_original", "hf_vit"]
+)
+def test_a_wrong_family_writes_nothing(key, write, tmp_path, monkeypatch):
+    """If a family's result is wrong, the conversion ends in an error and leaves no files."""
+    file = write(key)
+    family = families()[file.layout]
 
     def wrong(m):
         family.remap(m)
-        before = {key: value.clone() for key, value in m.found.items()}
-        mutate(m.found)
-        changed.extend(key for key in before if not torch.equal(before[key], m.found[key]))
+        swap_q_and_k(m.found)
 
-    mutant = copy.copy(family)
-    object.__setattr__(mutant, "remap", wrong)
-    monkeypatch.setattr(family, "families", lambda: {**families(), layout: mutant})
-    options = {"checkpoint": file, "layout": layout, "source_args": arguments}
-    report = convert(name, dry_run=True, checks=False, **options)
-    if build in NO_READER:
-        pytest.skip("no reader: test_own_layouts compares instead")
-    if build is hf_beit_shared and mutate is turn_the_final_norm:
-        pytest.skip("transformers has this norm with the loss of pre-training, outside of its BeitModel")
-    if not changed:
-        assert mutate is not swap_q_and_k
-        pytest.skip(f"{report.source} has nothing that {mutate.__name__} could break")
-    with pytest.raises(UserError, match="otherwise"):
-        convert(name, out=tmp_path / "out", **options)
+    monkeypatch.setattr(source, "families", lambda: {**families(), file.layout: replace(family, remap=wrong)})
+    with pytest.raises(UserError, match="differently"):
+        convert(file.name, out=tmp_path / "out", **file.options)
     assert not (tmp_path / "out").exists()
 
 
+# Families without a reader -------------------------------------------------------------------------------------------
+
+
 def mmpretrain_vit(state, x, heads, patch=16):
-    """What mmpretrain's VisionTransformer computes, by its names: written from its layout, without timm or mimkit."""
+    """Compute what mmpretrain's VisionTransformer does, written from its layout without timm or mimkit."""
     x = F.conv2d(x, state["patch_embed.projection.weight"], state["patch_embed.projection.bias"], stride=patch)
     x = x.flatten(2).transpose(1, 2)
     x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], dim=1) + state["pos_embed"]
@@ -488,40 +552,57 @@ def mmpretrain_vit(state, x, heads, patch=16):
     return F.linear(x[:, 0], state["head.layers.head.weight"], state["head.layers.head.bias"])
 
 
+@pytest.fixture(scope="module")
+def mmpretrain_file(tmp_path_factory):
+    """Return a function that writes a file of mmpretrain, with or without LayerScale, and returns it and its state."""
+
+    @cache
+    def write(scale):
+        torch.manual_seed(0)
+        d, state = 48, {"cls_token": torch.randn(1, 1, 48), "pos_embed": torch.randn(1, 17, 48)}
+        shapes = {"patch_embed.projection": (d, 3, 16, 16), "ln1": (d,), "head.layers.head": (7, d)}
+        for i in range(2):
+            shapes |= {f"layers.{i}.{n}": (d,) for n in ("ln1", "ln2")}
+            shapes |= {f"layers.{i}.attn.qkv": (3 * d, d), f"layers.{i}.attn.proj": (d, d)}
+            shapes |= {f"layers.{i}.ffn.layers.0.0": (4 * d, d), f"layers.{i}.ffn.layers.1": (d, 4 * d)}
+            if scale:
+                state |= {f"layers.{i}.{n}.weight": torch.randn(d) for n in ("attn.gamma1", "ffn.gamma2")}
+        for name, shape in shapes.items():
+            state[f"{name}.weight"] = torch.randn(shape) * math.prod(shape[1:]) ** -0.5
+            state[f"{name}.bias"] = torch.randn(shape[0])
+        spelled = {name if name.startswith("head") else f"backbone.{name}": value for name, value in state.items()}
+        path = tmp_path_factory.mktemp("mmpretrain") / "mm.pth"
+        torch.save({"state_dict": spelled, "meta": {"epoch": 1}}, path)
+        arguments = {**TINY, "init_values": 1e-5 if scale else None}
+        return File(None, "vit_base_patch16_224", path, "mmpretrain", arguments), state
+
+    return write
+
+
 @pytest.mark.parametrize("scale", [False, True])
-@pytest.mark.parametrize("mutate", [None, swap_q_and_k, drop_layer_scale, transpose_positions])
 @torch.no_grad()
-def test_mmpretrain(scale, mutate, tmp_path, monkeypatch):
-    d, state = 48, {"cls_token": torch.randn(1, 1, 48), "pos_embed": torch.randn(1, 17, 48)}
-    shapes = {"patch_embed.projection": (d, 3, 16, 16), "ln1": (d,), "head.layers.head": (7, d)}
-    for i in range(2):
-        shapes |= {f"layers.{i}.{n}": (d,) for n in ("ln1", "ln2")}
-        shapes |= {f"layers.{i}.attn.qkv": (3 * d, d), f"layers.{i}.attn.proj": (d, d)}
-        shapes |= {f"layers.{i}.ffn.layers.0.0": (4 * d, d), f"layers.{i}.ffn.layers.1": (d, 4 * d)}
-        if scale:
-            state |= {f"layers.{i}.{n}.weight": torch.randn(d) for n in ("attn.gamma1", "ffn.gamma2")}
-    for name, shape in shapes.items():
-        state |= {
-            f"{name}.weight": torch.randn(shape) * math.prod(shape[1:]) ** -0.5,
-            f"{name}.bias": torch.randn(shape[0]),
-        }
-    spelled = {key if key.startswith("head") else f"backbone.{key}": value for key, value in state.items()}
-    torch.save({"state_dict": spelled, "meta": {"epoch": 1}}, tmp_path / "mm.pth")
-    family = families()["mmpretrain"]
-    if mutate:
-        mutant = copy.copy(family)
-        object.__setattr__(mutant, "remap", lambda m: (family.remap(m), mutate(m.found)))
-        monkeypatch.setattr(family, "families", lambda: {**families(), "mmpretrain": mutant})
-    arguments = {**TINY, "init_values": 1e-5 if scale else None}
-    options = {"checkpoint": tmp_path / "mm.pth", "layout": "mmpretrain", "source_args": arguments}
-    report = convert("vit_base_patch16_224", out=tmp_path / "out", **options)
+def test_mmpretrain(scale, mmpretrain_file, tmp_path):
+    file, state = mmpretrain_file(scale)
+    report = convert(file.name, out=tmp_path / "out", **file.options)
     reader = next(check for check in report.checks if check["name"] == "an independent reader")
-    assert (reader["result"], "test_converters" in reader["text"]) == ("no independent reader", True)
-    pyramid = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
+    assert reader["result"] == "no independent reader"
+    assert "test_converters.py::test_mmpretrain" in reader["text"]
     x = torch.randn(1, 3, 64, 64)
-    gap = difference(pyramid(x), mmpretrain_vit(state, x, heads=3))
-    right = mutate is None or (mutate is drop_layer_scale and not scale)
-    assert gap < 1e-5 if right else gap > 1e-3
+    assert difference(load(tmp_path / "out")(x), mmpretrain_vit(state, x, heads=3)) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("mutate", [swap_q_and_k, drop_layer_scale, transpose_positions])
+@torch.no_grad()
+def test_the_reference_of_mmpretrain_catches_a_wrong_family(scale, mutate, mmpretrain_file):
+    file, state = mmpretrain_file(scale)
+    plain = read_plain(file.name, file.path, file.layout, given=file.source_args)
+    mutate(plain.state)
+    target = as_pyramid(plain, "hpvit", {})
+    x = torch.randn(1, 3, 64, 64)
+    gap = difference(assemble(target.net, target.state).eval()(x), mmpretrain_vit(state, x, heads=3))
+    harmless = mutate is drop_layer_scale and not scale
+    assert gap < 1e-5 if harmless else gap > 1e-3
 
 
 @pytest.mark.parametrize("spelling", ["official", "mmpretrain"])
@@ -545,7 +626,7 @@ def test_hivit(spelling, form, tmp_path):
         state = {key if key.startswith("head") else f"backbone.{key}": value for key, value in state.items()}
     torch.save({"model": state}, tmp_path / "hivit.pth")
     report = convert("hivit_nano", "hivit_nano", tmp_path / "out", tmp_path / "hivit.pth", "hivit")
-    back = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
+    back = load(tmp_path / "out")
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(back.forward_features(x), net.forward_features(x))
     if form == "supervised":
@@ -556,17 +637,22 @@ def test_hivit(spelling, form, tmp_path):
         assert torch.equal(back.encode_units(units, index, (4, 4)), net.encode_units(units, index, (4, 4)))
     assert report.checks[0]["result"] == "no independent reader"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["mimkit"]["checks"]
+    arguments, weights = read_released("hivit_nano", tmp_path / "hivit.pth")
+    assert arguments["num_classes"] == net.num_classes
+    again = timm.create_model("hivit_nano", **arguments).eval()
+    again.load_state_dict(weights)
+    assert torch.equal(again.forward_features(x), net.forward_features(x))
 
 
 @pytest.mark.parametrize("name", ["svit_s", "svit_b", "svit_l"])
 def test_svit(name, tmp_path):
-    """A file as the repository wrote it: both states, of a parallel run, and its arguments."""
+    """Convert a file as the repository wrote it: two state dicts of a parallel run, and its arguments."""
     net = shaken(timm.create_model(name, depths=(1, 1, 1, 1), num_classes=7)).eval()
     state = released(net)
     parallel = {f"module.{key}": tensor for key, tensor in state.items()}
     other = {key: tensor + 1 for key, tensor in parallel.items()}
-    beside = {"epoch": 3, "args": argparse.Namespace(model="stvit", input_size=384)}
-    torch.save({"model": parallel, "model_ema": other, **beside}, tmp_path / "stvit.pth")
+    run = {"epoch": 3, "args": argparse.Namespace(model="stvit", input_size=384)}
+    torch.save({"model": parallel, "model_ema": other, **run}, tmp_path / "stvit.pth")
     given = {"weights": "model", "source_args": {"img_size": 384}}
     report = convert(name, name, tmp_path / "out", tmp_path / "stvit.pth", "svit", **given)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -574,7 +660,7 @@ def test_svit(name, tmp_path):
     dropped = [row for row in report.rows if row.action == "dropped"]
     assert len(dropped) == 8
     assert all("weights" in row.origins[0] and row.why for row in dropped)
-    back = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
+    back = load(tmp_path / "out")
     x = torch.randn(1, 3, 96, 70)
     assert torch.equal(back(x), net(x))
     heads = [stage[0].attn.num_heads for stage in net.stages]
@@ -584,9 +670,25 @@ def test_svit(name, tmp_path):
     torch.save(state | {"surprise": torch.zeros(3)}, tmp_path / "odd.pth")
     with pytest.raises(UserError, match="1 tensors that svit does not explain: surprise"):
         convert(name, name, tmp_path / "odd", tmp_path / "odd.pth", "svit")
-    with pytest.raises(UserError, match=r"--source-args has depth: a file of svit says that itself"):
+    with pytest.raises(UserError, match="--source-args has depth, which the file of svit determines"):
         convert(name, name, tmp_path / "odd", tmp_path / "stvit.pth", "svit", source_args={"depth": 3})
-    with pytest.raises(UserError, match=r"does not become svit_nano: give both the same name"):
+    with pytest.raises(UserError, match=r"cannot become svit_nano\. Pass the same name to --from and --to"):
         convert(name, "svit_nano", tmp_path / "odd", tmp_path / "stvit.pth", "svit")
-    with pytest.raises(UserError, match=r"A checkpoint of svit does not become hpvit_s"):
+    with pytest.raises(UserError, match="A checkpoint of the family svit cannot become hpvit_s"):
         convert(name, "hpvit_s", tmp_path / "odd", tmp_path / "stvit.pth", "svit")
+
+
+def test_read_released(tmp_path):
+    """Read a released file with an input size, and refuse files of our own layout and other networks."""
+    net = shaken(timm.create_model("svit_s", depths=(1, 1, 1, 1), num_classes=7)).eval()
+    torch.save({"model": released(net)}, tmp_path / "svit.pth")
+    arguments, weights = read_released("svit_s", tmp_path / "svit.pth", img_size=96)
+    assert (arguments["num_classes"], arguments["depths"]) == (7, [1, 1, 1, 1])
+    again = timm.create_model("svit_s", **arguments).eval()
+    again.load_state_dict(weights)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), net(x))
+    save_file(net.state_dict(), tmp_path / "ours.safetensors")
+    assert read_released("svit_s", tmp_path / "ours.safetensors") is None
+    assert read_released("vit_base_patch16_224", tmp_path / "svit.pth") is None
