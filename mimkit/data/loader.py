@@ -98,7 +98,7 @@ class Watchdog:
         self.batches = weakref.ref(batches)  # the iterator must end with its owner, not with this thread
         self.deadline: float | None = None  # end of the current wait; None while no batch is waited for
         self.stopped = Event()
-        Thread(target=self._run, daemon=True).start()
+        Thread(target=self._run, name="mimkit-watchdog", daemon=True).start()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -14,29 +14,29 @@ from mimkit.data.sources import open_labeled, open_source
 from mimkit.errors import UserError
 
 
-def test_sample_ships_with_its_classes():
+def test_sample_has_labels_and_both_splits():
     train, test = open_labeled("sample")
     assert (train.length, test.length) == (10_000, 2_000)
     assert len(train.rows.features["label"].names) == 10
     assert np.bincount(train.rows["label"]).min() > 900
 
 
-def test_folders(folder):
+def test_class_folders_and_hidden_files(folder):
     source = open_source(str(folder))
     assert source.rows.features["label"].names == ["cat", "dog"]
     assert (source.length, source.label) == (12, "label")
     picture().save(folder / "loose.png")
-    assert open_source(str(folder)).label is None  # an image beside the class folders: no classes
+    assert open_source(str(folder)).label is None  # an image outside of the class folders: no labels
     (folder / ".hidden").mkdir()
     picture().save(folder / ".hidden" / "x.png")
     assert open_source(str(folder)).length == 13
 
 
-def test_parts(folder, tmp_path):
+def test_split_folders(folder, tmp_path):
     root = tmp_path / "set"
     root.mkdir()
     (folder / "cat").parent.rename(root / "train")
-    with pytest.raises(UserError, match="no test part"):
+    with pytest.raises(UserError, match="no test split"):
         open_source(str(root), train=False)
     (root / "val" / "cat").mkdir(parents=True)
     picture().save(root / "val" / "cat" / "a.png")
@@ -44,7 +44,7 @@ def test_parts(folder, tmp_path):
     assert open_source(str(root), train=False).length == 1
 
 
-def test_a_class_may_be_called_train(tmp_path):
+def test_class_named_train_is_not_a_split(tmp_path):
     for name in ("bus", "car", "train"):
         (tmp_path / name).mkdir()
         picture().save(tmp_path / name / "a.png")
@@ -52,7 +52,7 @@ def test_a_class_may_be_called_train(tmp_path):
     assert source.rows.features["label"].names == ["bus", "car", "train"]
 
 
-def test_classes_mean_the_same_in_both_parts(tmp_path):
+def test_both_splits_number_the_classes_alike(tmp_path):
     for part, classes in (("train", "ant bee cat"), ("val", "bee cat")):
         for name in classes.split():
             (tmp_path / part / name).mkdir(parents=True)
@@ -60,15 +60,15 @@ def test_classes_mean_the_same_in_both_parts(tmp_path):
     train, test = open_labeled(str(tmp_path))
     assert (train.rows["label"][:], test.rows["label"][:]) == ([0, 1, 2], [1, 2])
     (tmp_path / "val" / "bee").rename(tmp_path / "val" / "dog")
-    with pytest.raises(UserError, match="classes that the training part lacks: dog"):
+    with pytest.raises(UserError, match="classes that the training split lacks: dog"):
         open_labeled(str(tmp_path))
     for folder in ("dog", "cat"):
         (tmp_path / "val" / folder / "a.png").rename(tmp_path / "val" / f"{folder}.png")
-    with pytest.raises(UserError, match="test part without labels"):
+    with pytest.raises(UserError, match="test split without labels"):
         open_labeled(str(tmp_path))
 
 
-def test_files_of_two_kinds_are_not_guessed(folder):
+def test_files_of_two_kinds_need_a_glob(folder):
     (folder / "original.tar").write_bytes(b"")
     with pytest.raises(UserError, match="holds images and webdataset files"):
         open_source(str(folder))
@@ -76,8 +76,8 @@ def test_files_of_two_kinds_are_not_guessed(folder):
     assert open_source(str(folder / "cat" / "01.png")).length == 1
 
 
-def test_parquet_of_other_hands(tmp_path):
-    """Class names instead of numbers, and a struct of bytes that `datasets` was never told of."""
+def test_parquet_not_written_by_datasets(tmp_path):
+    """It has class names instead of numbers, and images as a struct without the feature type of `datasets`."""
     images = [{"bytes": encoded(picture(i)), "path": None} for i in range(10)]
     table = pa.table({"picture": images, "label": ["dog", "cat"] * 5})
     pq.write_table(table, tmp_path / "x.parquet")
@@ -87,8 +87,8 @@ def test_parquet_of_other_hands(tmp_path):
     assert open_source(str(tmp_path), streaming=True).label is None
 
 
-def test_labels_of_other_kinds_are_none(tmp_path):
-    """Lists (boxes, several labels) and empty columns are no classes, and plain pre-training does not mind them."""
+def test_lists_and_empty_columns_are_no_labels(tmp_path):
+    """A set with lists (boxes, several labels) or an empty label column can be used for pre-training."""
     images = [{"bytes": encoded(picture(i)), "path": None} for i in range(4)]
     for labels in ([[1, 2]] * 4, pa.nulls(4)):
         pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "x.parquet")
@@ -98,7 +98,7 @@ def test_labels_of_other_kinds_are_none(tmp_path):
             assert batches(source, batch_size=2, steps=1)[0].labels.tolist() == [-1, -1]
 
 
-def test_a_folder_with_brackets_and_a_link_that_leads_back(tmp_path):
+def test_folder_with_brackets_and_a_link_to_itself(tmp_path):
     folder = tmp_path / "run[1]"
     folder.mkdir()
     picture().save(folder / "a.png")
@@ -106,7 +106,7 @@ def test_a_folder_with_brackets_and_a_link_that_leads_back(tmp_path):
     assert open_source(str(folder)).length == 1
 
 
-def test_held_out_where_there_is_no_test_part(folder):
+def test_every_fifth_image_is_held_out_without_a_test_split(folder):
     train, test = open_labeled(str(folder))
     assert (train.length, test.length) == (9, 3)
     assert not set(map(str, train.rows["image"])) & set(map(str, test.rows["image"]))
@@ -127,14 +127,14 @@ def test_webdataset_shards(tmp_path, streaming):
     assert sorted(torch.cat([b.labels for b in found]).tolist()) == [0] * 4 + [1] * 4 + [2] * 4
 
 
-def test_a_stream_of_a_folder(folder):
+def test_streaming_a_folder(folder):
     found = batches(open_source(str(folder), streaming=True), steps=3)
     assert sorted(torch.cat([b.labels for b in found]).tolist()) == [0] * 6 + [1] * 6
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_set_on_the_hub(parquet, monkeypatch, streaming):
-    """The hub is out of reach here: its two functions are replaced by ones that read local files."""
+def test_data_set_on_the_hub(parquet, monkeypatch, streaming):
+    """Tests cannot reach the hub: two functions of `datasets` are replaced by ones that read local files."""
     load = datasets.load_dataset
 
     def fetch(name, split, streaming):
@@ -149,11 +149,11 @@ def test_a_set_on_the_hub(parquet, monkeypatch, streaming):
     source = open_source("someone/pictures", train=False, streaming=streaming)
     assert (source.length, source.streaming) == (75, streaming)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train"])
-    with pytest.raises(UserError, match="has the parts train: none for testing"):
+    with pytest.raises(UserError, match="has the splits train: none for testing"):
         open_source("someone/pictures", train=False)
 
 
-def test_what_is_not_there_is_a_sentence(tmp_path):
+def test_errors_for_missing_and_damaged_data(tmp_path):
     for data, message in [
         (str(tmp_path / "nowhere"), "no such file or folder"),
         ("./nowhere.parquet", "no such file or folder"),
@@ -170,7 +170,7 @@ def test_what_is_not_there_is_a_sentence(tmp_path):
         open_source(str(tmp_path))
 
 
-def test_labels_where_they_are_needed(tmp_path):
+def test_open_labeled_needs_two_classes(tmp_path):
     for i in range(10):
         picture(i).save(tmp_path / f"{i}.png")
     with pytest.raises(UserError, match="has no labels"):
