@@ -57,7 +57,7 @@ def _features(
     """Compute a model's features of the training and the test part of a data set."""
     import torch
 
-    from mimkit.data.order import cpu_count
+    from mimkit.data.loader import cpu_count
     from mimkit.data.sources import open_labeled
     from mimkit.data.transforms import Normalize, parse_size
     from mimkit.evaluation.features import extract_parts
