@@ -31,7 +31,7 @@ def models(img_size: int | str = 224) -> None:
     GMACs count convolutions, matrix products and attention.
 
     Args:
-        img_size: Set the input size in pixels: 224 or HEIGHTxWIDTH.
+        img_size: Input size in pixels: 224 or HEIGHTxWIDTH.
     """
     import timm
     from rich.console import Console
@@ -86,11 +86,11 @@ def knn(
     """Compute the accuracy of nearest-neighbor classification on a model's features, as DINO does.
 
     Args:
-        model: Load a model folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a timm model by its name.
-        data: Read labeled images: 'sample', a folder of class folders, parquet files, or a data set on the hub.
-        img_size: Set the input size in pixels: 224 or HEIGHTxWIDTH. The model's own size is the default.
-        images: Use only this many training images.
-        max_bad: Skip images that cannot be decoded, but fail if they exceed this fraction.
+        model: The network: a folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a name in timm.
+        data: Labeled images: 'sample', a folder of class folders, parquet files, or a data set on the hub.
+        img_size: Input size in pixels: 224 or HEIGHTxWIDTH. Default: the model's own.
+        images: Number of training images to use. Default: all.
+        max_bad: Fraction of images that may be impossible to decode.
     """
     from mimkit.evaluation.knn import knn as knn_accuracy
 
@@ -111,11 +111,11 @@ def probe(
     The weight decay is chosen on a fifth of the training images.
 
     Args:
-        model: Load a model folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a timm model by its name.
-        data: Read labeled images: 'sample', a folder of class folders, parquet files, or a data set on the hub.
-        img_size: Set the input size in pixels: 224 or HEIGHTxWIDTH. The model's own size is the default.
-        images: Use only this many training images.
-        max_bad: Skip images that cannot be decoded, but fail if they exceed this fraction.
+        model: The network: a folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a name in timm.
+        data: Labeled images: 'sample', a folder of class folders, parquet files, or a data set on the hub.
+        img_size: Input size in pixels: 224 or HEIGHTxWIDTH. Default: the model's own.
+        images: Number of training images to use. Default: all.
+        max_bad: Fraction of images that may be impossible to decode.
     """
     from mimkit.evaluation.probes import linear_probe
 
@@ -131,10 +131,10 @@ def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.pn
     """Draw images, the same images masked, and their reconstructions by a pre-training run.
 
     Args:
-        run: Load the model of this run.
-        images: Read images: 'sample', an image, a folder of images, parquet or .tar files.
-        out: Write the picture to this file: .png, .pdf, .svg or .jpg.
-        count: Show this many images.
+        run: Directory of the run.
+        images: Images: 'sample', an image, a folder of images, parquet or .tar files.
+        out: Picture to write: .png, .pdf, .svg or .jpg.
+        count: Number of images to show.
     """
     from mimkit.data.loader import load_preview
     from mimkit.data.sources import open_source
@@ -178,21 +178,21 @@ def convert(
     """Convert a released plain ViT to an HPViT or to timm's layout, and verify that nothing was lost.
 
     Args:
-        from_: Convert this network: an alias (see --list), a plain ViT's name in timm, or a timm model folder.
-        to: Convert to hpvit, hpvit_s, hpvit_b, hpvit_l, hpvit_h, timm (the plain ViT), or, from their own files,
-            hivit_* or svit_*.
-        out: Write the model to this folder.
-        checkpoint: Read this file or folder of weights. The published weights are the default.
-        layout: Name the family of the checkpoint, such as mae, hf, timm or dinov2. An alias implies its own.
-        weights: Select a state dict in a file with several: ema, teacher, student or model.
-        source_args: Create the source network in timm with these arguments, where its name does not imply them.
-        depths: Divide the blocks among the stages: numbers such as 0-1-11-0, or coarse, light, fine, even or swin.
-        pool: Pool between the stages by dw, conv or avg.
-        pool_init: Start the pools as aligned, average, or between: the weight of the aligned tap, from 0 to 1.
-        attention: Choose the attention of the finer stages: subgrid, or local for comparison.
-        window: Divide sub-grids of large images into windows of this side.
-        padding: Pad images by these pixels before and after: [4,8], [8,4] or [0,12].
-        prefix: Choose what happens to class and register tokens: keep or drop.
+        from_: Network to convert: an alias (see --list), a plain ViT's name in timm, or a timm model folder.
+        to: Target: hpvit, hpvit_s, hpvit_b, hpvit_l, hpvit_h, timm (the plain ViT), or, for their own files, hivit_* or
+            svit_*.
+        out: Folder to write.
+        checkpoint: File or folder of weights. Default: the published weights.
+        layout: Family of the checkpoint, such as mae, hf, timm or dinov2. An alias implies its own.
+        weights: State dict to read from a file with several: ema, teacher, student or model.
+        source_args: Arguments of the source network in timm that its name does not imply.
+        depths: Number of blocks in each stage, such as 0-1-11-0, or coarse, light, fine, even or swin.
+        pool: Pooling between the stages: dw, conv or avg.
+        pool_init: Initial weights of the pools: aligned, average, or the share of the aligned tap, from 0 to 1.
+        attention: Attention of the finer stages: subgrid, or local for comparison.
+        window: Side of the attention windows inside a sub-grid, for large images.
+        padding: Pixels of padding before and after the image: [4,8], [8,4] or [0,12].
+        prefix: Whether to keep or drop class and register tokens.
         dry_run: Print the result, but write and push nothing.
         no_checks: Skip the checks. The report and config.json say so.
         list_: Print the aliases and families.
@@ -253,13 +253,13 @@ def predict(
     a new COCO file, whose annotations have scores.
 
     Args:
-        model: Load a model folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a timm model by its name.
-        images: Read images: 'sample', an image, a folder of images, parquet or .tar files.
-        out: Write the labels to this table (predictions.csv), the masks to this folder (predictions), or the objects
-            to this COCO file (predictions.json).
-        top: Write this many labels for each image, the most likely ones.
-        crop_pct: Crop this fraction of the resized image. The model's own fraction is the default.
-        max_bad: Skip images that cannot be decoded, but fail if they exceed this fraction.
+        model: The network: a folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a name in timm.
+        images: Images: 'sample', an image, a folder of images, parquet or .tar files.
+        out: Table of labels to write (predictions.csv), folder of masks (predictions), or COCO file of objects
+            (predictions.json).
+        top: Number of labels per image, the most likely ones first.
+        crop_pct: Fraction of the resized image to crop. Default: the model's own.
+        max_bad: Fraction of images that may be impossible to decode.
     """
     from mimkit.tasks.dense_checkpoint import find_dense
 
@@ -320,8 +320,8 @@ def export(model: str, out: str = "model.onnx") -> None:
     and label_names as JSON under the key `mimkit`.
 
     Args:
-        model: Load a model folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a timm model by its name.
-        out: Write this file, .onnx or .pt2.
+        model: The network: a folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a name in timm.
+        out: File to write: .onnx or .pt2.
     """
     from mimkit.io.onnx import export_model
     from mimkit.tasks.classification import classifier
@@ -337,8 +337,8 @@ def push(run: str, /, *, to: str, private: bool = False, dry_run: bool = False) 
     """Push a run or a model folder to the Hugging Face hub, with a model card of the run's own figures.
 
     Args:
-        run: Push the encoder/ or best/ of this run (pass RUN/last for the last weights), or this converted folder.
-        to: Push to this repository, OWNER/NAME. An existing one gets a new commit.
+        run: A run, whose encoder/ or best/ is pushed, RUN/last, or a converted folder.
+        to: Repository on the hub, OWNER/NAME. An existing one gets a new commit.
         private: Make a new repository private.
         dry_run: Print the result, but write and push nothing.
     """
@@ -359,7 +359,7 @@ def replay(step: str, /) -> None:
     """Repeat a skipped training step, and report where its numbers stop being finite.
 
     Args:
-        step: Repeat the step in this folder, RUN/replay/step-N, with its batch and the weights before it.
+        step: RUN/replay/step-N, with the batch of the step and the weights before it.
     """
     from mimkit.training.replay import read_about
 
