@@ -1,9 +1,12 @@
-"""Object detection and instance segmentation: a checkpoint as a pyramid under Mask R-CNN or Faster R-CNN.
+"""Train a detector on any checkpoint: a feature pyramid of the network under Mask R-CNN or Faster R-CNN.
 
 accelerate launch recipes/detect.py --config detect_hivit_b_coco_3x --model runs/mae_hivit --data /path/to/coco
-    HiViT's published schedule; not run
+    HiViT-B's published schedule; not run
+accelerate launch recipes/detect.py --config detect_small --data FOLDER --model-args "{patch_size: 4, img_size: 128}"
+    what `recipes/mae_hivit.py` left in runs/mae_hivit, on small images of yours, without a GPU; not run
 
-What `--data` may be: docs/data.md. What maps a backbone gives: `mimkit/pyramid.py`.
+docs/data.md lists what `--data` may be. `mimkit/models/feature_pyramid.py` makes the maps, and
+`mimkit/tasks/detection.py` has the detector and COCO's metrics.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -23,10 +26,10 @@ from mimkit.config import (
     parse_recipe,
 )
 from mimkit.conversion.convert import read_released
-from mimkit.data.detection import open_boxes, read_objects, train_objects
+from mimkit.data.detection import CocoGroundTruth, open_boxes, read_objects, train_objects
 from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader, collate_list
-from mimkit.data.transforms import default_normalization, parse_size
+from mimkit.data.transforms import Normalize, default_normalization, parse_size
 from mimkit.errors import UserError, cli_entry
 from mimkit.models.factory import ANY_SIZE
 from mimkit.models.pretrained import checkpoint_blocks, start_from
@@ -39,7 +42,7 @@ from mimkit.training.validation import Evaluator
 
 @dataclass
 class Options(DenseOptions):
-    """The defaults are HiViT-B's published ones (36 epochs of COCO), with the sizes of Swin's Mask R-CNN.
+    """The defaults are HiViT-B's published settings (36 epochs of COCO), with the image sizes of Swin's Mask R-CNN.
 
     Args:
         masks: Predict masks as well (Mask R-CNN), instead of boxes alone (Faster R-CNN).
@@ -68,63 +71,69 @@ class Options(DenseOptions):
     save_every: NonNegativeFloat = 1.0
 
 
+def build(options: Options, truth: CocoGroundTruth) -> tuple[Detector, str, Normalize]:
+    """Read the detector of an earlier run, or put new heads on a checkpoint, and complete the options.
+
+    Returns:
+        The network, what it starts from, and the normalization of its input.
+    """
+    if folder := find_dense(options.model, "detector"):
+        other_start = bool(options.init or options.from_scratch or options.model_args)
+        network, about, start, normalize = continue_from(folder, "detector", Detector, truth.names, other_start)
+        options.in_chans, (options.mean, options.std) = about["in_chans"], normalize.values
+        arguments = about["detector_args"]
+        if arguments["masks"] != options.masks:
+            trained = str(arguments["masks"]).lower()
+            raise UserError(f"--model {options.model} was trained with --masks {trained}. Pass the same.")
+        options.neck, options.window = arguments["neck"], arguments["window"]
+        options.fpn_dim, options.roi_samples = arguments["width"], arguments["samples"]
+        return network, start, normalize
+    if options.eval_only:
+        raise UserError(f"--model {options.model} is no run of recipes/detect.py, so it cannot be evaluated. Train it.")
+    backbone, start, (mean, std) = start_from(
+        options.model,
+        init=options.init,
+        from_scratch=options.from_scratch,
+        model_args=options.model_args,
+        in_chans=options.in_chans,
+        drop_path_rate=options.drop_path,
+        read_released=read_released,
+        **ANY_SIZE,
+    )
+    normalize = default_normalization(options.in_chans, options.mean or mean, options.std or std)
+    options.mean, options.std = normalize.values
+    heads = options.masks, options.neck, options.window, options.fpn_dim, options.roi_samples
+    return Detector(backbone, len(truth.names), *heads, mean=options.mean, std=options.std), start, normalize
+
+
 @cli_entry
 def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
-    """Parse the options, train, leave the run's directory."""
+    """Parse the options, train, and write the run's directory, runs/detect by default."""
     options = parse_recipe(Options, __doc__ or "", recipe="detect", argv=argv)
     options.workers = default_workers() if options.workers is None else options.workers
     if options.schedule not in ("steps", "poly", "cosine"):
-        raise UserError(f"--schedule {options.schedule} is unknown: choose steps, poly or cosine.")
+        raise UserError(f"--schedule {options.schedule} is unknown. Choose steps, poly or cosine.")
     if not 0 < options.scales[0] <= options.scales[1]:
-        raise UserError(f"--scales {list(options.scales)} is no range: give two numbers above 0, like 0.6,1.")
+        raise UserError(f"--scales {list(options.scales)} is not a range. Pass two numbers above 0, such as 0.6,1.")
     size = parse_size(options.img_size) if options.img_size else None
     data, _, test, truth = open_boxes(options.data, options.masks)
     run = Run("detect", **options_of(RunOptions, options), measure_every=options.eval_every, replay=replay)
-
-    if trained := find_dense(options.model, "detector"):
-        refused = options.init or options.from_scratch or options.model_args
-        network, about, start, normalize = continue_from(trained, "detector", Detector, truth.names, bool(refused))
-        options.in_chans, (options.mean, options.std) = about["in_chans"], normalize.values
-        own = about["detector_args"]
-        if own["masks"] != options.masks:
-            had = str(own["masks"]).lower()
-            raise UserError(f"--model {options.model} was trained with --masks {had}: pass that.")
-        options.neck, options.window = own["neck"], own["window"]
-        options.fpn_dim, options.roi_samples = own["width"], own["samples"]
-    else:
-        backbone, start, (mean, std) = start_from(
-            options.model,
-            init=options.init,
-            from_scratch=options.from_scratch,
-            model_args=options.model_args,
-            in_chans=options.in_chans,
-            drop_path_rate=options.drop_path,
-            read_released=read_released,
-            **ANY_SIZE,
-        )
-        normalize = default_normalization(options.in_chans, options.mean or mean, options.std or std)
-        options.mean, options.std = normalize.values
-        heads = options.masks, options.neck, options.window, options.fpn_dim, options.roi_samples
-        network = Detector(backbone, len(truth.names), *heads, mean=options.mean, std=options.std)
-    short, long = options.short_side, options.long_side = network.scale_to(options.short_side, options.long_side)
+    network, start, normalize = build(options, truth)
+    short, long = options.short_side, options.long_side = network.set_size(options.short_side, options.long_side)
     if options.grad_checkpointing:
         checkpoint_blocks(network.pyramid.backbone)
     task = Detection(run, test, truth, normalize, options.masks, options.workers, options.max_bad)
     evaluator = Evaluator(run, task)
     if options.eval_only:
-        if not trained:
-            raise UserError(
-                f"--model {options.model} is no run of recipes/detect.py: there is nothing to evaluator yet."
-            )
         evaluator.evaluate_only(network.to(run.engine.device), draw=bool(options.out))
         return
 
-    inside = "rcnn.backbone.pyramid.backbone"
-    groups = groups_with_head(network, inside, options.weight_decay, options.layer_decay, options.pool_scale)
+    decays = options.weight_decay, options.layer_decay, options.pool_scale
+    groups = groups_with_head(network, "rcnn.backbone.pyramid.backbone", *decays)
     transform = train_objects(size, short, long, options.scales, normalize.values[0])
     fields = (data.image, data.label)
     samples = SampleLoader(transform, options.in_chans, 0, options.seed, fields, read_objects(options.masks))
-    length = max(data.length, options.batch_size) if options.dry_run else data.length  # a few images rehearse a set
+    length = max(data.length, options.batch_size) if options.dry_run else data.length  # a few images are enough for it
     plan = run.make_plan(length, options.batch_size, options.epochs)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
     warmup, per_epoch = round(options.warmup_epochs * plan.steps_per_epoch), plan.steps_per_epoch
@@ -134,11 +143,12 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
         schedule = (poly if options.schedule == "poly" else cosine)(optimizer, plan.steps, warmup)
     if options.dry_run:
         show_groups(groups, options.lr, run.display.console)
-        task.rehearse(network.to(run.engine.device), samples, data)
+        task.dry_run(network.to(run.engine.device), samples, data)
         return
     loader = train_loader(data, samples, plan, options.workers, collate_list)
     run.write_config(asdict(options))
-    run.print(f"{start}; {len(truth.names)} classes; {data.length:,} + {test.length:,} images; {network.pyramid.neck}")
+    counts = f"{len(truth.names)} classes; {data.length:,} training and {test.length:,} test images"
+    run.print(f"{start}; {counts}; neck: {network.pyramid.neck}")
     ema = ModelEmaV3(network, options.model_ema_decay, use_warmup=True) if options.model_ema_decay else None
     model, stepper = run.prepare(network, optimizer, options.clip_grad, **({"ema": ema.module} if ema else {}))
 

@@ -1,12 +1,12 @@
 """Fine-tune a network for classification, or train it from scratch.
 
 accelerate launch recipes/finetune.py
-    what `recipes/mae_hivit.py` left in runs/mae_hivit, on the sample set, and the same network from scratch beside it,
-    the preset `finetune_small`: 1 min 40 s on 2 CPU cores (AMD EPYC), 66.2 % against 51.7 %
+    the preset `finetune_small`: what `recipes/mae_hivit.py` left in runs/mae_hivit, on the sample images, and the same
+    network from scratch: 1 min 40 s on 2 CPU cores (AMD EPYC), 66.2 % against 51.7 %
 accelerate launch recipes/finetune.py --config finetune_vit_b --data /path/to/imagenet
     the published fine-tuning of MAE's ViT-B; not run
 
-What a checkpoint starts as: `load` in `mimkit/finetuning.py`.
+`mimkit/models/pretrained.py` loads checkpoints. `mimkit/tasks/classification.py` has the head, mixup and the accuracy.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -32,8 +32,8 @@ from mimkit.data.sources import open_labeled
 from mimkit.data.transforms import default_normalization, finetune_transform, parse_size
 from mimkit.errors import StoppedError, cli_entry
 from mimkit.models.factory import has_weights, input_of
-from mimkit.models.pretrained import checkpoint_blocks, network_folder, new_head, start_from
-from mimkit.tasks.classification import Classification, check_classes, class_names, head_fits, mixing
+from mimkit.models.pretrained import checkpoint_blocks, network_folder, start_from
+from mimkit.tasks.classification import Classification, check_classes, class_names, fit_head, mixup_function
 from mimkit.training.optim import cosine, layer_groups, show_groups
 from mimkit.training.run import Run
 from mimkit.training.validation import Evaluator
@@ -47,14 +47,15 @@ class Options(FineTuneOptions):
         compare_scratch: Also train from scratch, without layer decay, and print the difference.
         global_pool: How tokens are pooled, avg or token. Default: the model's own.
         head_std: Standard deviation of the initial weights of the head. null: the network's own.
-        aa: Augmentation policy, as timm spells it. null: none.
+        aa: Augmentation policy, in timm's notation. null disables it.
         aug_repeats: Number of times that an image occurs in a step, with different augmentations.
         reprob: Fraction of images in which a rectangle is erased.
         mixup: Alpha of mixup. 0 disables it.
         cutmix: Alpha of CutMix. 0 disables it.
         smoothing: Label smoothing.
         blr: Peak learning rate for a batch of 256; --lr is blr x batch_size / 256 if it is not given.
-        crop_pct: Fraction of the scaled image that is evaluated. Default: the model's own.
+        crop_pct: Ratio of the input size to the size that an evaluated image is resized to before the center crop.
+            Default: the model's own.
     """
 
     compare_scratch: bool = False
@@ -73,14 +74,13 @@ class Options(FineTuneOptions):
 
 
 def train(options: Options, replay: Path | None = None) -> tuple[Run, float | None]:
-    """Train once. Return the run and its final top-1 accuracy, which a dry run does not have."""
+    """Train or evaluate once. Return the run and its top-1 accuracy, which is None after a dry run."""
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
     data, test = open_labeled(options.data)
     names = class_names(data, test)
     run = Run("finetune", **options_of(RunOptions, options), measure_every=options.eval_every, replay=replay)
 
-    size = parse_size(options.img_size) if options.img_size else None
     network, start, (mean, std) = start_from(
         options.model,
         init=options.init,
@@ -88,14 +88,14 @@ def train(options: Options, replay: Path | None = None) -> tuple[Run, float | No
         model_args=options.model_args,
         in_chans=options.in_chans,
         drop_path_rate=options.drop_path,
-        img_size=size,
+        img_size=parse_size(options.img_size) if options.img_size else None,
         global_pool=options.global_pool,
         read_released=read_released,
     )
     normalize = default_normalization(options.in_chans, options.mean or mean, options.std or std)
     options.mean, options.std = normalize.values
     spec = input_of(network)
-    size = size or spec.size
+    size = parse_size(options.img_size) if options.img_size else spec.size
     shape, crop_pct = (options.in_chans, *size), options.crop_pct or spec.crop_pct
     task = Classification(run, test, shape, normalize, crop_pct, names, options.workers, options.max_bad)
     evaluator = Evaluator(run, task)
@@ -104,20 +104,15 @@ def train(options: Options, replay: Path | None = None) -> tuple[Run, float | No
         return run, evaluator.evaluate_only(network.to(run.engine.device), draw=bool(options.out))
 
     random = options.from_scratch or not (options.init or has_weights(network_folder(options.model)))
-    if random or not head_fits(network, names):
-        start += "; " + new_head(network, len(names), None if random else options.head_std)
-    elif not network.pretrained_cfg.get("label_names"):
-        start += (
-            f"; its own head, whose {len(names)} classes have no names: taken to be those of --data, in their order"
-        )
+    start += "; " + fit_head(network, names, options.head_std, random)
     if options.grad_checkpointing:
         checkpoint_blocks(network)
     groups = layer_groups(network, options.weight_decay, options.layer_decay, options.pool_scale)
     transform = finetune_transform(size, options.crop_scale, options.aa, options.reprob, normalize)
     samples = SampleLoader(transform, options.in_chans, 0, options.seed, (data.image, data.label), pixels=True)
     if options.dry_run:
-        for part in (data, test):
-            check_samples(part, replace(samples, fields=(part.image, part.label)))
+        for source in (data, test):
+            check_samples(source, replace(samples, fields=(source.image, source.label)))
         run.print(start)
         show_groups(groups, options.lr, run.display.console)
         return run, None
@@ -126,7 +121,7 @@ def train(options: Options, replay: Path | None = None) -> tuple[Run, float | No
     run.print(f"{start}; {data.length:,} images, lr {options.lr:.3g}")
 
     loader = train_loader(data, samples, plan, options.workers)
-    mix = mixing(len(names), plan.micro_batch_size, options.mixup, options.cutmix, options.smoothing)
+    mix = mixup_function(len(names), plan.micro_batch_size, options.mixup, options.cutmix, options.smoothing)
     criterion = SoftTargetCrossEntropy()
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
@@ -157,18 +152,18 @@ def train(options: Options, replay: Path | None = None) -> tuple[Run, float | No
 
 @cli_entry
 def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
-    """Parse the options, train, leave the run's directory."""
+    """Parse the options, train, and write the run's directory, runs/finetune by default."""
     options = parse_recipe(Options, __doc__ or "", recipe="finetune", argv=argv)
     run, tuned = train(options, replay)
     if options.compare_scratch and tuned is not None and not options.eval_only:
         run.close()
-        hint = f"Interrupted in the training from scratch: go on with --out {run.folder} --resume auto."
+        hint = f"Interrupted before training from scratch was complete. Continue with --out {run.folder} --resume auto."
         if run.preemption.signal_name:
             raise StoppedError(hint)
-        beside = replace(options, out=f"{run.folder}/scratch", from_scratch=True, layer_decay=1.0)
-        beside.resume = "auto" if options.resume else None
+        scratch_options = replace(options, out=f"{run.folder}/scratch", from_scratch=True, layer_decay=1.0)
+        scratch_options.resume = "auto" if options.resume else None
         try:
-            run, scratch = train(beside)
+            run, scratch = train(scratch_options)
         except (KeyboardInterrupt, StoppedError) as stop:
             raise type(stop)(hint) from stop
         assert scratch is not None  # it was no dry run

@@ -1,13 +1,14 @@
 """Train a classifier on a frozen network, by MAE's protocol.
 
 accelerate launch recipes/linear_probe.py
-    on what `recipes/mae_hivit.py` left in runs/mae_hivit, with the sample set, the preset `linear_probe_small`:
-    1 minute on 2 CPU cores (AMD EPYC), 56.6 % after 156 steps, which is early for LARS
+    the preset `linear_probe_small`: what `recipes/mae_hivit.py` left in runs/mae_hivit, on the sample images:
+    1 minute on 2 CPU cores (AMD EPYC), 56.6 % after 156 steps, which are few for LARS
 accelerate launch recipes/linear_probe.py --config linear_probe_vit_b --data /path/to/imagenet --grad-accum-steps 8
     the published linear probe of MAE's ViT-B; not run
 
-`--probe attentive` pools tokens by a learned query. `--probe cached` is `mimkit probe`: features are taken
-once, from uncropped images, and the settings of a linear classifier are chosen on a fifth of the training images.
+`--probe attentive` pools the tokens with a learned query. `--probe cached` does what `mimkit probe` does: it extracts
+the features once, without augmentation, and chooses the weight decay on a fifth of the training images.
+`mimkit/evaluation/probes.py` has the probes.
 """
 
 from dataclasses import asdict, dataclass
@@ -68,10 +69,10 @@ class Options(RunOptions, ScheduleOptions, DataOptions):
 
 @cli_entry
 def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
-    """Parse the options, train the probe, leave the run's directory."""
+    """Parse the options, train the probe, and write the run's directory, runs/linear_probe by default."""
     options = parse_recipe(Options, __doc__ or "", recipe="linear_probe", argv=argv)
     if options.probe not in ("linear", "attentive", "cached"):
-        raise UserError(f"--probe {options.probe} is unknown: choose linear, attentive or cached.")
+        raise UserError(f"--probe {options.probe} is unknown. Choose linear, attentive or cached.")
     attentive = options.probe == "attentive"
     options.blr = options.blr or (5e-4 if attentive else 0.1)
     options.lr = options.lr or options.blr * options.batch_size / 256
@@ -79,31 +80,31 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     data, test = open_labeled(options.data)
     names = class_names(data, test)
     run = Run("linear_probe", **options_of(RunOptions, options), measure_every=options.eval_every, replay=replay)
-    sized: dict[str, Any] = {"img_size": parse_size(options.img_size)} if options.img_size else {}
-    network, start = read_network(options.model, **sized)
+
+    img_size: dict[str, Any] = {"img_size": parse_size(options.img_size)} if options.img_size else {}
+    network, start = read_network(options.model, **img_size)
     network.to(run.engine.device)
-    in_chans, own_size, mean, std, crop_pct = input_of(network)
-    size, normalize = sized.get("img_size", own_size), Normalize(mean, std)
+    spec = input_of(network)
+    size, normalize = img_size.get("img_size", spec.size), Normalize(spec.mean, spec.std)
     normalize.to(run.engine.device)
     run.print(f"{start}; {options.probe} probe of {len(names)} classes, {data.length:,} images")
-
     if options.probe == "cached":
-        limits: dict[str, Any] = {"workers": options.workers, "max_bad": options.max_bad, "log": run.display.print_once}
-        features = extract_parts(network, (data, test), size, normalize, **limits)
-        found = linear_probe(features[0], features[1])
-        run.print(f"{found.accuracy:.2f} % of {len(features[1].y)} test images; decay {found.weight_decay:g}")
+        workers, log = options.workers, run.display.print_once
+        parts = extract_parts(network, (data, test), size, normalize, (None, None), workers, options.max_bad, log)
+        result = linear_probe(parts[0], parts[1])
+        run.print(f"{result.accuracy:.2f} % on {len(parts[1].y)} test images; weight decay {result.weight_decay:g}")
         return
 
     plan = run.make_plan(data.length, options.batch_size, options.epochs)
     run.write_config(asdict(options))
     probe = FrozenProbe(network, len(names), attentive)
     transform = train_transform(size, options.crop_scale)
-    samples = SampleLoader(transform, in_chans, 0, options.seed, (data.image, data.label), pixels=True)
+    samples = SampleLoader(transform, spec.in_chans, 0, options.seed, (data.image, data.label), pixels=True)
     loader = train_loader(data, samples, plan, options.workers)
     optimizer: torch.optim.Optimizer
     if attentive:
         optimizer = adamw(probe, options.lr, options.weight_decay, (0.9, 0.95))
-    else:  # the bias, of one dimension, is not adapted
+    else:  # LARS adapts the learning rate of the weight, even without weight decay, but not that of the bias
         groups: list[dict[str, Any]] = [
             {"params": [probe.head.weight], "always_adapt": True},
             {"params": [probe.head.bias], "weight_decay": 0.0},
@@ -111,8 +112,8 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
         optimizer = Lars(groups, options.lr, momentum=0.9, weight_decay=options.weight_decay)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
     model, stepper = run.prepare(probe, optimizer)
-    shape = in_chans, *size
-    task = Classification(run, test, shape, normalize, crop_pct, names, options.workers, options.max_bad)
+    shape = spec.in_chans, *size
+    task = Classification(run, test, shape, normalize, spec.crop_pct, names, options.workers, options.max_bad)
     evaluator = Evaluator(run, task)
 
     for step, micro_batches in run.steps(loader):

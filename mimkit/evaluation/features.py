@@ -1,6 +1,6 @@
-"""What a representation is worth without training it: nearest neighbors and a linear probe."""
+"""Compute features or outputs of a network for all images of a data set, without training it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,33 +21,51 @@ class Features(NamedTuple):
 
 
 class NoImagesError(UserError):
-    """There is nothing to judge."""
+    """None of the images can be decoded, so there is nothing to evaluate."""
 
     def __init__(self) -> None:
-        super().__init__("Not one of the images can be decoded: pass others.")
+        super().__init__("None of the images can be decoded. Pass other images.")
 
 
 @torch.no_grad()
-def apply_to_images(
+def map_batches(
     model: Any, batches: Iterable[Batch], normalize: Normalize, compute: Callable[[Tensor], Tensor]
-) -> Features:
-    """`compute` of all images, in evaluation mode and on the model's device, and their labels; the mode is kept."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what `compute` returns for each batch, as float32 on the CPU, and the labels of the batch.
+
+    The model is in evaluation mode meanwhile. Batches without usable images are left out.
+
+    Args:
+        model: the model that `compute` calls; its device is where the images go.
+        compute: function of normalized images (b c H W).
+    """
     training, device = model.training, next(model.parameters()).device
     normalize = normalize.to(device)
     model.eval()
-    found = []
-    for batch in batches:
-        if len(batch.images):  # else all of them are bad
-            x = compute(normalize(batch.images.to(device)))
-            found.append((x.float().cpu(), batch.labels))
-    model.train(training)
-    if not found:
+    try:
+        for batch in batches:
+            if len(batch.images):  # all images of a batch may be damaged
+                yield compute(normalize(batch.images.to(device))).float().cpu(), batch.labels
+    finally:
+        model.train(training)
+
+
+def apply_to_images(
+    model: Any, batches: Iterable[Batch], normalize: Normalize, compute: Callable[[Tensor], Tensor]
+) -> Features:
+    """Collect what `compute` returns for all images, and their labels. See `map_batches` for the arguments.
+
+    Raises:
+        NoImagesError: none of the images can be decoded.
+    """
+    results = list(map_batches(model, batches, normalize, compute))
+    if not results:
         raise NoImagesError
-    return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    return Features(*(torch.cat(parts) for parts in zip(*results, strict=True)))
 
 
 def extract(model: Any, batches: Iterable[Batch], normalize: Normalize) -> Features:
-    """Pooled features, before the classifier, of any timm model."""
+    """Extract pooled features, the input of the classifier, with any timm model."""
     head = model.forward_head
     return apply_to_images(
         model, batches, normalize, lambda x: head(model.forward_features(x), pre_logits=True).flatten(1)
@@ -64,12 +82,20 @@ def extract_parts(
     max_bad: float = 0.01,
     log: Callable[[str], None] = print,
 ) -> list[Features]:
-    """Features of the training and the test part, of so many images each."""
+    """Extract the features of the training split and of the test split.
+
+    Args:
+        model: any timm model.
+        parts: the splits.
+        size: (H, W) of the center crop.
+        images: number of images of each split, evenly spaced; None for all.
+        workers: number of data workers.
+        max_bad: fraction of images that may be impossible to decode.
+        log: called with a line for each bad image.
+    """
     features = []
-    for part, n in zip(parts, images, strict=True):
-        count = min(n or part.length, part.length)
-        batches = limit_bad_images(
-            eval_loader(part, size, model.in_chans, count, workers=workers), max_bad * count, log
-        )
-        features.append(extract(model, batches, normalize))
+    for part, limit in zip(parts, images, strict=True):
+        count = min(limit or part.length, part.length)
+        loader = eval_loader(part, size, model.in_chans, count, workers=workers)
+        features.append(extract(model, limit_bad_images(loader, max_bad * count, log), normalize))
     return features

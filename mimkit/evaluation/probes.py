@@ -12,23 +12,28 @@ from torch import Tensor, nn
 from mimkit.errors import UserError
 from mimkit.evaluation.features import Features
 
-CHUNK = 1 << 16  # rows whose scores are held at once
+CHUNK = 1 << 16  # rows whose logits are in memory at once
 
 
 class FrozenProbe(nn.Module):
-    """A classifier on the features of a network that stays as it is, which is no part of its parameters.
+    """A trainable classifier on the features of a frozen network, which is not part of the probe's parameters.
 
-    linear: on pooled features, behind a BatchNorm without affine (MAE, appendix A.1).
-    attentive: on all tokens, each channel normalized likewise, pooled by a learned query (timm's AttentionPoolLatent).
-    Masked pre-training leaves what tells classes apart in the tokens, not in their mean, so linear probes
-    under-report it.
+    A linear probe classifies pooled features, normalized by a BatchNorm without affine parameters (MAE, appendix A.1).
+    An attentive probe normalizes each channel of all tokens in the same way and pools the tokens with a learned query
+    (timm's AttentionPoolLatent). Masked pre-training stores what separates the classes in the tokens rather than in
+    their mean, so linear probes underestimate it.
+
+    Args:
+        network: a timm model. It is frozen and kept in evaluation mode.
+        classes: number of classes.
+        attentive: whether to pool the tokens with a learned query.
     """
 
     network: Any
 
     def __init__(self, network: Any, classes: int, attentive: bool = False):
         super().__init__()
-        self.__dict__["network"] = network.eval().requires_grad_(False)
+        self.__dict__["network"] = network.eval().requires_grad_(False)  # not registered as a submodule
         width = network.head_hidden_size
         self.attentive = attentive
         if attentive:
@@ -41,7 +46,7 @@ class FrozenProbe(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(b c H W) -> (b classes)"""
+        """Classify images (b c H W): logits (b classes)."""
         with torch.no_grad():
             x = self.network.forward_features(images)
             if not self.attentive:
@@ -55,18 +60,19 @@ class FrozenProbe(nn.Module):
 
 
 class Probe(NamedTuple):
-    """A linear probe and how it was chosen."""
+    """The result of a linear probe on cached features."""
 
-    accuracy: float  # %, on the test part
-    weight_decay: float
-    validation: float  # %, on held-out training images, with that decay
+    accuracy: float  # %, on the test split
+    weight_decay: float  # the one that was chosen
+    validation: float  # %, on held-out training images, with that weight decay
 
 
 def fit_linear(head: nn.Linear, train: Features, weight_decay: float) -> None:
-    """Softmax regression by L-BFGS, on from where `head` is: mean cross entropy + decay / 2 x |weight|^2.
+    """Fit a softmax regression by L-BFGS, in place and starting from the weights of `head`.
 
-    SGD would need a rate for each set of features, and stop far from the optimum where they are ill-conditioned, as
-    those of a trained network are.
+    It minimizes the mean cross entropy + weight_decay / 2 * |weight|^2. SGD would need a learning rate for each set of
+    features. If features are ill-conditioned, as those of a trained network are, it would also stop far from the
+    optimum.
     """
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=300, history_size=20, line_search_fn="strong_wolfe")
 
@@ -75,46 +81,55 @@ def fit_linear(head: nn.Linear, train: Features, weight_decay: float) -> None:
         loss = weight_decay / 2 * head.weight.square().sum()
         loss.backward()
         for x, y in zip(train.x.split(CHUNK), train.y.split(CHUNK), strict=True):
-            part = F.cross_entropy(head(x), y, reduction="sum") / len(train.y)
-            part.backward()
-            loss = loss + part.detach()
+            chunk_loss = F.cross_entropy(head(x), y, reduction="sum") / len(train.y)
+            chunk_loss.backward()
+            loss = loss + chunk_loss.detach()
         return loss
 
     optimizer.step(closure)
 
 
 def fit_path(train: Features, classes: int, weight_decays: Iterable[float]) -> Iterator[tuple[float, nn.Linear]]:
-    """One head, from 0 through the optima of ever weaker decays: (decay, head) at each."""
+    """Fit one head to each weight decay, from the largest to the smallest, and yield (weight decay, head).
+
+    The head starts at 0, and at each weight decay from the optimum of the previous one. It is the same object each
+    time.
+    """
     head = nn.Linear(train.x.shape[1], classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    for decay in sorted(weight_decays, reverse=True):
-        fit_linear(head, train, decay)
-        yield decay, head
+    for weight_decay in sorted(weight_decays, reverse=True):
+        fit_linear(head, train, weight_decay)
+        yield weight_decay, head
 
 
 @torch.no_grad()
 def accuracy(head: nn.Module, features: Features) -> float:
-    """Top-1 accuracy (%)"""
+    """Return the top-1 accuracy (%) of a classifier of features."""
     return 100 * (head(features.x).argmax(1) == features.y).float().mean().item()
 
 
 def linear_probe(
     train: Features, test: Features, weight_decays: Iterable[float] = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 ) -> Probe:
-    """Probe cached features, standardized by the training part's mean and deviation.
+    """Fit and evaluate a linear probe on cached features, standardized by the training split's mean and deviation.
 
-    The decay is chosen on a fifth of the training images, then the probe is fitted again on all of them: test labels
-    never choose.
+    The weight decay is chosen on a fifth of the training images, and the probe is then fitted to all of them. Test
+    labels have no part in the choice.
+
+    Raises:
+        UserError: the training images have fewer than 2 classes.
     """
     mean, std = train.x.mean(0), train.x.std(0) + 1e-6
     train, test = (part._replace(x=(part.x - mean) / std) for part in (train, test))
     classes = int(max(train.y.max(), test.y.max())) + 1
-    held = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(0)) % 5 == 0
-    fit, validation = (Features(train.x[part], train.y[part]) for part in (~held, held))
+    held_out = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(0)) % 5 == 0
+    fit, validation = (Features(train.x[chosen], train.y[chosen]) for chosen in (~held_out, held_out))
     if len(set(fit.y.tolist())) < 2:
-        raise UserError("A linear probe needs at least 2 classes among its training images; there is 1.")
-    scores = {decay: accuracy(head, validation) for decay, head in fit_path(fit, classes, weight_decays)}
-    best = max(scores, key=lambda decay: scores[decay])  # the strongest of equal ones
-    *_, (_, head) = fit_path(train, classes, [decay for decay in scores if decay >= best])
+        raise UserError(
+            "A linear probe needs at least 2 classes among its training images, but there is 1. Pass other data."
+        )
+    scores = {weight_decay: accuracy(head, validation) for weight_decay, head in fit_path(fit, classes, weight_decays)}
+    best = max(scores, key=lambda weight_decay: scores[weight_decay])  # the largest one, if several are equal
+    *_, (_, head) = fit_path(train, classes, [weight_decay for weight_decay in scores if weight_decay >= best])
     return Probe(accuracy(head, test), best, scores[best])

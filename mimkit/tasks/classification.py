@@ -1,6 +1,6 @@
-"""Around a fine-tuning: a network out of any checkpoint, what its layers learn at, how it is judged, what it leaves."""
+"""Classification: the classes of a data set, mixup, and top-1 and top-5 accuracy on validation images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,102 +13,164 @@ from mimkit.data.loader import eval_loader, limit_bad_images
 from mimkit.data.sources import Source
 from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
-from mimkit.evaluation.features import NoImagesError, apply_to_images
+from mimkit.evaluation.features import NoImagesError, map_batches
 from mimkit.io.weights import write_model
 from mimkit.models.factory import create_network, has_weights
-from mimkit.models.pretrained import network_folder
-from mimkit.tasks.plots import confusions
+from mimkit.models.pretrained import network_folder, new_head
+from mimkit.tasks.plots import plot_confusion
 from mimkit.training.run import Run
 
 
 class Scores(NamedTuple):
-    """How well images are classified."""
+    """Counts of classified images, from which accuracies follow."""
 
-    confusion: Tensor  # (classes classes): images of each true class (row) taken for each class
-    hits: Tensor  # images whose class is among the five most likely
+    confusion: Tensor  # (classes classes): number of images by true class (row) and predicted class (column)
+    top5_hits: Tensor  # number of images whose class is among the five highest logits
 
     @property
     def top1(self) -> float:
-        """%"""
+        """Top-1 accuracy in %."""
         return 100 * float(self.confusion.diagonal().sum() / self.confusion.sum())
 
     @property
     def top5(self) -> float:
-        """%"""
-        return 100 * float(self.hits / self.confusion.sum())
+        """Top-5 accuracy in %."""
+        return 100 * float(self.top5_hits / self.confusion.sum())
 
 
-def score(logits: Tensor, labels: Tensor) -> Scores:
-    """(n classes), (n) -> how well they agree"""
-    classes = logits.shape[1]
-    confusion = torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
-    likely = logits.topk(min(5, classes)).indices
-    return Scores(confusion.view(classes, classes), (likely == labels[:, None]).sum())
+def count_scores(batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> Scores:
+    """Count classified images batch by batch, so that the logits of one batch only are in memory.
+
+    Args:
+        batches: logits (b classes) and labels (b).
+        classes: number of classes.
+
+    Raises:
+        UserError: a label is not one of the classes.
+    """
+    from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_stat_scores
+
+    # torchmetrics' classes would sum over processes by themselves, and wait for a process without images forever
+    confusion, top5_hits = torch.zeros(classes, classes, dtype=torch.int64), torch.tensor(0)
+    for logits, labels in batches:
+        if len(unknown := labels[(labels < 0) | (labels >= classes)]):
+            raise UserError(
+                f"A validation image has the label {unknown[0]}, which is not between 0 and {classes - 1}. Use the "
+                "same classes in both splits of --data."
+            )
+        confusion += multiclass_confusion_matrix(logits, labels, classes, validate_args=False)
+        counts = multiclass_stat_scores(
+            logits, labels, classes, average="micro", top_k=min(5, classes), validate_args=False
+        )
+        top5_hits += counts[0]  # true positives
+    return Scores(confusion, top5_hits)
 
 
 def classifier(model: str) -> Any:
-    """A network that has been fine-tuned, from a run, a folder or a name of timm with a tag."""
+    """Load a fine-tuned network from a run, a folder, or a timm name with a tag.
+
+    Raises:
+        UserError: the network has no weights or no classifier.
+    """
     folder = network_folder(model)
     if not has_weights(folder):
-        raise UserError(f"--model {model} has no weights: pass a run of recipes/finetune.py, or a folder of a model.")
+        raise UserError(f"--model {model} has no weights. Pass a run of recipes/finetune.py, or the folder of a model.")
     network = create_network(folder)
     if not network.num_classes:
-        raise UserError(f"--model {model} has no classifier, which recipes/finetune.py gives it: pass what that left.")
+        raise UserError(f"--model {model} has no classifier. Train one with recipes/finetune.py, and pass that run.")
     return network
 
 
 def head_fits(network: Any, names: list[str]) -> bool:
-    """Whether a checkpoint's classifier is for these classes: by their names, or by their number where it has none."""
+    """Return whether a checkpoint's classifier is for these classes, by their names or, without names, their number."""
     known = network.pretrained_cfg.get("label_names")
     return network.num_classes == len(names) and list(known or names) == names
 
 
+def fit_head(network: Any, names: list[str], std: float | None, random: bool = False) -> str:
+    """Give a network a new head for these classes, unless it has one for them. Return a description of its head.
+
+    Args:
+        names: names of the classes.
+        std: standard deviation of the new head's weights, see `new_head`.
+        random: whether the network starts at random. Its head is then new, with the network's own initialization.
+    """
+    if random or not head_fits(network, names):
+        return new_head(network, len(names), None if random else std)
+    if network.pretrained_cfg.get("label_names"):
+        return "its own head, for the same classes"
+    return (
+        f"its own head, whose {len(names)} classes have no names and are assumed to be those of --data in their order"
+    )
+
+
 def class_names(train: Source, test: Source) -> list[str]:
-    """Of the labels; their numbers where they have no names."""
+    """Return the names of the classes, or their numbers if they have no names."""
     column = train.label or ""
     names = getattr(train.rows.features[column], "names", None)
     return list(names or map(str, range(1 + max(*train.rows[column], *test.rows[test.label]))))
 
 
 def check_classes(network: Any, names: list[str], model: str, data: str) -> None:
-    """Refuse to judge a network by other classes than its own."""
+    """Check that a network classifies these classes.
+
+    Args:
+        names: names of the classes in the data.
+        model, data: what the user passed, for the error message.
+
+    Raises:
+        UserError: it has another number of classes, or classes of other names.
+    """
     if network.num_classes != len(names):
         raise UserError(
-            f"--model {model} knows {network.num_classes} classes, and --data {data} has {len(names)}: pass the data "
-            "that it was trained for, or train it on these."
+            f"--model {model} has {network.num_classes} classes, but --data {data} has {len(names)}. Pass the data "
+            "that it was trained on, or fine-tune it on these."
         )
     known = network.pretrained_cfg.get("label_names")
     if known and list(known) != names:
-        odd = next(pair for pair in zip(known, names, strict=True) if pair[0] != pair[1])
-        raise UserError(f"--model {model} has other classes than --data {data}: {odd[0]} there is {odd[1]} here.")
+        old, new = next(pair for pair in zip(known, names, strict=True) if pair[0] != pair[1])
+        raise UserError(
+            f"--model {model} has other classes than --data {data}, such as {old} instead of {new}. Pass data of the "
+            "same classes."
+        )
 
 
-def mixing(
-    classes: int, share: int, mixup: float, cutmix: float, smoothing: float
+def mixup_function(
+    classes: int, micro_batch_size: int, mixup: float, cutmix: float, smoothing: float
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(images (b c H W), labels (b)) -> (images mixed by timm, soft labels (b classes)).
+    """Return a function from images (b c H W) and labels (b) to mixed images (b c H W) and soft labels (b classes).
 
     Args:
-        share: images that are mixed with each other, those of one forward pass.
-        mixup, cutmix: their alphas; 0 for none.
+        classes: number of classes.
+        micro_batch_size: number of images in a forward pass, which are mixed in pairs.
+        mixup, cutmix: alphas of mixup and CutMix; 0 disables them.
+        smoothing: label smoothing.
+
+    Raises:
+        UserError: the micro-batch size is odd.
     """
     if not (mixup or cutmix):
         return lambda images, labels: (images, mixup_target(labels, classes, smoothing=smoothing))
-    if share % 2:
+    if micro_batch_size % 2:
         raise UserError(
-            f"Mixup pairs images, and one part of a step on one process has {share}: choose another --batch-size or "
-            "--grad-accum-steps, or --mixup 0 --cutmix 0."
+            f"Mixup pairs the images of a micro-batch, which has {micro_batch_size}. Choose another --batch-size or "
+            "--grad-accum-steps, or disable it with --mixup 0 --cutmix 0."
         )
     return Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes)
 
 
 class Classification:
-    """Accuracy on labeled images.
+    """The task of classifying labeled images, scored by top-1 and top-5 accuracy.
 
     Args:
-        shape: of the input, (c H W).
-        crop_pct: the input is the middle of an image that is 1 / crop_pct times as large.
-        names: of the classes.
+        run: the run, which gives the processes and prints lines.
+        test: validation images and their labels.
+        shape: input size (c H W).
+        normalize: normalization of the input.
+        crop_pct: ratio of the input size to the size that an image is resized to before the center crop.
+        names: names of the classes.
+        workers: number of data workers.
+        max_bad: fraction of images that may be impossible to decode.
     """
 
     figure = "top1"
@@ -130,8 +192,12 @@ class Classification:
         self.workers, self.max_bad = workers, max_bad
 
     def score(self, network: Any) -> dict[str, float]:
-        """top1 and top5, in %"""
-        run, accelerator = self.run, self.run.accelerator
+        """Return top1 and top5 in %, over all validation images and processes.
+
+        Raises:
+            NoImagesError: none of the images can be decoded.
+        """
+        run = self.run
         loader = eval_loader(
             self.test,
             self.shape[1:],
@@ -143,29 +209,25 @@ class Classification:
             world_size=run.engine.world_size,
         )
         batches = limit_bad_images(loader, self.max_bad * self.test.length, run.display.print_once)
-        try:
-            with accelerator.autocast():
-                found = apply_to_images(network, batches, self.normalize, network)
-            counts = score(found.x, found.y)
-        except NoImagesError:  # for this process: the others wait for it
-            counts = Scores(torch.zeros(len(self.names), len(self.names), dtype=torch.int64), torch.tensor(0))
-        self.latest = Scores(*run.engine.sum(*counts))
-        if not self.latest.confusion.any():
+        with run.accelerator.autocast():
+            scores = count_scores(map_batches(network, batches, self.normalize, network), len(self.names))
+        self.scores = Scores(*run.engine.sum(*scores))
+        if not self.scores.confusion.any():
             raise NoImagesError
-        return {"top1": self.latest.top1, "top5": self.latest.top5}
+        return {"top1": self.scores.top1, "top5": self.scores.top5}
 
-    def format_scores(self, figures: dict[str, float]) -> str:
-        """In a line."""
-        top5 = f", top-5 {figures['top5']:.2f} %" if len(self.names) > 5 else ""
-        return f"top-1 {figures['top1']:.2f} %{top5} of {self.latest.confusion.sum()} test images"
+    def format_scores(self, scores: dict[str, float]) -> str:
+        """Format the scores as one line of text."""
+        top5 = f", top-5 {scores['top5']:.2f} %" if len(self.names) > 5 else ""
+        return f"top-1 {scores['top1']:.2f} %{top5} of {self.scores.confusion.sum()} test images"
 
     def write(self, network: Any, folder: Path) -> None:
-        """In timm's layout, with the names of its classes."""
+        """Write the network as a timm folder, with the names of its classes."""
         mean, std = self.normalize.values
         about = {"input_size": self.shape, "crop_pct": self.crop_pct, "interpolation": "bicubic"}
         write_model(network, folder, mean=mean, std=std, label_names=self.names, **about)
 
     def draw(self, folder: Path) -> list[str]:
-        """The confusion of classes."""
-        confusions(self.latest.confusion, self.names, folder / "confusion.png")
+        """Draw the confusion matrix of the last score. Return the names of the files."""
+        plot_confusion(self.scores.confusion, self.names, folder / "confusion.png")
         return ["confusion.png"]

@@ -1,4 +1,4 @@
-"""Networks for dense prediction on disk: weights, and what is needed to build them again and to read their output."""
+"""Checkpoints of segmenters and detectors: weights, and a description from which the network is built again."""
 
 import json
 from collections.abc import Callable
@@ -18,18 +18,20 @@ from mimkit.models.factory import create_network
 def write_dense(
     model: Any, folder: Path, kind: str, names: list[str], values: list[int], normalize: Normalize, **about: Any
 ) -> None:
-    """model.safetensors and KIND.json.
+    """Write a network into a folder: model.safetensors, and its description in KIND.json.
 
     Args:
-        model: has a `pyramid`, and `_model_args` for what stands on it.
+        model: has a `pyramid` around a timm backbone, and `_model_args`, the arguments that it is built with.
         kind: segmenter or detector.
-        names, values: of its classes, and what stands for each in files.
-        about: what else is to be known.
+        names: names of the classes.
+        values: the number that stands for each class in files of masks or annotations.
+        normalize: normalization of the input.
+        about: further entries of the description.
     """
     backbone = model.pyramid.backbone
     arguments = {key: value for key, value in backbone._model_args.items() if key != "num_classes"}
     mean, std = normalize.values
-    own = {
+    description = {
         "backbone": backbone.pretrained_cfg["architecture"],
         "backbone_args": json.loads(json.dumps(arguments)),
         f"{kind}_args": model._model_args,
@@ -43,56 +45,60 @@ def write_dense(
     with replacing(folder) as temporary:
         tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
         save_file(tensors, temporary / "model.safetensors")
-        (temporary / f"{kind}.json").write_text(json.dumps(own, indent=1))
+        (temporary / f"{kind}.json").write_text(json.dumps(description, indent=1))
 
 
 def find_dense(name: str, kind: str) -> Path | None:
-    """A run, its last/ or best/ -> the folder that holds its network, if it is one of that kind."""
+    """Return the folder of a network of this kind: `name`, or best/ inside it. None if there is no such network."""
     return next((p for p in (local_path(name), local_path(name) / "best") if (p / f"{kind}.json").is_file()), None)
 
 
 def read_dense(folder: Path, kind: str, build: Callable[..., Any]) -> tuple[Any, dict[str, Any]]:
-    """What `write_dense` left, and what is to be known about it.
+    """Read what `write_dense` wrote. Return the network and its description.
 
     Args:
-        build: (backbone, classes, **arguments) -> the network.
+        build: the network's constructor, of the backbone, the number of classes, and the arguments by name.
+
+    Raises:
+        UserError: the files are damaged or do not fit each other.
     """
     try:
-        own = read_json(folder / f"{kind}.json")
+        description = read_json(folder / f"{kind}.json")
         state = load_file(folder / "model.safetensors")
-        arguments = {"in_chans": own["in_chans"], **own["backbone_args"]}
-        backbone = create_network(own["backbone"], weights=False, num_classes=0, **arguments)
-        model = build(backbone, len(own["class_names"]), **own[f"{kind}_args"])
+        arguments = {"in_chans": description["in_chans"], **description["backbone_args"]}
+        backbone = create_network(description["backbone"], weights=False, num_classes=0, **arguments)
+        model = build(backbone, len(description["class_names"]), **description[f"{kind}_args"])
     except UserError:
         raise
-    except Exception as error:  # safetensors' errors, JSON's and the system's
-        raise UserError(f"{folder} is torn ({error}): train again, or pass another run.") from error
+    except Exception as error:  # of safetensors, JSON and the system, and any that a changed description causes
+        raise UserError(f"{folder} is corrupt ({error}). Train again, or pass another run.") from error
     load_strictly(model, state, folder)
-    return model, own
+    return model, description
 
 
 def continue_from(
     folder: Path, kind: str, build: Callable[..., Any], names: list[str], other_start: bool = False
 ) -> tuple[Any, dict[str, Any], str, Normalize]:
-    """`read_dense`, for a network that is to be evaluated or trained further.
+    """Read a network that is to be evaluated or trained further, like `read_dense`.
 
     Args:
-        names: of the classes in the data.
+        names: names of the classes in the data.
         other_start: whether the user has also asked for another start, which is refused.
 
     Returns:
         The network, its description, what it starts from, and the normalization of its input.
 
     Raises:
-        UserError: if the user asked for another start, or the data have other classes.
+        UserError: the user asked for another start, or the data have other classes.
     """
     if other_start:
         raise UserError(f"--model {folder} is a run of this recipe. Omit --init, --from-scratch and --model-args.")
-    network, own = read_dense(folder, kind, build)
-    known = own["class_names"]
+    network, description = read_dense(folder, kind, build)
+    known = description["class_names"]
     if known != names:
         raise UserError(
             f"--model {folder} has {len(known)} classes ({', '.join(known[:4])}, ...), but --data has {len(names)} "
             f"({', '.join(names[:4])}, ...). Pass data of the same classes."
         )
-    return network, own, f"all weights of {folder}", default_normalization(own["in_chans"], own["mean"], own["std"])
+    normalize = default_normalization(description["in_chans"], description["mean"], description["std"])
+    return network, description, f"all weights of {folder}", normalize

@@ -1,4 +1,4 @@
-"""Semantic segmentation: a decoder on any backbone, whole images and windows of them, mIoU."""
+"""Semantic segmentation: a decoder on any backbone, inference by sliding windows, and mean IoU."""
 
 import csv
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,22 +21,26 @@ from mimkit.errors import UserError
 from mimkit.files import replacing, replacing_file
 from mimkit.models.feature_pyramid import Pyramid
 from mimkit.tasks.dense_checkpoint import read_dense, write_dense
-from mimkit.tasks.plots import palette, segmentations
+from mimkit.tasks.plots import palette, plot_segmentations
 from mimkit.training.run import Run
 
-EDGE = 3  # px: how far from an edge between classes its boundary reaches
+BOUNDARY = 3  # boundary mIoU is over the pixels within this many pixels of another class
+EXAMPLES = 6  # number of evaluated images to draw
 
 
 class Segmenter(nn.Module):
-    """A pyramid, a decoder of segmentation-models-pytorch, and scores of classes.
+    """A feature pyramid, a decoder of segmentation-models-pytorch, and a 1 x 1 convolution to the logits.
 
     Args:
-        backbone: of timm.
-        classes: how many.
+        backbone: a timm network.
+        classes: number of classes.
         decoder: upernet (Xiao et al., ECCV 2018) or fpn (Kirillov et al., CVPR 2019).
-        width: channels of the decoder.
-        neck, window: as in `Pyramid`.
-        drop_rate: of channels before the scores.
+        width: number of channels of the decoder.
+        neck, window: see `Pyramid`.
+        drop_rate: dropout rate of the channels before the logits.
+
+    Raises:
+        UserError: segmentation-models-pytorch is not installed, or there is no such decoder.
     """
 
     def __init__(
@@ -53,20 +57,20 @@ class Segmenter(nn.Module):
         try:
             from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
             from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
-            from torchmetrics.functional.classification import multiclass_confusion_matrix  # noqa: F401  for judging
         except ImportError as error:
             raise UserError(
-                "Segmentation needs segmentation-models-pytorch and torchmetrics: pip install 'mimkit[dense]'."
+                "Segmentation needs segmentation-models-pytorch. Run pip install 'mimkit[dense]'."
             ) from error
         self.pyramid = Pyramid(backbone, neck, window)
-        channels = [0, 0, *self.pyramid.channels]  # smp counts from 1/1 and 1/2, which neither decoder looks at
+        channels = [0, 0, *self.pyramid.channels]  # smp also counts maps at 1/1 and 1/2, which no decoder uses
         if decoder == "upernet":
             self.decoder: Any = UPerNetDecoder(channels, decoder_channels=width)
         elif decoder == "fpn" and width % 32 == 0:
             self.decoder = FPNDecoder(channels, pyramid_channels=width, segmentation_channels=width, dropout=0)
         else:
             raise UserError(
-                f"--decoder {decoder} with --decoder-dim {width}: choose upernet, or fpn and a multiple of 32."
+                f"--decoder {decoder} with --decoder-dim {width} is not possible. Choose upernet, or fpn with a "
+                "multiple of 32."
             )
         self.drop = nn.Dropout2d(drop_rate)
         self.head = nn.Conv2d(width, classes, 1)
@@ -79,84 +83,101 @@ class Segmenter(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b c H W) -> scores (b classes H W)"""
+        """Compute the logits (b classes H W) of images (b c H W)."""
         height, width = x.shape[-2:]
         maps = self.pyramid(x)
-        scores = self.head(self.drop(self.decoder([x, x, *maps])))
-        scale = height + -height % self.pyramid.multiple, width + -width % self.pyramid.multiple
-        return F.interpolate(scores, scale, mode="bilinear")[..., :height, :width]
+        logits = self.head(self.drop(self.decoder([x, x, *maps])))
+        padded_size = height + -height % self.pyramid.multiple, width + -width % self.pyramid.multiple
+        return F.interpolate(logits, padded_size, mode="bilinear")[..., :height, :width]
 
 
-def loss_of(scores: Tensor, masks: Tensor) -> Tensor:
-    """Mean cross entropy over all pixels; ignored ones count as 0, so that all parts of a step weigh the same.
+def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Return the cross entropy of logits (b classes H W) and masks (b H W), averaged over all pixels.
 
-    scores: (b classes H W); masks: (b H W)
+    Ignored pixels count as 0, so that all micro-batches of a step have equal weight.
     """
-    return F.cross_entropy(scores, masks.long(), ignore_index=IGNORE, reduction="sum") / masks.numel()
+    return F.cross_entropy(logits, masks.long(), ignore_index=IGNORE, reduction="sum") / masks.numel()
 
 
-def windows(side: int, crop: int) -> list[int]:
-    """Where windows begin that cover a side, each two thirds of a window after the one before."""
+def window_starts(side: int, crop: int) -> list[int]:
+    """Return the positions of windows of size `crop` that cover a side. The stride is two thirds of a window."""
     return [*range(0, max(side - crop, 0), max(1, 2 * crop // 3)), max(side - crop, 0)]
 
 
-def scores_of(model: Any, x: Tensor, crop: Size | None = None, flip: bool = False) -> Tensor:
-    """(b c H W) -> scores (b classes H W)
+def predict_logits(model: Any, x: Tensor, crop: Size | None = None, flip: bool = False) -> Tensor:
+    """Compute the logits (b classes H W) of images (b c H W).
 
     Args:
-        crop: slide a window of this size over larger images, and average the scores where windows overlap.
-        flip: average the scores with those of the mirrored image.
+        model: function from images to logits.
+        crop: slide a window of this size over larger images, and average the logits where windows overlap.
+        flip: average the logits with those of the mirrored images.
     """
     if flip:
-        return (scores_of(model, x, crop) + scores_of(model, x.flip(-1), crop).flip(-1)) / 2
+        return (predict_logits(model, x, crop) + predict_logits(model, x.flip(-1), crop).flip(-1)) / 2
     height, width = x.shape[-2:]
     if crop is None or (height <= crop[0] and width <= crop[1]):
         return model(x)
     total, count = x.new_zeros(()), x.new_zeros(1, 1, height, width)
-    for top in windows(height, crop[0]):
-        for left in windows(width, crop[1]):
-            place = (..., slice(top, top + crop[0]), slice(left, left + crop[1]))
-            part = model(x[place]).float()
+    for top in window_starts(height, crop[0]):
+        for left in window_starts(width, crop[1]):
+            window = (..., slice(top, top + crop[0]), slice(left, left + crop[1]))
+            logits = model(x[window]).float()
             if not total.ndim:
-                total = part.new_zeros(*part.shape[:2], height, width)
-            total[place] += part
-            count[place] += 1
+                total = logits.new_zeros(*logits.shape[:2], height, width)
+            total[window] += logits
+            count[window] += 1
     return total / count
 
 
-def near_edges(masks: Tensor, reach: int = EDGE) -> Tensor:
-    """(b H W) -> whether another class lies within `reach` px, along the axes or between them (b H W)"""
-    known, wide = masks != IGNORE, 2 * reach + 1
+def near_boundaries(masks: Tensor, distance: int = BOUNDARY) -> Tensor:
+    """Return which pixels of masks (b H W) have another class within `distance` pixels, diagonals included (b H W).
+
+    Ignored pixels are neither near a boundary nor another class.
+    """
+    known, kernel = masks != IGNORE, 2 * distance + 1
     values = masks.float()
-    largest = F.max_pool2d(values.masked_fill(~known, -1)[:, None], wide, 1, reach)
-    smallest = -F.max_pool2d(-values.masked_fill(~known, IGNORE)[:, None], wide, 1, reach)
+    largest = F.max_pool2d(values.masked_fill(~known, -1)[:, None], kernel, 1, distance)
+    smallest = -F.max_pool2d(-values.masked_fill(~known, IGNORE)[:, None], kernel, 1, distance)
     return ((largest > smallest) & known[:, None])[:, 0]
 
 
 def iou(confusion: Tensor) -> Tensor:
-    """(classes classes), true by predicted -> intersection over union of each in %, NaN for what is nowhere"""
-    both = confusion.diagonal().double()
-    return 100 * both / (confusion.sum(0) + confusion.sum(1) - both)
+    """Return the intersection over union of each class in %, NaN for classes that are neither present nor predicted.
+
+    Args:
+        confusion: number of pixels by true class and predicted class (classes classes).
+    """
+    intersection = confusion.diagonal().double()
+    return 100 * intersection / (confusion.sum(0) + confusion.sum(1) - intersection)
 
 
-def best_of(scores: Tensor, size: Sequence[int]) -> Tensor:
-    """Scores (b classes h w) scaled to H W -> the best class (b H W), for a few at a time: photographs are large"""
-    best = scores.new_full((len(scores), *size), -torch.inf)
-    found = torch.zeros_like(best, dtype=torch.long)
-    for first in range(0, scores.shape[1], 8):
-        value, place = F.interpolate(scores[:, first : first + 8], list(size), mode="bilinear").max(1)
-        found = torch.where(value > best, first + place, found)
-        best = torch.maximum(value, best)
-    return found
+def resized_argmax(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize logits (b classes h w) to `size` (H, W), and return the class of the highest one (b H W).
+
+    Eight classes are resized at a time, because the logits of a photograph in full size may not fit into memory.
+    """
+    highest = logits.new_full((len(logits), *size), -torch.inf)
+    classes = torch.zeros_like(highest, dtype=torch.long)
+    for first in range(0, logits.shape[1], 8):
+        value, index = F.interpolate(logits[:, first : first + 8], list(size), mode="bilinear").max(1)
+        classes = torch.where(value > highest, first + index, classes)
+        highest = torch.maximum(value, highest)
+    return classes
 
 
 class Segmentation:
-    """Mean intersection over union, and the same of the pixels near an edge between classes.
-
-    Images are scaled to `short` px of their short side; scores are scaled back to the mask's own size.
+    """The task of semantic segmentation, scored by mean IoU, also of the pixels near boundaries between classes.
 
     Args:
-        crop, flip: as in `scores_of`.
+        run: the run, which gives the processes and prints lines.
+        test: validation images and their masks.
+        classes: the classes of the data set.
+        normalize: normalization of the input.
+        short: images are resized so that their short side has this many pixels. Logits are resized to the size of the
+            mask.
+        crop, flip: see `predict_logits`.
+        workers: number of data workers.
+        max_bad: fraction of images that may be impossible to decode.
     """
 
     figure = "miou"
@@ -179,151 +200,173 @@ class Segmentation:
         self.short, self.crop, self.flip = short, crop, flip
         fields = (test.image, test.mask)
         self.samples = SampleLoader(eval_pairs(short), len(normalize.values[0]), 0, 0, fields, classes, test.part)
-        self.shown: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.examples: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def predicted(self, network: Any, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of one -> image (b c H W), mask (b h w) and predicted classes (b h w)"""
+    def predict(self, network: Any, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the images (b c H W), masks (b h w) and predicted masks (b h w) of batches of one image each."""
         for batch in batches:
-            if len(batch.images):  # else it is bad
+            if len(batch.images):  # a damaged image leaves an empty batch
                 images, _, masks, *_ = batch.to(self.run.engine.device)
                 with self.run.accelerator.autocast():
-                    scores = scores_of(network, self.normalize(images), self.crop, self.flip)
-                yield images, masks.long(), best_of(scores.float(), masks.shape[-2:])
+                    logits = predict_logits(network, self.normalize(images), self.crop, self.flip)
+                yield images, masks.long(), resized_argmax(logits.float(), masks.shape[-2:])
 
     @torch.no_grad()
     def score(self, network: Any, images: int | None = None) -> dict[str, float]:
-        """miou, boundary_miou and pixel_accuracy, in %, of so many evenly spread images, or of all"""
+        """Return miou, boundary_miou and pixel_accuracy in %, over all processes.
+
+        Args:
+            images: number of validation images, evenly spaced; all by default.
+
+        Raises:
+            UserError: no image can be used, or all pixels are ignored.
+        """
         from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-        training, n = network.training, len(self.classes.names)
+        run, training, classes = self.run, network.training, len(self.classes.names)
         network.eval()
-        counts = torch.zeros(2, n, n, dtype=torch.int64, device=self.run.engine.device)
-        run, self.images = self.run, min(images or self.test.length, self.test.length)
-        share = evenly_spaced(self.test.length, self.images)[
-            run.accelerator.process_index :: run.accelerator.num_processes
-        ]
-        loader = single_image_loader(self.test, self.samples, share, self.workers)
+        confusions = torch.zeros(2, classes, classes, dtype=torch.int64, device=run.engine.device)
+        self.images = min(images or self.test.length, self.test.length)
+        indices = evenly_spaced(self.test.length, self.images)[run.engine.rank :: run.engine.world_size]
+        loader = single_image_loader(self.test, self.samples, indices, self.workers)
         batches = limit_bad_images(loader, self.max_bad * self.images, run.display.print_once)
-        self.shown = []
-        for pictures, masks, found in self.predicted(network, batches):
-            near = masks.masked_fill(~near_edges(masks), IGNORE)
-            for count, target in zip(counts, (masks, near), strict=True):
-                count += multiclass_confusion_matrix(found, target, n, ignore_index=IGNORE, validate_args=False)
-            if len(self.shown) < 6:
-                self.shown.append((pictures[0].cpu(), masks[0].cpu(), found[0].cpu()))
+        self.examples = []
+        for pictures, masks, predicted in self.predict(network, batches):
+            boundary_masks = masks.masked_fill(~near_boundaries(masks), IGNORE)
+            for confusion, target in zip(confusions, (masks, boundary_masks), strict=True):
+                confusion += multiclass_confusion_matrix(
+                    predicted, target, classes, ignore_index=IGNORE, validate_args=False
+                )
+            if len(self.examples) < EXAMPLES:
+                self.examples.append((pictures[0].cpu(), masks[0].cpu(), predicted[0].cpu()))
         network.train(training)
-        (counts,) = self.run.engine.sum(counts)
-        self.confusion = counts[0]
+        (confusions,) = run.engine.sum(confusions)
+        self.confusion = confusions[0]
         if not self.confusion.any():
             raise UserError(
-                f"Nothing of {self.test.name} can be judged: no image can be used, or all pixels are ignored."
+                f"{self.test.name} has nothing to evaluate: no image can be used, or all pixels are ignored. Check the "
+                "images and masks."
             )
-        miou, boundary = (float(iou(confusion).nanmean()) for confusion in counts)
+        miou, boundary_miou = (float(iou(confusion).nanmean()) for confusion in confusions)
         accuracy = 100 * float(self.confusion.diagonal().sum() / self.confusion.sum())
-        return {"miou": miou, "boundary_miou": boundary, "pixel_accuracy": accuracy}
+        return {"miou": miou, "boundary_miou": boundary_miou, "pixel_accuracy": accuracy}
 
-    def rehearse(self, network: Any, samples: SampleLoader, data: Source) -> None:
-        """Two images through everything that training and judging do; tell what there is.
+    def dry_run(self, network: Any, samples: SampleLoader, data: Source) -> None:
+        """Check a few images of both splits, train and evaluate on two images, and print what they contain.
+
+        Args:
+            samples: loads a row of `data` as in training.
+            data: training images and their masks.
 
         Raises:
             UserError: an image or a mask cannot be used.
         """
-        for part, look in ((data, samples), (self.test, self.samples)):
-            views = check_samples(part, look)
-            counts = torch.stack(
-                [torch.bincount(torch.as_tensor(view.label).flatten(), minlength=IGNORE + 1) for view in views]
-            ).sum(0)
-            shares = (100 * counts / counts.sum()).tolist()
-            seen = [f"{name} {shares[i]:.1f} %" for i, name in enumerate(self.classes.names) if shares[i]]
-            seen.append(f"ignored {shares[IGNORE]:.1f} %")
-            self.run.print(f"{part.name}: {part.length:,} images; pixels of {len(views)} of them: {', '.join(seen)}")
+        for source, sample_loader in ((data, samples), (self.test, self.samples)):
+            loaded = check_samples(source, sample_loader)
+            masks = [torch.as_tensor(sample.label).flatten() for sample in loaded]
+            counts = torch.stack([torch.bincount(mask, minlength=IGNORE + 1) for mask in masks]).sum(0)
+            percent = (100 * counts / counts.sum()).tolist()
+            content = [f"{name} {percent[i]:.1f} %" for i, name in enumerate(self.classes.names) if percent[i]]
+            content.append(f"ignored {percent[IGNORE]:.1f} %")
+            self.run.print(
+                f"{source.name}: {source.length:,} images; pixels of {len(loaded)} of them: {', '.join(content)}"
+            )
         batch = collate([samples(data.rows[i % data.length], 0, i) for i in range(2)]).to(self.run.engine.device)
         network.train()
         with self.run.accelerator.autocast():
-            loss = loss_of(network(self.normalize(batch.images)), batch.labels)
+            loss = segmentation_loss(network(self.normalize(batch.images)), batch.labels)
         loss.backward()
         network.zero_grad()
         self.run.print(f"loss of 2 images {loss.item():.3f}; {self.format_scores(self.score(network, 2))}")
 
-    def format_scores(self, figures: dict[str, float]) -> str:
-        """In a line."""
-        miou, boundary, accuracy = figures.values()
+    def format_scores(self, scores: dict[str, float]) -> str:
+        """Format the scores as one line of text."""
+        miou, boundary_miou, accuracy = scores.values()
         return (
-            f"mIoU {miou:.2f} %, {boundary:.2f} % within {EDGE} px of an edge, {accuracy:.2f} % of the pixels of "
-            f"{self.images} test images"
+            f"mIoU {miou:.2f} % ({boundary_miou:.2f} % within {BOUNDARY} px of an edge), pixel accuracy "
+            f"{accuracy:.2f} % on {self.images} test images"
         )
 
     def write(self, network: Any, folder: Path) -> None:
-        """The network, its classes and how images come to it."""
+        """Write the network, its classes, and how it was evaluated."""
         about = {"short": self.short, "crop": self.crop, "flip": self.flip}
         write_dense(network, folder, "segmenter", self.classes.names, self.classes.values, self.normalize, **about)
 
     def draw(self, folder: Path) -> list[str]:
-        """Images with their masks and what was predicted, and a table of classes."""
+        """Draw a few images with their masks and predictions, and write a table of classes. Return the files' names."""
         names = ["classes.csv"]
-        if self.shown:  # else all images of this process are bad
-            segmentations(self.shown, self.classes.names, folder / "predictions.png")
+        if self.examples:  # this process may have met damaged images only
+            plot_segmentations(self.examples, self.classes.names, folder / "predictions.png")
             names.insert(0, "predictions.png")
         with replacing_file(folder / "classes.csv") as file, open(file, "w", newline="") as opened:
             table = csv.writer(opened)
             table.writerow(["class", "iou", "accuracy", "pixels"])
-            pixels, found = self.confusion.sum(1), self.confusion.diagonal()
-            for name, value, hits, all_ in zip(self.classes.names, iou(self.confusion), found, pixels, strict=True):
-                table.writerow([name, f"{value:.2f}", f"{100 * hits / all_:.2f}" if all_ else "", int(all_)])
+            columns = self.classes.names, iou(self.confusion), self.confusion.diagonal(), self.confusion.sum(1)
+            for name, value, hits, pixels in zip(*columns, strict=True):
+                table.writerow([name, f"{value:.2f}", f"{100 * hits / pixels:.2f}" if pixels else "", int(pixels)])
         return names
 
 
 def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
-    """Write a mask for each image, of its size, in the numbers of the classes that the network was trained with.
+    """Write a mask for each image, in the image's size. The numbers stand for classes as in the training masks.
 
     Args:
-        folder: of the network.
-        images: as `open_all` takes them.
-        out: folder to write, which must not be there yet.
+        folder: folder of the network.
+        images: images, see `open_all`.
+        out: folder to write, which must be new or empty.
+        max_bad: fraction of images that may be impossible to decode.
 
     Returns:
-        How many masks.
+        The number of masks.
+
+    Raises:
+        UserError: `out` is not empty, too many images are damaged, or two masks would have the same name.
     """
     if Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
-        raise UserError(f"--out {out} is there already: choose a new folder.")
-    model, own = read_dense(folder, "segmenter", Segmenter)
+        raise UserError(f"--out {out} exists already. Choose a new folder.")
+    model, description = read_dense(folder, "segmenter", Segmenter)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     device = next(model.parameters()).device
-    normalize = Normalize(own["mean"], own["std"]).to(device)
+    normalize = Normalize(description["mean"], description["std"]).to(device)
 
     def transform(image: Any, _: Any) -> tuple[Any, Tensor]:
         size = checked_size(image)
-        return resize_short(image, size, own["short"]), torch.tensor(size)
+        return resize_short(image, size, description["short"]), torch.tensor(size)
 
     sources = open_all(images)
     written: set[Path] = set()
     with replacing(out) as temporary, torch.inference_mode():
         for part, source in enumerate(sources):
-            samples = SampleLoader(
-                transform, own["in_chans"], 0, 0, (source.image, None), lambda cell: cell, source.part
-            )
+            fields = (source.image, None)
+            samples = SampleLoader(transform, description["in_chans"], 0, 0, fields, lambda cell: cell, source.part)
             loader = single_image_loader(source, samples, range(source.length))
             for batch in limit_bad_images(loader, max_bad * source.length, print):
                 if not len(batch.images):
                     continue
-                scores = scores_of(model, normalize(batch.images.to(device)), own["crop"], own["flip"])
-                found = best_of(scores, batch.labels[0].tolist())[0].cpu()
-                place = Path(batch.names[0])
-                if place.is_relative_to(images) and place != Path(images):
-                    place = place.relative_to(images)
-                else:  # a file alone, or a row, whose name is its number
-                    place = Path(place.name if place.exists() else f"{part}-{place}".replace(" ", "-"))
-                file = temporary / place.with_suffix(".png")
+                pixels = normalize(batch.images.to(device))
+                logits = predict_logits(model, pixels, description["crop"], description["flip"])
+                classes = resized_argmax(logits, batch.labels[0].tolist())[0].cpu()
+                name = Path(batch.names[0])
+                if name.is_relative_to(images) and name != Path(images):
+                    name = name.relative_to(images)
+                else:  # a single file, or a row of a table, which is named by its number
+                    name = Path(name.name if name.exists() else f"{part}-{name}".replace(" ", "-"))
+                file = temporary / name.with_suffix(".png")
                 if file in written:
-                    raise UserError(f"--images {images} has two images named {place.stem}: predict them apart.")
+                    raise UserError(f"--images {images} has two images named {name.stem}. Predict them separately.")
                 written.add(file)
                 file.parent.mkdir(parents=True, exist_ok=True)
-                paint(torch.tensor(own["class_values"])[found], own["class_values"], file)
+                values = description["class_values"]
+                save_mask(torch.tensor(values)[classes], values, file)
     return len(written)
 
 
-def paint(mask: Tensor, values: list[int], file: Path) -> None:
-    """(H W) -> a PNG of these numbers, which viewers show in colors."""
+def save_mask(mask: Tensor, values: list[int], file: Path) -> None:
+    """Write a mask (H W) as a PNG with a palette, so that viewers show it in colors.
+
+    Args:
+        values: the numbers that stand for classes, each of which gets a color.
+    """
     picture = Image.fromarray(mask.numpy().astype(np.uint8), mode="P")
     colors = np.zeros((256, 3), np.uint8)
     colors[values] = palette(len(values))
