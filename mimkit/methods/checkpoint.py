@@ -1,4 +1,4 @@
-"""Save and load pre-training methods: an encoder, its decoder, and the method's options."""
+"""Save and load pre-training methods: an encoder, its decoder, and the options of the method."""
 
 import json
 from collections.abc import Callable
@@ -19,14 +19,14 @@ from mimkit.models.factory import adapt_to_input_size, as_map_encoder, as_unit_e
 
 
 class Entry(NamedTuple):
-    """How to rebuild a method."""
+    """The parts that a method is rebuilt from."""
 
-    method: Callable[..., Any]  # (encoder, decoder, **method.config)
-    decoder: Callable[..., Any]  # (**decoder.config)
-    encoder: Callable[[Any], Any]  # wraps a timm model
+    method: Callable[..., Any]  # class, called with (encoder, decoder, **method.config)
+    decoder: Callable[..., Any]  # class, called with (**decoder.config)
+    encoder: Callable[[Any], Any]  # makes an encoder of the method out of a timm model
 
 
-# Every pre-training method, by the name that decoder/config.json has. A new method needs an entry here
+# Every pre-training method, by its name in decoder/config.json
 METHODS = {
     "mae": Entry(MAE, Decoder, as_unit_encoder),
     "simmim": Entry(SimMIM, PixelHead, as_map_encoder),
@@ -34,13 +34,18 @@ METHODS = {
 
 
 def load_initial_weights(method: Method, source: str) -> str:
-    """Load weights into a method to continue from.
+    """Load existing weights into a method, to continue from them.
 
     Args:
-        source: a run of mimkit, or a file or folder of an encoder, with or without its decoder.
+        method: the method, which is changed.
+        source: a run of mimkit, or a file or folder of an encoder, with or without its decoder. Position tables of
+            another input size are resized.
 
     Returns:
         A description of what was loaded.
+
+    Raises:
+        UserError: if the weights do not fit the method's networks.
     """
     run = local_path(source)
     folder = encoder_folder(run)
@@ -50,7 +55,7 @@ def load_initial_weights(method: Method, source: str) -> str:
         encoder, decoder = split(read_weights(folder))
     model = timm_model(method.encoder)
     try:
-        if (folder / "config.json").is_file():  # names the input size of its position tables
+        if (folder / "config.json").is_file():  # it has the input size that the position tables are for
             config = read_json(folder / "config.json")
             model.pretrained_cfg["input_size"] = config["pretrained_cfg"]["input_size"]
         encoder = adapt_to_input_size(encoder, model)
@@ -64,7 +69,7 @@ def load_initial_weights(method: Method, source: str) -> str:
 
 
 def encoder_folder(run: Path) -> Path:
-    """Return where a run has its encoder: in encoder/, or at its root if it was pushed to the hub."""
+    """Return the folder of a run's encoder: encoder/, or the root of a run that was pushed to the hub."""
     return run / "encoder" if (run / "encoder").is_dir() else run
 
 
@@ -72,19 +77,29 @@ def save_method(method: Method, folder: Path, size: tuple[int, int], mean: list[
     """Write encoder/ (in timm's layout) and decoder/ into a run's directory.
 
     Args:
-        size, mean, std: the encoder's input.
+        method: a method in `METHODS`.
+        folder: directory of the run.
+        size: height and width of the encoder's input, in pixels.
+        mean, std: per channel, what the input is normalized by.
     """
+    name = next(name for name, entry in METHODS.items() if entry.method is type(method))
     model = timm_model(method.encoder)
     data = {"input_size": (model.in_chans, *size), "interpolation": "bicubic", "crop_pct": 1.0}
     write_model(model, folder / "encoder", mean=mean, std=std, **data)
-    write_decoder(method.decoder, folder / "decoder", **method.config)
+    write_decoder(method.decoder, folder / "decoder", method=name, **method.config)
 
 
 def load_run(name: str | Path) -> tuple[Method, dict[str, Any]]:
     """Load the method of a run from its encoder/ and decoder/.
 
+    Args:
+        name: directory of a run, or hf-hub:OWNER/NAME.
+
     Returns:
         The method in evaluation mode, and its encoder's pretrained_cfg (input_size, mean, std).
+
+    Raises:
+        UserError: if the run holds no encoder or decoder, or they are damaged.
     """
     folder = local_path(name)
     if not (encoder_folder(folder) / "config.json").is_file():
@@ -92,40 +107,54 @@ def load_run(name: str | Path) -> tuple[Method, dict[str, Any]]:
     decoder, config = read_decoder(folder / "decoder")
     model = create_network(str(encoder_folder(folder)))
     try:
-        entry = METHODS[config.pop("method", None) or _method_of(decoder)]
-        return entry.method(entry.encoder(model), decoder, **config).eval(), model.pretrained_cfg
+        entry = METHODS[_method_name(config, decoder.config)]
+        options = {key: value for key, value in config.items() if key != "method"}
+        return entry.method(entry.encoder(model), decoder, **options).eval(), model.pretrained_cfg
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{folder}/decoder/config.json describes no method ({error!r}). Get another copy of it."
         ) from error
 
 
-def _method_of(decoder: Any) -> str:
-    return next(name for name, entry in METHODS.items() if entry.decoder is type(decoder))
+def write_decoder(decoder: Any, folder: str | Path, **config: Any) -> None:
+    """Write a decoder into a folder.
 
-
-def write_decoder(decoder: Any, folder: str | Path, **method: Any) -> None:
-    """Write a decoder, and the options of the method that trained it (such as mask_ratio), into a folder."""
-    config = {"method": _method_of(decoder), "decoder": decoder.config, **method}
+    Args:
+        config: the method that trained it (such as method="mae"), and the options of the method (such as mask_ratio).
+    """
     with replacing(folder) as temporary:
         save_file(decoder.state_dict(), temporary / NAMES[0])
-        (temporary / "config.json").write_text(json.dumps(config, indent=2))
+        (temporary / "config.json").write_text(json.dumps({"decoder": decoder.config, **config}, indent=2))
 
 
 def read_decoder(folder: str | Path) -> tuple[Any, dict[str, Any]]:
-    """Return the decoder in a folder, and the options of the method that trained it."""
+    """Read what `write_decoder` wrote.
+
+    Returns:
+        The decoder, and `config` of `write_decoder`.
+
+    Raises:
+        UserError: if the folder holds no decoder, or a damaged one.
+    """
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} holds no decoder (config.json and {NAMES[0]}). Pass a run of mimkit.")
     config = read_json(file)
     try:
         arguments = config.pop("decoder")
-        # files of mimkit 0.1 do not name their method, and only SimMIM's head has a mask token of its own width
-        name = config.get("method") or ("simmim" if "token_dim" in arguments else "mae")
+        name = _method_name(config, arguments)
         if name == "simmim":
-            config.pop("norm_targets", None)  # written by 0.1
+            config.pop("norm_targets", None)  # mimkit 0.1 wrote it for every method
         decoder = METHODS[name].decoder(**arguments)
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{file} describes no decoder ({error!r}). Get another copy of it.") from error
     load_strictly(decoder, read_weights(folder), folder)
     return decoder, config
+
+
+def _method_name(config: dict[str, Any], decoder: dict[str, Any]) -> str:
+    """Return the method that a decoder/config.json names.
+
+    Files of mimkit 0.1 do not name it. Only SimMIM's head has a mask token of its own width there.
+    """
+    return config.get("method") or ("simmim" if "token_dim" in decoder else "mae")

@@ -13,7 +13,7 @@ from mimkit.units import Grid, UnitMask, gather
 
 
 class Decoder(nn.Module):
-    """A light transformer from the latent of visible units to the pixels of masked units.
+    """A light transformer that maps the latent of visible units to the pixels of masked units.
 
     The sequence holds the prefix tokens (without a position), the visible units, and one mask token for each unit to
     predict. Attention does not depend on their order, so nothing is shuffled back, and units that are not predicted
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, latent: Tensor, units: UnitMask, grid: Grid) -> Tensor:
-        """Latent (b k+v in_dim), places (b v) and (b m) in the grid (gh gw) -> pixels (b m p*q*c)"""
+        """Latent (b k+v in_dim), indices of visible (b v) and masked units (b m), grid (gh gw) -> pixels (b m p*q*c)"""
         positions = sincos_positions(self.dim, grid, latent.device)[None].to(self.mask_token.dtype)
         x = self.embed(latent)
         v, m = units.visible.shape[1], units.masked.shape[1]

@@ -1,6 +1,6 @@
-"""Masked autoencoding: choose units, encode the visible ones, predict the others.
+"""Masked autoencoding (MAE): choose units at random, encode the visible ones, and predict the masked ones.
 
-He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, over any encoder that can skip units.
+He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. It works with any encoder that can skip units.
 """
 
 from typing import Any
@@ -23,9 +23,9 @@ class MAE(nn.Module):
         encoder: any `UnitEncoder`, such as a HiViT in its unit form, an SViT, or a `UnitViT`.
         decoder: `Decoder(encoder.out_dim, encoder.unit_size, ...)`.
         mask_ratio: fraction of units to mask.
-        norm_targets: predict pixels that are normalized per unit.
+        norm_targets: predict pixels that are normalized per unit (MAE, section 3).
         decode_ratio: fraction of the masked units to predict, chosen at random.
-        target: what to predict; pixels by default.
+        target: what to predict. By default it is `Pixels(norm_targets)`.
 
     Raises:
         UserError: if the encoder cannot skip units, the decoder does not fit it, or a ratio is out of range.
@@ -64,15 +64,23 @@ class MAE(nn.Module):
                 raise UserError(f"{name} is {ratio}. It must lie between 0 and 1.")
         self.encoder, self.decoder = encoder, decoder
         self.mask_ratio, self.norm_targets, self.decode_ratio = mask_ratio, norm_targets, decode_ratio
-        self.target = target or Pixels(norm_targets)
+        self.target = Pixels(norm_targets) if target is None else target
 
     @property
     def config(self) -> dict[str, Any]:
-        """Keyword arguments that rebuild the method around its encoder and decoder."""
+        """Keyword arguments that rebuild the method around its encoder and decoder.
+
+        `decode_ratio` is not one of them: it saves time in training, and reconstructions show all masked units.
+        """
         return {"mask_ratio": self.mask_ratio, "norm_targets": self.norm_targets}
 
     def forward(self, images: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Output:
-        """Images (b c H W); mask noise (b n), or its generator -> loss (), prediction (b m p*q*c), units"""
+        """Images (b c H W); mask noise (b n), or its generator -> L2 loss (), prediction (b m p*q*c), units
+
+        Raises:
+            UserError: if a side of the images is no multiple of the unit size, or the prediction does not fit the
+                target.
+        """
         p = self.encoder.unit_size
         grid = unit_grid(images.shape[-2], images.shape[-1], p)
         mask = sample_mask(len(images), grid[0] * grid[1], self.mask_ratio, generator, noise)
@@ -84,9 +92,9 @@ class MAE(nn.Module):
         prediction = self.decoder(latent, mask, grid)
         target = self.target(images, units, mask.masked)
         if prediction.shape != target.shape:
-            c, values = images.shape[1], prediction.shape[-1]
             raise UserError(
-                f"The decoder predicts {values} values per unit, not {p} x {p} x {c}. Build it with in_chans={c}."
+                f"The decoder predicts {prediction.shape[-1]} values per unit, but the target has {target.shape[-1]}. "
+                f"To predict pixels, build it with in_chans={images.shape[1]}."
             )
         loss = (prediction.float() - target).square().mean()
         return Output(loss, prediction, mask)

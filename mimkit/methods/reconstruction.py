@@ -1,4 +1,4 @@
-"""Reconstructions: what a pre-training method predicts for masked units, as pictures."""
+"""Reconstructions: pictures of what a pre-training method predicts for masked units."""
 
 from pathlib import Path
 
@@ -13,29 +13,34 @@ from mimkit.units import Grid, UnitMask, gather, scatter, serialize, unit_grid, 
 
 
 def unnormalize_from_visible(prediction: Tensor, units: Tensor, mask: UnitMask, grid: Grid) -> Tensor:
-    """Normalized predictions (b m p*q*c), units (b n c p p) -> pixels (b m p*q*c), from visible units alone.
+    """Normalized predictions (b m p*q*c), units (b n c p p), their grid (gh gw) -> pixels (b m p*q*c)
 
-    Mean and deviation of a masked unit are averages over the visible units (`units` is read at `mask.visible` only),
-    weighted by the inverse fourth power of their distance in the grid.
+    The mean and the standard deviation of a masked unit are estimated from visible units only: they are averages,
+    weighted by the inverse fourth power of the distance in the grid.
     """
     visible = gather(units, mask.visible).flatten(2)
     var, mean = torch.var_mean(visible, dim=-1)
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    places = torch.stack([rows.flatten(), columns.flatten()], -1).to(prediction)[None]
-    distance = torch.cdist(gather(places, mask.masked), gather(places, mask.visible))
+    positions = torch.stack([rows.flatten(), columns.flatten()], -1).to(prediction)[None]
+    distance = torch.cdist(gather(positions, mask.masked), gather(positions, mask.visible))
     weight = distance**-4 / (distance**-4).sum(-1, keepdim=True)  # (b m v)
-    mean, deviation = (weight @ x[..., None] for x in (mean, var.sqrt()))
-    return prediction * deviation + mean
+    mean, std = (weight @ x[..., None] for x in (mean, var.sqrt()))
+    return prediction * std + mean
 
 
 @torch.no_grad()
 def reconstruct(method: Method, images: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Network inputs (b c H W) -> (the same, with masked units gray, with masked units predicted), all (b c H W)"""
-    module: torch.nn.Module = method  # type: ignore[assignment]
-    training = module.training
-    module.eval()
+    """Normalized images (b c H W) -> images, images with masked units gray, reconstructions, all (b c H W)
+
+    Args:
+        method: the method. It runs in evaluation mode; its mode is restored.
+        images: the input of the network.
+        seed: of the mask.
+    """
+    training = method.training
+    method.train(False)
     output = method(images, generator=torch.Generator().manual_seed(seed))
-    module.train(training)
+    method.train(training)
     p = method.encoder.unit_size
     grid = unit_grid(images.shape[-2], images.shape[-1], p)
     units = serialize(images, p)
@@ -49,11 +54,18 @@ def reconstruct(method: Method, images: Tensor, seed: int = 0) -> tuple[Tensor, 
 
 
 def reconstructions(method: Method, images: Tensor, normalize: Normalize, file: Path) -> None:
-    """Draw original, masked and reconstructed images (b c H W), one row each. Channels beyond three are not shown."""
+    """Draw original images, masked images and reconstructions into a file, one row each.
+
+    Args:
+        method: the method.
+        images: images (b c H W), as the network receives them. Only the first three channels are drawn.
+        normalize: the normalization of the images, which is undone.
+        file: where to write the picture.
+    """
     from torchvision.utils import make_grid
 
     rows = [(x * normalize.std + normalize.mean).clamp(0, 1).cpu() for x in reconstruct(method, images)]
-    how = (
+    explanation = (
         "predictions are normalized:\nbrightness and contrast come from visible units only"
         if method.norm_targets
         else "pixels as predicted"
@@ -66,5 +78,5 @@ def reconstructions(method: Method, images: Tensor, normalize: Normalize, file: 
     axis.set_yticks([gap + height / 2 + i * (height + gap) for i in range(3)], names, rotation=90, va="center")
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    figure.suptitle(f"Reconstruction, {how}", fontsize=9)
+    figure.suptitle(f"Reconstruction, {explanation}", fontsize=9)
     save_figure(figure, file)

@@ -1,6 +1,7 @@
-"""SimMIM: replace masked units by mask tokens, compute the whole map, predict the masked pixels.
+"""SimMIM: replace masked units by mask tokens, compute the whole map, and predict the masked pixels.
 
-Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022: for networks that cannot skip units.
+Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022. It is for networks that cannot skip
+units.
 """
 
 from typing import Any
@@ -23,6 +24,7 @@ class PixelHead(nn.Module):
 
     Args:
         in_dim, unit_size, token_dim: `out_dim`, `unit_size` and `token_dim` of the encoder.
+        in_chans: number of channels of the images.
     """
 
     def __init__(self, in_dim: int, unit_size: int, token_dim: int, in_chans: int = 3):
@@ -33,7 +35,7 @@ class PixelHead(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b m in_dim) -> (b m p*q*c)"""
+        """Latent (b m in_dim) -> pixels (b m p*q*c)"""
         return self.pred(x)
 
     def no_weight_decay(self) -> set[str]:
@@ -53,7 +55,7 @@ class SimMIM(nn.Module):
         UserError: if the encoder cannot take mask tokens, the head does not fit it, or the ratio is out of range.
     """
 
-    norm_targets = False  # it predicts pixels as the network sees them
+    norm_targets = False  # it predicts pixels as the network sees them (SimMIM, section 3.4)
     target = Pixels(norm=False)
 
     def __init__(self, encoder: MapEncoder, decoder: PixelHead, mask_ratio: float = 0.6):
@@ -75,22 +77,25 @@ class SimMIM(nn.Module):
         return {"mask_ratio": self.mask_ratio}
 
     def forward(self, images: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Output:
-        """Images (b c H W); mask noise (b n), or its generator -> L1 loss (), prediction (b m p*q*c), units"""
+        """Images (b c H W); mask noise (b n), or its generator -> L1 loss (), prediction (b m p*q*c), units
+
+        Raises:
+            UserError: if a side of the images is no multiple of the unit size, or the head has other channels.
+        """
         p = self.encoder.unit_size
         grid = unit_grid(images.shape[-2], images.shape[-1], p)
         mask = sample_mask(len(images), grid[0] * grid[1], self.mask_ratio, generator, noise)
         mask = UnitMask(mask.visible.to(images.device), mask.masked.to(images.device))
         target = self.target(images, serialize(images, p), mask.masked)
-        # masked pixels must not reach the network: an overlapping stem would see them from the next unit
+        # masked pixels must not reach the network: an overlapping stem would mix them into the next unit
         zeros = images.new_zeros(images.shape[1])
         visible = replace_masked(rearrange(images, "b c h w -> b h w c"), mask.masked, grid, zeros)
         latent = self.encoder.encode_masked(rearrange(visible, "b h w c -> b c h w"), mask, self.decoder.mask_token)
         prediction = self.decoder(gather(latent, mask.masked))
         if prediction.shape != target.shape:
             raise UserError(
-                f"The head predicts {prediction.shape[-1]} values per unit, not {p} x {p} x {images.shape[1]}. Build "
-                "it "
-                f"with in_chans={images.shape[1]}."
+                f"The head predicts {prediction.shape[-1]} values per unit, but the target has {target.shape[-1]}. "
+                f"Build it with in_chans={images.shape[1]}."
             )
         loss = (prediction.float() - target).abs().mean()
         return Output(loss, prediction, mask)
