@@ -24,7 +24,6 @@ from typing import Any
 
 import timm
 import torch
-from mimkit.recipes.mae import Options
 from torch import nn
 
 from mimkit.config import PositiveInt, call
@@ -52,10 +51,10 @@ def timed(work: Callable[[], Any], times: int) -> float:
 
 def train(out: str, model: str, batch_size: int, steps: int) -> None:
     """Time a step in each process. The main process writes the seconds to the file `out` as JSON."""
-    run = Run("processes", Options(out=str(Path(out).with_suffix("")), precision="fp32"))
+    run = Run("processes", out=str(Path(out).with_suffix("")), precision="fp32")
     torch.set_num_threads(1)
     accelerator = run.accelerator
-    share = run.plan(batch_size, batch_size, 1).share
+    share = run.make_plan(batch_size, batch_size, 1).micro_batch_size
     encoder: Any = timm.create_model(model, num_classes=0, unit_form=True, multi_scale=True)
     mae: nn.Module = MAE(encoder, Decoder(encoder.out_dim, encoder.unit_size, 3, 512, 8, 16))
     images = torch.randn(share, 3, 224, 224)
@@ -75,7 +74,7 @@ def train(out: str, model: str, batch_size: int, steps: int) -> None:
     ready, stepper = run.prepare(mae, optimizer)
 
     def step() -> None:
-        with run.accumulate(ready):
+        with accelerator.accumulate(ready):
             accelerator.backward(ready(images).loss)
             stepper.step()
             stepper.zero_grad()
