@@ -514,23 +514,28 @@ def test_a_wrong_kernel_is_caught(monkeypatch, tmp_path):
     assert convert("vit_base_patch14_dinov2", dry_run=True, **more).checks[1]["error"] < 1e-12
 
 
-def test_a_large_difference_is_checked_in_float64(monkeypatch, file, tmp_path):
+@pytest.mark.parametrize("name", [NAME, "beit_base_patch16_224", "vit_small_patch16_dinov3", "samvit_base_patch16"])
+def test_a_large_difference_is_checked_in_float64(name, monkeypatch, tmp_path):
     monkeypatch.setattr(verify, "DOUBT", -1.0)  # every difference is checked again
-    for name in ("beit_base_patch16_224", "vit_small_patch16_dinov3", "samvit_base_patch16"):
-        net = fill(plain_vit(name, **TINY, num_classes=0))
-        save_file(net.state_dict(), tmp_path / "other.safetensors")
-        report = convert(name, dry_run=True, **options(tmp_path / "other.safetensors"))
-        assert report.checks[-1]["float64"] < 1e-9, name
-    assert convert(NAME, dry_run=True, **options(file)).checks[-1]["float64"] < 1e-9
-    net = fill(timm.create_model("hpvit", source=NAME, source_args=TINY)).eval()
-    before = {key: value.clone() for key, value in net.state_dict().items()}
-    with torch.no_grad(), in_float64(net):
-        doubled = net(torch.randn(1, 3, 64, 64, dtype=torch.float64))
-    assert doubled.dtype == torch.float64
-    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    save_file(fill(plain_vit(name, **TINY, num_classes=0)).state_dict(), tmp_path / "vit.safetensors")
+    report = convert(name, dry_run=True, **options(tmp_path / "vit.safetensors"))
+    assert report.checks[-1]["float64"] < 1e-9
+
+
+def test_a_difference_in_float64_is_an_error(monkeypatch, file):
+    monkeypatch.setattr(verify, "DOUBT", -1.0)
     monkeypatch.setattr(verify, "LIMIT64", -1.0)
     with pytest.raises(UserError, match="in float64"):
         convert(NAME, dry_run=True, **options(file))
+
+
+def test_float64_leaves_the_weights_as_they_are():
+    net = fill(timm.create_model("hpvit", source=NAME, source_args=TINY)).eval()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with torch.no_grad(), in_float64(net):
+        output = net(torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    assert output.dtype == torch.float64
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
 def test_linear_cka():
