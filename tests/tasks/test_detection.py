@@ -231,7 +231,7 @@ def test_val_is_judged_where_there_is_a_test_part_too(data):
 def test_a_part_without_objects_cannot_be_judged(data):
     file = data / "annotations" / "instances_val2017.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
-    with pytest.raises(UserError, match="no objects in its test part"):
+    with pytest.raises(UserError, match="no objects in its test split"):
         open_boxes(str(data), masks=True)
 
 

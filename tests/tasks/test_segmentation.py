@@ -283,7 +283,7 @@ def test_a_stray_number_is_no_class(data):
     stray = np.array(Image.open(file))
     stray[3, 4] = 200
     Image.fromarray(stray).save(file)
-    with pytest.raises(UserError, match=f"{file.name} has the class 200, and no mask has 3: mend it, or say how many"):
+    with pytest.raises(UserError, match=f"{file.name} has the class 200, and no mask has 3: fix it, or say how many"):
         open_masked(str(data))
 
 
