@@ -13,7 +13,7 @@ import transformers
 from conftest import fill
 from einops import rearrange
 from safetensors.torch import load_file, save_file
-from test_svit import Reference, released, shaken
+from svit_reference import Reference, released, shaken
 
 import mimkit
 from mimkit.conversion import source
