@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import fill, learns
 from einops import rearrange
-from test_svit import shaken
+from svit_reference import shaken
 from torch import nn
 from transformers import SwinConfig, SwinForMaskedImageModeling
 

@@ -1,3 +1,5 @@
+"""Feature pyramids of all kinds of backbones, and attention windows for large images."""
+
 import copy
 
 import pytest
@@ -16,7 +18,7 @@ from mimkit.models.layers import windows
 from mimkit.models.layers.windows import into_windows, out_of_windows, window_sides, windowed_map
 from mimkit.tasks.segmentation import Segmenter
 
-DEEP = {  # of 8 blocks, so that there are some between the last ones of the quarters
+DEEP = {  # networks of 8 blocks: each quarter has a block in windows and a global one
     "hivit_nano": {"depths": (1, 1, 8)},
     "hivit_nano without biases": {"depths": (1, 1, 8), "unit_form": True},
     "hpvit": {"source_args": {"embed_dim": 32, "depth": 8, "num_heads": 2}, "depths": "0-1-7-0"},
@@ -27,7 +29,7 @@ DEEP = {  # of 8 blocks, so that there are some between the last ones of the qua
 
 
 def deep(name, window=0):
-    """A pyramid of a filled network in double precision; the same for any window."""
+    """Build a pyramid in float64 whose weights do not depend on the window."""
     torch.manual_seed(0)
     return joined(Pyramid(fill(timm.create_model(name.split()[0], **DEEP[name])), window=window)).double().eval()
 
@@ -36,7 +38,7 @@ def deep(name, window=0):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_is_a_pyramid_and_all_of_it_learns(name):
+def test_every_backbone_gives_four_maps_and_gradients(name):
     for neck in NECKS:
         if name.startswith("vit") and neck in ("maps", "both"):
             with pytest.raises(UserError, match=r"needs maps at 4, 8 and 16 px; vit_tiny.*pass --neck pyramid"):
@@ -45,18 +47,18 @@ def test_every_backbone_is_a_pyramid_and_all_of_it_learns(name):
         pyramid = joined(Pyramid(backbone(name), neck))
         x = torch.randn(2, 3, 90, 64)
         maps = pyramid(x)
-        high, wide = (side + -side % pyramid.multiple for side in x.shape[-2:])
+        height, width = (side + -side % pyramid.multiple for side in x.shape[-2:])
         patch = 14 if "/14" in name else 16
         strides = [patch / 4, patch / 2, patch, 2 * patch]
         assert [tuple(m.shape[1:]) for m in maps] == [
-            (c, round(high / s), round(wide / s)) for c, s in zip(pyramid.channels, strides, strict=True)
+            (c, round(height / s), round(width / s)) for c, s in zip(pyramid.channels, strides, strict=True)
         ]
         sum((m * torch.randn_like(m)).sum() for m in maps).backward()
         assert not [n for n, p in pyramid.named_parameters() if p.grad is None or not p.grad.any()], neck
 
 
-def test_an_hpvit_starts_as_the_plain_networks_pyramid():
-    """With its finer maps added: nothing is lost by them before training, and they learn from the first step on."""
+def test_an_hpvit_starts_as_the_pyramid_of_its_plain_vit():
+    """Check that the added finer maps change nothing before training, and get gradients in the first step."""
     net = fill(timm.create_model("hpvit", **DEEP["hpvit"]))
     for pool in net.pools[:2]:
         pool.reset_parameters()
@@ -75,15 +77,15 @@ def test_an_hpvit_starts_as_the_plain_networks_pyramid():
 
 
 @pytest.mark.parametrize(("depths", "neck"), [("0-1-2-0", "both"), ("1-1-0-1", "maps"), ("0-0-0-3", "maps")])
-def test_no_block_of_a_pre_trained_hpvit_is_left_out(depths, neck):
+def test_the_default_neck_keeps_all_blocks_of_an_hpvit(depths, neck):
     pyramid = Pyramid(backbone("hpvit", depths=depths))
     assert (pyramid.neck, len(pyramid.backbone.blocks)) == (neck, 3)
     assert len(Pyramid(backbone("hpvit", depths=depths), "both").backbone.blocks) == 3 - int(depths[-1])
 
 
 @pytest.mark.parametrize("name", [n for n in (*BACKBONES, *DEEP) if n != "resnet18"])
-def test_a_padded_batch_is_its_images_padded(name):
-    """What an image gets does not depend on what lies beside it in the batch; the deep ones have windows."""
+def test_maps_of_an_image_do_not_depend_on_its_batch(name):
+    """Compare a batch of padded images with the same images one by one. The deep networks have windows."""
     pyramid = deep(name, window=4).float() if name in DEEP else Pyramid(backbone(name)).eval()
     images = [torch.randn(3, 64, 96), torch.randn(3, 96, 80)]
     padded = torch.stack([F.pad(image, (0, 96 - image.shape[2], 0, 96 - image.shape[1])) for image in images])
@@ -91,12 +93,12 @@ def test_a_padded_batch_is_its_images_padded(name):
     for i in range(2):
         for one, both in zip(pyramid(padded[i : i + 1]), together, strict=True):
             assert torch.allclose(one[0], both[i], atol=1e-4)
-    # padding is seen, as it is by any network that attends or convolves beyond it: reported in docs/segmentation.md
+    # padding changes the maps, as in any network that attends to it or convolves over it (docs/segmentation.md)
     alone = pyramid(images[0][None])[2][0]
     assert not torch.allclose(alone, together[2][0][:, : alone.shape[1], : alone.shape[2]], atol=1e-4)
 
 
-def test_what_gives_no_pyramid_is_refused():
+def test_backbones_without_a_pyramid_are_refused():
     with pytest.raises(UserError, match="--neck nose is unknown"):
         Pyramid(backbone("hivit_nano"), "nose")
     with pytest.raises(UserError, match="resnet26's are at 2, 4, 8: pass --neck pyramid"):
@@ -114,11 +116,11 @@ SIDES = st.integers(1, 9)
 
 
 @given(SIDES, SIDES, st.integers(1, 6), st.integers(0, 2), st.integers(1, 2))
-def test_windows_cover_a_grid_and_go_back(height, width, window, k, batch):
+def test_windows_cover_a_grid_and_can_be_undone(height, width, window, k, batch):
     grid = height, width
     h, w = sides = window_sides(grid, window)
     assert max(sides) <= window
-    counts = [-(-height // window), -(-width // window)]  # no window more than it takes
+    counts = [-(-height // window), -(-width // window)]  # the smallest possible number of windows
     assert [-(-height // h), -(-width // w)] <= counts
     x = torch.randn(batch, k + height * width, 3)
     cut, mask = into_windows(x, grid, sides, k)
@@ -129,7 +131,7 @@ def test_windows_cover_a_grid_and_go_back(height, width, window, k, batch):
         return
     seen = mask[:, 0, 0] == 0
     assert seen[:, :k].all()
-    assert seen[:, k:].any(1).all()  # no window is all padding, whose attention would be undefined
+    assert seen[:, k:].any(1).all()  # a window of padding only would have undefined attention
     assert seen[:, k:].sum() == batch * height * width
     assert not cut[~seen].any()
     assert (mask[:, 0, 0][~seen] < -1e38).all()
@@ -137,7 +139,7 @@ def test_windows_cover_a_grid_and_go_back(height, width, window, k, batch):
 
 @pytest.mark.parametrize("name", DEEP)
 @torch.no_grad()
-def test_a_window_of_the_whole_map_is_none(name):
+def test_a_window_of_the_whole_map_changes_nothing(name):
     x = torch.randn(2, 3, 96, 160, dtype=torch.float64)  # 6 x 10 tokens
     whole = deep(name)(x)
     for window in (10, 16):
@@ -147,8 +149,8 @@ def test_a_window_of_the_whole_map_is_none(name):
 
 @pytest.mark.parametrize("name", DEEP)
 @torch.no_grad()
-def test_only_the_last_block_of_each_quarter_reaches_across(name):
-    """Where no other block attends, a change in one corner is seen in the opposite one through these only."""
+def test_only_the_last_block_of_each_quarter_is_global(name):
+    """Disable attention in all blocks but one, and check whether a change in one corner reaches the opposite one."""
     x = torch.randn(1, 3, 96, 160, dtype=torch.float64)
     changed = x.clone()
     changed[..., :16, :16] += 1
@@ -167,8 +169,8 @@ def test_only_the_last_block_of_each_quarter_reaches_across(name):
 
 @pytest.mark.parametrize("name", DEEP)
 @torch.no_grad()
-def test_padding_of_windows_is_not_looked_at(name, monkeypatch):
-    """Windows of 3 x 4 on 6 x 10 tokens; without the mask, zeros are attended to."""
+def test_the_mask_hides_the_padding_of_windows(name, monkeypatch):
+    """Remove the mask from windows of 3 x 4 on 6 x 10 tokens, and check that attention to zeros changes the map."""
     x = torch.randn(1, 3, 96, 160, dtype=torch.float64)
     pyramid = deep(name, 4)
     masked = pyramid(x)[2]
@@ -180,8 +182,8 @@ def test_padding_of_windows_is_not_looked_at(name, monkeypatch):
 @settings(max_examples=20, deadline=None)
 @given(SIDES, SIDES, st.integers(1, 5))
 @torch.no_grad()
-def test_windows_of_a_plain_vit_are_attention_under_a_mask(height, width, window):
-    """An explicit one (n n). A prefix token attends to itself and to one window, and becomes the mean over windows."""
+def test_windows_of_a_plain_vit_equal_masked_attention(height, width, window):
+    """Compare with an explicit mask (n n). Prefix tokens attend to one window at a time, and are averaged over them."""
     vit = deep("vit_tiny_patch16_224 with registers").backbone
     x = torch.randn(1, 3, 16 * height, 16 * width, dtype=torch.float64)
     h, w = window_sides((height, width), window)
@@ -204,8 +206,8 @@ def test_windows_of_a_plain_vit_are_attention_under_a_mask(height, width, window
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_all_of_it_learns_in_windows_and_recomputes_them(name):
-    """Also when another size has passed before the backward pass: nothing about windows is kept in the network."""
+def test_windows_with_gradient_checkpointing_and_two_input_sizes(name):
+    """Run two input sizes before the backward pass: recomputation must not depend on state stored in the network."""
     x, other = (torch.randn(1, 3, *size, dtype=torch.float64) for size in ((96, 160), (160, 64)))
     pyramid, gradients = deep(name, 4).train(), []
     for recomputed in (False, True):
@@ -221,7 +223,7 @@ def test_all_of_it_learns_in_windows_and_recomputes_them(name):
     assert set(deep(name).state_dict()) == set(pyramid.state_dict())
 
 
-def test_windows_of_the_network_stay_where_none_are_asked_for():
+def test_a_pyramid_keeps_the_windows_of_its_backbone_by_default():
     net = timm.create_model("hpvit", **DEEP["hpvit"], window=3)
     assert Pyramid(net).backbone.window == 3
     assert Pyramid(net, window=5).backbone.window == 5
@@ -238,6 +240,6 @@ def test_windows_of_the_network_stay_where_none_are_asked_for():
         ("samvit_base_patch16", {"depth": 1, "embed_dim": 32, "num_heads": 2}),
     ],
 )
-def test_windows_that_others_have_not(name, options):
+def test_windows_are_refused_for_other_networks(name, options):
     with pytest.raises(UserError, match=f"--window is for HiViT, HPViT and VisionTransformer, and {name} is a"):
         Pyramid(timm.create_model(name, **options), window=4)

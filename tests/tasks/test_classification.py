@@ -17,7 +17,7 @@ from conftest import command, encoded, fill, launched, picture
 from mimkit.recipes import finetune, linear_probe, mae_hivit, mae_svit, mae_vit, simmim_svit, simmim_swin
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_svit import released, shaken
+from svit_reference import released, shaken
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mimkit.config import presets
