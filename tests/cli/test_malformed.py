@@ -155,6 +155,7 @@ def check(root, main, *argv):
                 GradientState._reset_state()
         lines = err.getvalue().splitlines()
         assert "Traceback" not in err.getvalue() + out.getvalue()
+        assert "likely a bug" not in err.getvalue()
         if code == 1:
             assert argv[0] == "doctor"  # it found a problem and reported it
             return ""
