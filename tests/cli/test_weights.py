@@ -97,7 +97,7 @@ def test_a_decoder_and_its_method_round_trip(tmp_path):
     decoder = Decoder(7, 4, in_chans=2, dim=24, depth=1, num_heads=4)
     write_decoder(decoder, tmp_path / "decoder", mask_ratio=0.6, norm_targets=False)
     loaded, method = read_decoder(tmp_path / "decoder")
-    assert method == {"method": "mae", "mask_ratio": 0.6, "norm_targets": False}
+    assert method == {"mask_ratio": 0.6, "norm_targets": False}
     assert all(torch.equal(a, b) for a, b in zip(decoder.parameters(), loaded.parameters(), strict=True))
     with pytest.raises(UserError, match="holds no decoder"):
         read_decoder(tmp_path)
