@@ -272,7 +272,7 @@ class PresetFile(jsonargparse.ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Replace the name of a preset by its file."""
         if "\0" in str(values):
-            parser.error("config: a NUL character is in it, which no name has")
+            parser.error("config: contains a NUL character, which no name can contain")
         super().__call__(parser, cfg, str(self.shipped.get(values, values)), option_string)
 
 
