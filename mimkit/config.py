@@ -7,7 +7,6 @@ recipe may give a flag another default.
 import argparse
 import dataclasses
 import inspect
-import json
 import re
 import sys
 import typing
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import docstring_parser
 import jsonargparse
 import yaml
+
+from mimkit.files import read_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -284,6 +285,8 @@ class PresetFile(jsonargparse.ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Replace the name of a preset by its file."""
+        if "\0" in str(values):
+            parser.error("config: contains a NUL character, which no name can contain")
         super().__call__(parser, cfg, str(self.shipped.get(values, values)), option_string)
 
 
@@ -295,7 +298,7 @@ def default_preset(shipped: dict[str, Path], recipe: str, small: str, argv: list
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--model", "--config"):
-        first.add_argument(flag)
+        first.add_argument(flag, nargs="?")  # the parser of the recipe reports a missing value
     given = first.parse_known_args(argv)[0]
     if given.config or {"-h", "--help"} & {*argv}:
         return None
@@ -304,7 +307,7 @@ def default_preset(shipped: dict[str, Path], recipe: str, small: str, argv: list
     if Path(given.model) == Path(yaml.safe_load(shipped[small].read_text())["model"]) and "/" in given.model:
         return shipped[small]  # the run that the small preset starts from
     config = Path(given.model) / "config.json"
-    name = json.loads(config.read_text()).get("architecture", "") if config.is_file() else given.model
+    name = read_json(config).get("architecture", "") if config.is_file() else given.model
     family = re.match(r"[a-z]*", str(name))
     return shipped.get(f"{recipe}_{family[0]}") if family else None
 

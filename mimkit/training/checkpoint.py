@@ -47,8 +47,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
 
 
 def seal(folder: Path, snapshot: Snapshot) -> None:
-    """Write the files of a checkpoint into an existing folder, which may hold files of the engine, and hash them "
-    "all."""
+    """Write the files of a checkpoint into an existing folder, which may hold files of the engine, and hash all."""
     for name, state in snapshot[0].items():
         save_file(state, folder / f"{name}.safetensors")
     (folder / STATE).write_text(json.dumps(snapshot[1], indent=1))
@@ -118,7 +117,8 @@ class Checkpointer:
     def __init__(self, run: Path, engine: Engine, keep: int = 2, log: Callable[[str], None] = print):
         self.run, self.engine, self.keep, self.log = run, engine, keep, log
         self.permanent_every = 0  # checkpoints at multiples of so many steps are never removed; 0 for none
-        self.latest: Path | None = None  # the last complete checkpoint
+        self.latest: Path | None = None  # the last complete checkpoint; only the main process knows it at all times
+        self.last_step: int | None = None  # the step of the last call of `save`, the same in all processes
         self.initial: Snapshot | None = None  # the state to return to while there is no checkpoint
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future[Path] | None = None
@@ -165,7 +165,7 @@ class Checkpointer:
     def save(self, step: int, state: TrainState) -> None:
         """Write a checkpoint after `step` steps and remove old ones, while training continues."""
         self.wait()
-        self.initial = None
+        self.initial, self.last_step = None, step
         folder, main = self.folder(step), self.engine.is_main
         permanent = step > 0 and self.permanent_every > 0 and step % self.permanent_every == 0
         about = {"step": step, "permanent": permanent, "engine": str(self.engine)}
@@ -175,10 +175,9 @@ class Checkpointer:
             if main:
                 self.writing = self.writer.submit(self._write, folder, _with(about, state.state_dict()))
             return
-        with replacing(folder) if main else nullcontext() as temporary:
+        with self._disk_full(), replacing(folder) if main else nullcontext() as temporary:
             shared = Path(self.engine.on_main(str, temporary))
-            with self._disk_full():
-                self.engine.save_shards(shared)
+            self.engine.save_shards(shared)
             self.engine.wait()
             if main:
                 seal(shared, _with(about, state.state_dict()))
@@ -203,8 +202,7 @@ class Checkpointer:
         if written_by != str(self.engine) and (sharded or "optimizer" not in snapshot[0]):
             raise UserError(
                 f"{folder} was written by {written_by}, but this is {self.engine}. Launch with the same engine, or "
-                "start "
-                "a new run from its weights with --init."
+                "start a new run from its weights with --init."
             )
         state.load_state_dict(snapshot, folder, self.engine.device)
         if sharded:

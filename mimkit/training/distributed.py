@@ -90,8 +90,7 @@ def start_accelerator(precision: str, grad_accum_steps: int, track: str | None) 
         raise UserError(
             f"accelerate launch was asked for {NAMES[engine]}, but {NAMES.get(running, running)} is running. "
             f"{'FSDP needs GPUs' if engine == 'FSDP' else 'Check the launch configuration'}; recipes/accelerate/ has "
-            "one "
-            "for each engine."
+            "one for each engine."
         )
     return accelerator
 
@@ -129,7 +128,7 @@ class Engine:
 
     def __str__(self) -> str:
         kind = self.accelerator.distributed_type.name
-        name = f"ZeRO-{self.zero_stage}" if self.zero_stage else NAMES[kind]
+        name = f"ZeRO-{self.zero_stage}" if self.is_deepspeed else NAMES[kind]
         return name if kind == "NO" else f"{name}, {self.world_size} processes"
 
     @property
@@ -139,6 +138,11 @@ class Engine:
         return plugin.zero_stage if plugin else 0
 
     @property
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed trains the model."""
+        return self.accelerator.distributed_type.name == "DEEPSPEED"
+
+    @property
     def is_fsdp(self) -> bool:
         """Whether FSDP2 shards the model."""
         return self.accelerator.distributed_type.name == "FSDP"
@@ -146,7 +150,7 @@ class Engine:
     @property
     def sharded_checkpoint(self) -> bool:
         """Whether only the engine itself can write and read the optimizer's state."""
-        return bool(self.zero_stage) or self.is_fsdp
+        return self.is_deepspeed or self.is_fsdp
 
     @property
     def sharded_params(self) -> bool:
@@ -224,7 +228,7 @@ class Engine:
             compile_network(model, block_by_block=self.sharded_params)
         if self.is_fsdp:
             self._configure_fsdp(model)
-        if not self.zero_stage:
+        if not self.is_deepspeed:
             return self.accelerator.prepare(model, optimizer)
         if not isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):  # LARS needs the norms of complete tensors
             raise UserError(

@@ -34,14 +34,13 @@ class OnlineKNN:
         try:
             if source.streaming:
                 raise UserError("kNN needs random access to images, which a stream lacks. Pass --streaming false.")
-            if run.engine.is_main:
-                self.parts = self._open(source.name)
+            run.engine.on_main(self._open, source.name)
         except UserError as error:
             if required:
                 raise
             run.print(f"no kNN: {error}")
 
-    def _open(self, name: str) -> tuple[Source, Source]:
+    def _open(self, name: str) -> None:
         train, test = open_labeled(name)
         if train.length < 10:
             raise UserError(f"kNN needs at least 10 training images; there are {train.length}.")
@@ -50,7 +49,7 @@ class OnlineKNN:
         per_class = min(self.images, train.length) / classes
         if per_class < PER_CLASS and train.length > TRAIN:
             self.run.print(f"kNN has {per_class:.0f} images per class, fewer than {PER_CLASS}: its accuracy is noisy.")
-        return train, test
+        self.parts = train, test
 
     def __call__(self, step: int, encoder: Any, when: str) -> None:
         """Measure, print and log. All processes must call this.

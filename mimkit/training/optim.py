@@ -109,8 +109,7 @@ def multistep(optimizer: torch.optim.Optimizer, steps: int, warmup: int, at: Seq
     if list(at) != sorted(set(at)) or not all(warmup < step < steps for step in at):
         raise UserError(
             f"The learning rate cannot drop at steps {list(at)} of {steps} with {warmup} steps of warm-up. Pass "
-            "increasing "
-            "--drop-epochs between the two."
+            "increasing --drop-epochs between the two."
         )
     about = _warmed_up(steps, warmup)
     del about["t_initial"]

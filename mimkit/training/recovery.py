@@ -89,7 +89,7 @@ class Recovery:
         by, how = f"Stopped by {by}", f"with --out {self.dir.path} --resume auto."
         if bad := self.guard.check(self.engine.reduce, self.state.scaler):
             raise StoppedError(f"{by} at step {bad.step}, which is bad ({bad.reason}). Continue from before it {how}")
-        if self.checkpoints.latest != self.checkpoints.folder(step + 1):
+        if self.checkpoints.last_step != step + 1:
             self.state.meter.average(self.engine.reduce)
             self.checkpoints.save(step + 1, self.state)
             self.checkpoints.wait()

@@ -88,8 +88,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not (folder / "about.json").is_file():
         raise UserError(
             f"{folder} is not a step to replay. Pass RUN/replay/step-N, which a run writes. For the step that ends a "
-            "run, "
-            "only images and names are saved."
+            "run, only images and names are saved."
         )
     return read_json(folder / "about.json", recipe=str, step=int, reason=str)
 

@@ -92,7 +92,7 @@ class Run:
         self.accelerator = self.engine.accelerator
         self.dir = self.engine.on_main(RunDir.open, out, name, resume)
         self.display = Display(quiet=not self.engine.is_main)
-        self.checkpoints = Checkpointer(self.dir.path, self.engine, keep, self.print)
+        self.checkpoints = Checkpointer(self.dir.path, self.engine, keep, self.display.print)
         self.meter, self.guard = Meter(), AnomalyGuard(max_spike)
         self.preemption = Preemption(self.engine.any)
         self.bad: Bad | None = None  # a step to return from
@@ -156,7 +156,8 @@ class Run:
         self.guard.watch(optimizer)
         scaler, sharded = self.accelerator.scaler, engine.sharded_checkpoint
         self.state = TrainState(model, optimizer, self.meter, self.guard, extra, scaler, sharded, self.plan.length)
-        self.recovery = Recovery(self.name, self.dir, engine, self.checkpoints, self.state, self.print)
+        log = self.display.print
+        self.recovery = Recovery(self.name, self.dir, engine, self.checkpoints, self.state, log)
         self.checkpoints.begin(self.state, save=not self.replay)
         if engine.is_main:
             self.dir.truncate(self.plan.start or -1)
@@ -170,15 +171,17 @@ class Run:
         After a bad step the run returns to a state before it. When it comes to that step again, the step is skipped:
         it has no micro-batches.
         """
-        plan, log = self.plan, self.display.print_once if self.engine.is_main else print
+        plan, state, device = self.plan, self.state, self.engine.device
+        log = self.display.print_once if self.engine.is_main else print
         self.step = plan.start
         if self.replay:
             self.bad = Bad(self.step, "it is replayed")  # so that nothing is due
             for micro_batches in replay_step(self.replay, self.state, self.engine, self._seed, self.print):
                 yield self.step, micro_batches
             raise SystemExit(0)
-        self.feed = Feed(loader, plan, self.engine.device, self.max_bad, self.state.bad_images, self.meter, log)
-        self.feed.start(self.step)
+        # it ends with this generator, and so do its data workers
+        feed = Feed(loader, plan, device, self.max_bad, state.bad_images, self.meter, log)
+        feed.start(self.step)
         self.meter.since_step = self.step
         self.meter.restart_clock()
         handlers = self.preemption.handlers() | {signal.SIGINT: lambda *_: self.recovery.interrupt(self.step)}
@@ -187,11 +190,11 @@ class Run:
                 self._seed()
                 if not self.meter.count:
                     self.meter.restart_clock()
-                micro_batches = self.feed.micro_batches()
+                micro_batches = feed.micro_batches()
                 self.skipping = self.recovery.skip(self.step, micro_batches)
                 yield self.step, iter(()) if self.skipping else micro_batches
                 if self.bad:
-                    self.step, self.bad = self.recovery.rewind(self.bad, self.feed), None
+                    self.step, self.bad = self.recovery.rewind(self.bad, feed), None
                     continue
                 if self.preemption.requested() and self.step + 1 < plan.steps:
                     self.recovery.stop(self.step, str(self.preemption))
@@ -209,8 +212,7 @@ class Run:
 
     @property
     def step_skipped(self) -> bool:
-        """Whether the current step did not change the weights: it is skipped, or fp16's scaler dropped its "
-        "gradients."""
+        """Whether the current step left the weights as they were: it is skipped, or fp16's scaler dropped it."""
         return self.skipping or self.accelerator.optimizer_step_was_skipped
 
     def end_step(self, step: int) -> None:
@@ -233,8 +235,7 @@ class Run:
         self.display.update(plan, done, metrics, rate, waiting, line)
 
     def due(self, step: int, epochs: float) -> bool:
-        """Return whether `step` is the last one of the run, or ends every `epochs` epochs. After a bad step it is "
-        "not."""
+        """Return whether `step` is the last one of the run or ends every `epochs` epochs, and no step was bad."""
         if self.bad:
             return False
         every = max(1, round(epochs * self.plan.steps_per_epoch))
@@ -261,4 +262,5 @@ class Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.free_memory()
-        del self.state
+        self.engine.model = self.engine.full_model = None
+        del self.state, self.recovery

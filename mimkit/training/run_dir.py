@@ -8,6 +8,7 @@ import yaml
 
 from mimkit.errors import UserError
 from mimkit.files import read_metrics, read_options, replacing_file
+from mimkit.training.checkpoint import checkpoints
 
 # Options that may differ when a run is resumed
 MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "keep", "keep_every", "knn_every", "eval_every"}
@@ -40,7 +41,7 @@ class RunDir:
         named = bool(out or resume)
         if resume not in (None, "auto"):
             folder = Path(resume or "")
-            if not any((folder / "checkpoints").glob("step-*")):
+            if not checkpoints(folder):
                 raise UserError(f"--resume {resume} holds no checkpoint. Pass the directory of a run, or 'auto'.")
             return cls(folder, named, resuming=True)
         if not out:

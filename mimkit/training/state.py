@@ -73,8 +73,7 @@ class TrainState:
         if values.get("images") != self.images:
             raise UserError(
                 f"{origin} is from a run on {values.get('images')} images, but --data has {self.images}, in another "
-                "order. "
-                "Pass the same data, or start a new run from its weights with --init."
+                "order. Pass the same data, or start a new run from its weights with --init."
             )
         try:
             for name, module in self.extra_modules.items():
@@ -91,7 +90,9 @@ class TrainState:
             self.meter.load_state_dict(values, device)
             self.guard.load_state_dict(values)
             self.bad_images.update(values["bad_images"])
-        except (KeyError, TypeError, AttributeError) as error:  # someone changed the file and its hash
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:  # someone changed the file and its hash
             raise UserError(
                 f"{origin} was not written by a run ({error!r}). Start a new one with another --out."
             ) from error
