@@ -415,7 +415,7 @@ def test_run_interrupted_at_any_step_ends_the_same(step, made, complete, tmp_pat
     reset()
     assert not (broken / "checkpoints" / "step-00000016").exists()
     tune("--out", broken, "--resume", "auto", *argv)
-    assert ("going on from" in capsys.readouterr().out) is (step >= 3)
+    assert ("resuming from" in capsys.readouterr().out) is (step >= 3)
     for name in ("model", "ema", "optimizer"):
         a, b = (load_file(f / "checkpoints" / "step-00000016" / f"{name}.safetensors") for f in (complete, broken))
         assert all(torch.equal(a[key], b[key]) for key in a), name
