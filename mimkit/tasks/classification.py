@@ -219,7 +219,7 @@ class Classification:
     def format_scores(self, scores: dict[str, float]) -> str:
         """Format the scores as one line of text."""
         top5 = f", top-5 {scores['top5']:.2f} %" if len(self.names) > 5 else ""
-        return f"top-1 {scores['top1']:.2f} %{top5} of {self.scores.confusion.sum()} test images"
+        return f"top-1 {scores['top1']:.2f} %{top5} on {self.scores.confusion.sum()} test images"
 
     def write(self, network: Any, folder: Path) -> None:
         """Write the network as a timm folder, with the names of its classes."""

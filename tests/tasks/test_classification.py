@@ -332,7 +332,7 @@ def test_what_a_run_leaves(made, tmp_path, capsys, monkeypatch):
     tune("--model", made / "hivit", "--data", made / "images", "--out", out, *QUICK, *heavy, "--save-every", "1")
     said = capsys.readouterr().out
     assert "fresh head of 3 classes (head)" in said
-    assert "of 12 test images" in said
+    assert "on 12 test images" in said
     names = {"config.yaml", "metrics.jsonl", "curves.png", "confusion.png", "checkpoints", "best", "last"}
     assert {f.name for f in out.iterdir()} == names
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -349,7 +349,7 @@ def test_what_a_run_leaves(made, tmp_path, capsys, monkeypatch):
     # evaluating it alone gives the last score, and predict writes the labels
     final = [line["top1"] for line in lines if "top1" in line][-1]
     tune("--model", out / "last", "--data", made / "images", "--eval-only")
-    assert f"top-1 {final:.2f} % of 12 test images" in capsys.readouterr().out
+    assert f"top-1 {final:.2f} % on 12 test images" in capsys.readouterr().out
     table = tmp_path / "table.csv"
     (tmp_path / "some").mkdir()
     for i in range(3):
@@ -415,7 +415,7 @@ def test_run_interrupted_at_any_step_ends_the_same(step, made, complete, tmp_pat
     reset()
     assert not (broken / "checkpoints" / "step-00000016").exists()
     tune("--out", broken, "--resume", "auto", *argv)
-    assert ("going on from" in capsys.readouterr().out) is (step >= 3)
+    assert ("resuming from" in capsys.readouterr().out) is (step >= 3)
     for name in ("model", "ema", "optimizer"):
         a, b = (load_file(f / "checkpoints" / "step-00000016" / f"{name}.safetensors") for f in (complete, broken))
         assert all(torch.equal(a[key], b[key]) for key in a), name

@@ -1,3 +1,5 @@
+"""Detection: the data sets, the network, COCO's metrics, and the recipe."""
+
 import copy
 import json
 import re
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mimkit.recipes import detect
 from PIL import Image
+from poison import poison
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -25,9 +28,8 @@ from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
 from mimkit.tasks import detection
 from mimkit.tasks.dense_checkpoint import read_dense, write_dense
-from mimkit.tasks.detection import Detector, as_results, coco_metrics, masks_of
+from mimkit.tasks.detection import Detector, coco_metrics, coco_results, paste_masks
 from mimkit.training.optim import groups_with_head, multistep
-from mimkit.training.run import Run
 
 TINY = {"source_args": {"embed_dim": 32, "depth": 3, "num_heads": 2}, "depths": "1-1-1-0"}
 BACKBONES = {
@@ -48,8 +50,8 @@ def polygon(left, top, side):
     return [[left, top, left + side, top, left + side, top + side, left, top + side]]
 
 
-def runs(mask):
-    """An uncompressed run-length encoding (COCO: down the columns, beginning with a run of zeros)"""
+def run_lengths(mask):
+    """Return an uncompressed run-length encoding (COCO: by columns, beginning with a run of zeros)."""
     counts, value = [0], 0
     for pixel in mask.flatten(order="F"):
         if pixel == value:
@@ -61,7 +63,7 @@ def runs(mask):
 
 
 def objects(folder, file, count=8, size=(64, 80), seed=0, first=0):
-    """Red and blue squares on gray, the masks of which are polygons and run lengths, and one image without any."""
+    """Write images of red and blue squares on gray, with masks as polygons and run lengths, and one empty image."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     coco = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "blue"}, {"id": 3, "name": "red"}]}
@@ -72,14 +74,16 @@ def objects(folder, file, count=8, size=(64, 80), seed=0, first=0):
             side = int(rng.integers(24, 40))
             left, top = int(rng.integers(0, size[1] - side)), int(rng.integers(0, size[0] - side))
             picture[top : top + side, left : left + side] = label
-            own.append((category, left, top, side, picture == label))
-        for kind, (category, left, top, side, seen) in enumerate(own):
-            whole = kind == len(own) - 1  # nothing lies upon it
-            packed = coco_masks.encode(np.asfortranarray(seen.astype(np.uint8)))
-            packed["counts"] = packed["counts"].decode()
-            drawn = polygon(left, top, side) if whole else runs((picture == 1).astype(np.uint8)) if i % 2 else None
-            if drawn is None:
-                drawn = coco_masks.encode(np.asfortranarray((picture == 1).astype(np.uint8)))
+            own.append((category, left, top, side))
+        for kind, (category, left, top, side) in enumerate(own):
+            whole = kind == len(own) - 1  # nothing covers it
+            visible = (picture == 1).astype(np.uint8)
+            if whole:
+                drawn = polygon(left, top, side)
+            elif i % 2:
+                drawn = run_lengths(visible)
+            else:
+                drawn = coco_masks.encode(np.asfortranarray(visible))
                 drawn["counts"] = drawn["counts"].decode()
             about = {"id": len(coco["annotations"]) + 1, "image_id": first + i, "category_id": category, "iscrowd": 0}
             coco["annotations"].append(
@@ -102,14 +106,14 @@ def coco_set(root, train=16, test=6, year="2017", size=(64, 80)):
 
 @pytest.fixture
 def data(tmp_path):
-    """16 + 6 pictures of two classes, one of each part without objects."""
+    """16 training and 6 validation images of two classes, one of each split without objects."""
     return coco_set(tmp_path / "set")
 
 
 # Sets ----------------------------------------------------------------------------------------------------------------
 
 
-def test_layouts_and_what_a_row_holds(data, tmp_path):
+def test_layouts_of_data_sets_and_rows(data, tmp_path):
     train, known, test, truth = open_boxes(str(data), masks=True)
     assert (train.length, test.length) == (16, 6)
     assert (known.names, known.numbers, truth.ids) == (["red", "blue"], [3, 7], [600 + i for i in range(6)])
@@ -130,13 +134,13 @@ def test_layouts_and_what_a_row_holds(data, tmp_path):
     assert open_boxes(str(inside), masks=True)[0].length == 4
 
 
-def test_masks_of_three_kinds_are_pycocotools():
+def test_masks_of_three_kinds_equal_those_of_pycocotools():
     rng = np.random.default_rng(0)
     seen = (rng.random((23, 31)) < 0.4).astype(np.uint8)
     packed = coco_masks.encode(np.asfortranarray(seen))
     packed["counts"] = packed["counts"].decode()
     assert (draw_mask(packed, 23, 31) == seen).all()
-    assert (draw_mask(runs(seen), 23, 31) == seen).all()
+    assert (draw_mask(run_lengths(seen), 23, 31) == seen).all()
     shape = [[2.5, 3, 20, 4, 15, 20.5], [22, 1, 30, 1, 30, 9, 25, 9]]
     theirs = coco_masks.decode(coco_masks.merge(coco_masks.frPyObjects(shape, 23, 31)))
     assert (draw_mask(shape, 23, 31) == theirs).all()
@@ -154,8 +158,8 @@ def test_masks_of_three_kinds_are_pycocotools():
             draw_mask({"size": [23, 31], "counts": counts}, 23, 31)
 
 
-def mended(root, change):
-    """A set whose file of annotations was changed."""
+def changed(root, change):
+    """Write a data set, change its file of annotations, and return its name."""
     coco_set(root, 6, 5)
     file = root / "annotations" / "instances_train2017.json"
     coco = json.loads(file.read_text())
@@ -165,7 +169,7 @@ def mended(root, change):
 
 
 def crowd(segmentation):
-    """What makes the first annotation one of a crowd, which only the judge looks at."""
+    """Return a change that makes the first annotation one of a crowd, which only the evaluation reads."""
     return lambda c: c["annotations"][0].update(iscrowd="1", segmentation=segmentation)
 
 
@@ -199,9 +203,9 @@ def crowd(segmentation):
         (lambda c: c["annotations"][0].update(iscrowd="no"), "not in COCO's format .*'no'"),
     ],
 )
-def test_what_is_wrong_is_named(change, message, tmp_path):
+def test_errors_in_annotations_are_named(change, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        open_boxes(mended(tmp_path, change), masks=True)
+        open_boxes(changed(tmp_path, change), masks=True)
 
 
 def test_boxes_alone_need_no_masks(tmp_path):
@@ -210,12 +214,12 @@ def test_boxes_alone_need_no_masks(tmp_path):
             del annotation["segmentation"], annotation["area"], annotation["id"]
             annotation["iscrowd"] = None
 
-    train, truth, *_ = open_boxes(mended(tmp_path, bare), masks=False)
+    train, truth, *_ = open_boxes(changed(tmp_path, bare), masks=False)
     assert "masks" not in read_objects(False)(train.rows[1]["objects"])
     assert all(a["area"] == a["bbox"][2] * a["bbox"][3] for a in truth.coco["annotations"])
 
 
-def test_an_image_of_another_size_is_bad(data):
+def test_image_of_another_size_is_bad(data):
     train, *_ = open_boxes(str(data), masks=True)
     Image.new("RGB", (80, 65)).save(data / "train2017" / "3.png")
     for transform in (train_objects(None, 64, 96, (1, 1), [0.5] * 3), fitting):
@@ -223,12 +227,12 @@ def test_an_image_of_another_size_is_bad(data):
         assert view.bad[1] == "it is 65x80, and 64x80 in the file of annotations"
 
 
-def test_val_is_judged_where_there_is_a_test_part_too(data):
+def test_val_is_evaluated_even_if_there_is_a_test_split(data):
     objects(data / "test2017", data / "annotations" / "instances_test2017.json", 3)
     assert open_boxes(str(data), masks=True)[2].length == 6
 
 
-def test_a_part_without_objects_cannot_be_judged(data):
+def test_split_without_objects_cannot_be_evaluated(data):
     file = data / "annotations" / "instances_val2017.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
     with pytest.raises(UserError, match="no objects in its test split"):
@@ -239,8 +243,8 @@ def test_a_part_without_objects_cannot_be_judged(data):
 
 
 @pytest.mark.parametrize("size", [None, (48, 48), (64, 96), (24, 80)])
-def test_an_image_and_its_objects_stay_together(size):
-    """The image is bright where an object is: so is every mask, which a box surrounds, cut or whole; mirrored not."""
+def test_image_and_objects_are_transformed_together(size):
+    """The image is bright inside objects: it agrees with the masks, and boxes surround them. Mirrored, it does not."""
     agreed, mirrored, counts, shapes = [], [], set(), set()
     for seed in range(25):
         torch.manual_seed(seed)
@@ -272,7 +276,7 @@ def test_an_image_and_its_objects_stay_together(size):
 
 
 @pytest.mark.parametrize("size", [None, (20, 20)])
-def test_masks_are_scaled_by_the_pixel_in_the_middle(size):
+def test_masks_are_resized_to_the_pixel_in_the_center(size):
     mask = (torch.arange(60) % 3 == 1).byte().expand(1, 60, 60)
     boxes = tv_tensors.BoundingBoxes([[0, 0, 60, 60]], format="XYXY", canvas_size=(60, 60))
     found = {"boxes": boxes, "labels": torch.ones(1, dtype=torch.long), "masks": tv_tensors.Mask(mask)}
@@ -284,7 +288,7 @@ def test_masks_are_scaled_by_the_pixel_in_the_middle(size):
 
 @settings(deadline=None)
 @given(st.integers(0, 10**6))
-def test_a_box_is_around_its_mask(seed):
+def test_box_is_around_its_mask(seed):
     rng = np.random.default_rng(seed)
     mask = rng.random((3, 7, 9)) < 0.15
     mask[:, rng.integers(7), rng.integers(9)] = True
@@ -298,18 +302,18 @@ def test_a_box_is_around_its_mask(seed):
 
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_all_of_a_detector_learns_and_it_finds_in_pixels_of_the_image(name, masks, data):
+def test_every_parameter_gets_a_gradient_and_boxes_are_in_pixels_of_the_image(name, masks, data):
     train, *_ = open_boxes(str(data), masks=masks)
     model = detector(name, masks=masks)
     joined(model.rcnn.backbone.pyramid)
     transform = train_objects(None, 64, 96, (0.8, 1.0), [0.5] * 3)
-    viewer = SampleLoader(transform, 3, 0, 0, ("image", "objects"), read_objects(masks))
-    batch = collate_list([viewer(train.rows[i], 0, i) for i in range(3)])  # the first is without objects
+    load = SampleLoader(transform, 3, 0, 0, ("image", "objects"), read_objects(masks))
+    batch = collate_list([load(train.rows[i], 0, i) for i in range(3)])  # the first is without objects
     losses = model(batch.images, batch.labels)
     assert ("loss_mask" in losses) is masks
     sum(losses.values()).backward()
-    silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert not silent
+    without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert not without
     model.eval()
     found = model([torch.randint(256, (3, 100, 150), dtype=torch.uint8), torch.rand(3, 64, 40)])
     for one, (height, width) in zip(found, ((100, 150), (64, 40)), strict=True):
@@ -317,24 +321,24 @@ def test_all_of_a_detector_learns_and_it_finds_in_pixels_of_the_image(name, mask
         assert (one["boxes"] <= torch.tensor([width, height, width, height])).all()
         assert ("small" in one) is masks
         if masks:
-            assert {mask.shape for mask in masks_of(one, (height, width))} == {(height, width)}
+            assert {mask.shape for mask in paste_masks(one, (height, width))} == {(height, width)}
         assert (one["scores"].diff() <= 0).all()
 
 
-def test_the_first_image_has_no_say_in_the_others():
-    """torchvision would take the scales of its maps from it, by its size without padding."""
+def test_detections_do_not_depend_on_the_first_image():
+    """torchvision would infer the scales of its maps from the first image, by its size without padding."""
     model = detector().eval()
     fresh, image = copy.deepcopy(model), torch.rand(3, 64, 64)
     with torch.no_grad():
         model([torch.rand(3, 45, 96)])
-        (found,), (alone,) = model([image]), fresh([image])
-    assert len(alone["boxes"])
-    assert torch.equal(found["boxes"], alone["boxes"])
-    assert torch.equal(found["small"], alone["small"])
+        (found,), (expected,) = model([image]), fresh([image])
+    assert len(expected["boxes"])
+    assert torch.equal(found["boxes"], expected["boxes"])
+    assert torch.equal(found["small"], expected["small"])
 
 
 @torch.no_grad()
-def test_masks_laid_into_the_image_one_at_a_time_are_torchvisions(monkeypatch):
+def test_masks_pasted_one_at_a_time_equal_torchvisions(monkeypatch):
     ours, pasted = detector().eval(), []
     theirs = copy.deepcopy(ours)
     theirs.rcnn.roi_heads._forward_hooks.clear()
@@ -345,7 +349,7 @@ def test_masks_laid_into_the_image_one_at_a_time_are_torchvisions(monkeypatch):
     (found,), (whole,) = ours([image]), theirs([image])
     paste = detection.paste_masks_in_image
     monkeypatch.setattr(detection, "paste_masks_in_image", lambda m, *args: pasted.append(len(m)) or paste(m, *args))
-    results = as_results(found, 1, [3, 7], (100, 150))
+    results = coco_results(found, 1, [3, 7], (100, 150))
     assert pasted == [1] * len(results) != []
     masks = whole["masks"][:, 0] > 0.5
     assert 0.05 < masks.float().mean() < 0.95
@@ -354,7 +358,7 @@ def test_masks_laid_into_the_image_one_at_a_time_are_torchvisions(monkeypatch):
         assert result["segmentation"] == {"size": [100, 150], "counts": packed["counts"].decode()}
 
 
-def test_background_alone_is_learned_from():
+def test_image_without_objects_gives_background_losses():
     model = detector()
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 64, 64)}
     losses = model([torch.rand(3, 64, 64)], [{**empty, "masks": empty["masks"].byte()}])
@@ -363,7 +367,7 @@ def test_background_alone_is_learned_from():
     assert losses["loss_box_reg"] == losses["loss_mask"] == losses["loss_rpn_box_reg"] == 0
 
 
-def test_boxes_are_exact_in_low_precision():
+def test_boxes_are_float32_in_low_precision():
     model = detector().eval()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         (found,) = model([torch.rand(3, 64, 64)])
@@ -371,14 +375,14 @@ def test_boxes_are_exact_in_low_precision():
 
 
 @pytest.mark.parametrize(("name", "patch", "right"), [("vit_tiny_patch16_224", 14, 16), ("hivit_nano", 1, 4)])
-def test_other_patches_are_refused(name, patch, right):
+def test_other_patch_sizes_are_refused(name, patch, right):
     backbone = timm.create_model(name, **BACKBONES[name], patch_size=patch)
-    with pytest.raises(UserError, match=f"only with patches of {right} px.*pass --model-args.patch_size {right}"):
+    with pytest.raises(UserError, match=f"only with patches of {right} px.*Pass --model-args.patch_size {right}"):
         Detector(backbone, 2, neck="pyramid")
 
 
 @pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "svit_nano"])
-def test_every_parameter_has_a_rate_once(name):
+def test_every_parameter_has_one_learning_rate(name):
     model = detector(name)
     groups = groups_with_head(model, "rcnn.backbone.pyramid.backbone", 0.05, 0.5, 10.0)
     assert sorted(n for g in groups for n in g["param_names"]) == sorted(n for n, _ in model.named_parameters())
@@ -389,7 +393,7 @@ def test_every_parameter_has_a_rate_once(name):
     assert all(rates[n] == 10 for n in rates if ".pools." in n)
 
 
-def test_a_rate_drops_after_the_steps_that_it_should():
+def test_learning_rate_drops_after_the_given_steps():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     schedule = multistep(optimizer, 20, 4, [10, 15])
     rates = []
@@ -398,15 +402,15 @@ def test_a_rate_drops_after_the_steps_that_it_should():
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0, 0.5, 1, 1.5, *[2] * 6, *[0.2] * 5, *[0.02] * 5])
     for wrong in ([3, 10], [10, 10], [15, 10], [10, 20]):
-        with pytest.raises(UserError, match="rising --drop-epochs"):
+        with pytest.raises(UserError, match="increasing --drop-epochs"):
             multistep(optimizer, 20, 4, wrong)
 
 
-# Judging -------------------------------------------------------------------------------------------------------------
+# Evaluation ----------------------------------------------------------------------------------------------------------
 
 
 def noisy(coco, seed=0):
-    """Detections near the truth, some of them wrong."""
+    """Return detections near the objects, some of them of the wrong class."""
     rng = np.random.default_rng(seed)
     found = {image["id"]: [] for image in coco["images"]}
     for annotation in coco["annotations"]:
@@ -424,39 +428,39 @@ def noisy(coco, seed=0):
             "scores": torch.tensor([score for _, _, score in ones]),
             "small": torch.full((len(ones), 1, 28, 28), 0.9),
         }
-        results += as_results(own, image, [3, 7], (64, 80))
+        results += coco_results(own, image, [3, 7], (64, 80))
     return results
 
 
 @pytest.mark.parametrize("kind", ["box", "mask"])
-def test_average_precision_is_pycocotools(kind, data, capsys):
+def test_average_precision_equals_pycocotools(kind, data, capsys):
     _, _, _, truth = open_boxes(str(data), masks=True)
     results = noisy(truth.coco)
     ids = truth.ids[1:]
-    ours, each = coco_metrics(truth, results, ids, kind)
+    ours, by_category = coco_metrics(truth, results, ids, kind)
     known = COCO(str(data / "annotations" / "instances_val2017.json"))
     left = "bbox" if kind == "mask" else "segmentation"
-    judge = COCOeval(
+    evaluation = COCOeval(
         known,
         known.loadRes([{k: v for k, v in r.items() if k != left} for r in results]),
         {"box": "bbox"}.get(kind, "segm"),
     )
-    judge.params.imgIds = ids
-    judge.evaluate()
-    judge.accumulate()
-    judge.summarize()
+    evaluation.params.imgIds = ids
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
     assert [ours[f"{kind}_{name}"] for name in ("ap", "ap50", "ap75", "ap_medium")] == pytest.approx(
-        list(100 * judge.stats[[0, 1, 2, 4]])
+        list(100 * evaluation.stats[[0, 1, 2, 4]])
     )
     assert 5 < ours[f"{kind}_ap"] < 90
-    assert np.mean(each) == pytest.approx(ours[f"{kind}_ap"])
+    assert np.mean(by_category) == pytest.approx(ours[f"{kind}_ap"])
     assert np.isnan(ours[f"{kind}_ap_large"])  # there is none
 
 
-def test_the_truth_itself_is_right_and_nothing_is_0(data):
+def test_the_objects_themselves_score_100_and_no_detections_score_0(data):
     file = data / "annotations" / "instances_val2017.json"
     coco = json.loads(file.read_text())
-    for annotation in coco["annotations"]:  # as exports have them, which a judge would take for nothing
+    for annotation in coco["annotations"]:  # as some exports write them; an evaluation would ignore such objects
         annotation["id"] = 0
     file.write_text(json.dumps(coco))
     _, _, _, truth = open_boxes(str(data), masks=True)
@@ -486,8 +490,8 @@ def refused(capsys, *argv):
     return capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkeypatch):
+@pytest.mark.e2e
+def test_it_learns_resumes_is_evaluated_and_predicts(data, tmp_path, capsys, monkeypatch):
     argv = [*SMALL, "--data", str(data), "--epochs", "30", "--warmup-epochs", "1", "--save-every", "15"]
     argv += ["--eval-every", "15", "--out"]
     detect.main([*argv, str(tmp_path / "a")])
@@ -501,7 +505,7 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
         assert (tmp_path / "a" / name).is_file()
 
     (tmp_path / "b" / "checkpoints").mkdir(parents=True)
-    for name in ("config.yaml", "metrics.jsonl"):  # as if it had been killed after the first checkpoint
+    for name in ("config.yaml", "metrics.jsonl"):  # as if it was killed after the first checkpoint
         (tmp_path / "b" / name).write_text((tmp_path / "a" / name).read_text())
     (tmp_path / "a" / "checkpoints" / "step-00000060").rename(tmp_path / "b" / "checkpoints" / "step-00000060")
     detect.main([*argv, str(tmp_path / "b"), "--resume", "auto"])
@@ -509,8 +513,8 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in ours)
     capsys.readouterr()
 
-    judged = ["--data", str(data), "--workers", "0", "--precision", "fp32", "--model", str(tmp_path / "a" / "last")]
-    detect.main([*judged, "--eval-only"])
+    evaluate = ["--data", str(data), "--workers", "0", "--precision", "fp32", "--model", str(tmp_path / "a" / "last")]
+    detect.main([*evaluate, "--eval-only"])
     assert f"box AP {scores[-1]['box_ap']:.2f} %" in capsys.readouterr().out
 
     predict = ["predict", "--model", tmp_path / "a", "--images", data / "val2017", "--out", tmp_path / "found.json"]
@@ -520,22 +524,22 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
     assert {annotation["category_id"] for annotation in found["annotations"]} <= {3, 7}
     assert COCO(str(tmp_path / "found.json")).annToMask(found["annotations"][0]).shape == (64, 80)
 
-    assert "leave --init, --from-scratch" in refused(capsys, *judged, "--from-scratch")
-    assert "was trained with --masks true" in refused(capsys, *judged, "--masks", "false")
+    assert "Omit --init, --from-scratch" in refused(capsys, *evaluate, "--from-scratch")
+    assert "was trained with --masks true" in refused(capsys, *evaluate, "--masks", "false")
     for file in (data / "annotations").iterdir():
         file.write_text(file.read_text().replace('"red"', '"green"'))
-    assert "knows 2 classes (red, blue, ...)" in refused(capsys, *judged)
+    assert "has 2 classes (red, blue, ...)" in refused(capsys, *evaluate)
     (tmp_path / "a" / "last" / "detector.json").write_text("{")
-    assert "detector.json is not JSON" in refused(capsys, *judged)
+    assert "detector.json is not JSON" in refused(capsys, *evaluate)
 
 
-def test_wrong_words_are_one_sentence(data, tmp_path, capsys):
+def test_wrong_option_is_one_sentence(data, tmp_path, capsys):
     argv = [*SMALL, "--data", str(data), "--dry-run"]
     assert "--schedule x is unknown" in refused(capsys, *argv, "--schedule", "x")
-    assert "is no range" in refused(capsys, *argv, "--scales", "[2,1]")
+    assert "is not a range" in refused(capsys, *argv, "--scales", "[2,1]")
     assert "is above --long-side 80" in refused(capsys, *argv, "--short-side", "90")
-    assert "give rising --drop-epochs" in refused(capsys, *argv, "--schedule", "steps", "--drop-epochs", "[2,1]")
-    assert "which follows from an option" in refused(capsys, *argv, "--model-args.in_chans", "3")
+    assert "increasing --drop-epochs" in refused(capsys, *argv, "--schedule", "steps", "--drop-epochs", "[2,1]")
+    assert "which follows from another option" in refused(capsys, *argv, "--model-args.in_chans", "3")
     assert "is no run of recipes/detect.py" in refused(capsys, *argv, "--eval-only")
     assert "is no folder" in refused(capsys, *SMALL, "--data", str(tmp_path / "nowhere"))
     assert "lay it out as COCO is" in refused(capsys, *SMALL, "--data", str(tmp_path))
@@ -543,12 +547,12 @@ def test_wrong_words_are_one_sentence(data, tmp_path, capsys):
     assert "2.png cannot be used (not an image of a known kind)" in refused(capsys, *argv)
 
 
-def test_sizes_are_the_given_ones_else_the_runs_own_else_the_published(data, tmp_path, monkeypatch):
+def test_sizes_are_the_options_then_the_runs_own_then_the_published(data, tmp_path, monkeypatch):
     normalize = Normalize([0.5] * 3, [0.5] * 3)
     write_dense(detector(), tmp_path / "own", "detector", ["red", "blue"], [3, 7], normalize)
     seen = []
-    monkeypatch.setattr(detect.Evaluator, "alone", lambda judge, network: seen.append(network))
-    monkeypatch.setattr(detect.Detection, "rehearse", lambda task, network, *_: seen.append(network))
+    monkeypatch.setattr(detect.Evaluator, "evaluate_only", lambda _, network, draw: seen.append(network))
+    monkeypatch.setattr(detect.Detection, "dry_run", lambda _, network, *__: seen.append(network))
     argv = ["--data", str(data), "--workers", "0", "--model"]
     own = [*argv, str(tmp_path / "own"), "--eval-only"]
     fresh = [*argv, "hivit_nano", "--fpn-dim", "32", "--batch-size", "4", "--dry-run"]
@@ -564,7 +568,7 @@ def test_sizes_are_the_given_ones_else_the_runs_own_else_the_published(data, tmp
         assert side == (round(200 * factor), round(900 * factor))
 
 
-def test_an_image_that_is_judged_is_scaled_as_those_of_training_are():
+def test_evaluated_images_are_resized_with_antialiasing_like_training_images():
     image, transform = torch.rand(3, 128, 160), detector(mean=[0.4] * 3, std=[0.3] * 3).eval().rcnn.transform
     (found,) = transform([image])[0].tensors
     by_v2 = v2.Resize([64, 80], antialias=True)(image)
@@ -572,7 +576,7 @@ def test_an_image_that_is_judged_is_scaled_as_those_of_training_are():
     assert (by_v2 - v2.Resize([64, 80], antialias=False)(image)).abs().mean() > 0.05
 
 
-def test_a_file_that_is_there_is_not_predicted_over(data, tmp_path, capsys, monkeypatch):
+def test_existing_file_is_not_overwritten_by_predictions(data, tmp_path, capsys, monkeypatch):
     normalize = Normalize([0.5] * 3, [0.5] * 3)
     write_dense(detector(), tmp_path / "own", "detector", ["red", "blue"], [3, 7], normalize)
     argv = ["predict", "--model", tmp_path / "own", "--images", data / "val2017", "--out", tmp_path / "found.json"]
@@ -580,22 +584,18 @@ def test_a_file_that_is_there_is_not_predicted_over(data, tmp_path, capsys, monk
     before = (tmp_path / "found.json").read_bytes()
     code, _, error = command(capsys, monkeypatch, *argv)
     assert code
-    assert "found.json is there already: choose a new file" in error
+    assert "found.json exists already. Choose a new file" in error
     assert (tmp_path / "found.json").read_bytes() == before
 
 
-def test_a_bad_step_is_replayed(data, tmp_path, capsys, monkeypatch):
-    """Its images are of several sizes, with their objects."""
-    parts, out = Run._parts, tmp_path / "run"
-
-    def poisoned(run, batches):
-        for batch in parts(run, batches):
-            yield batch._replace(images=[x * torch.nan for x in batch.images]) if run.step == 2 else batch
-
-    monkeypatch.setattr(Run, "_parts", poisoned)
-    detect.main([*SMALL, "--data", str(data), "--epochs", "1", "--warmup-epochs", "0.5", "--out", str(out)])
-    assert "step 2 is bad (its loss is not finite): going on without it" in capsys.readouterr().out
-    monkeypatch.undo()
+@pytest.mark.e2e
+def test_bad_step_is_replayed(data, tmp_path, capsys, monkeypatch):
+    """Its images have several sizes, and their objects are lists."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        poison(patched, step=2)
+        detect.main([*SMALL, "--data", str(data), "--epochs", "1", "--warmup-epochs", "0.5", "--out", str(out)])
+    assert "step 2 is bad (its loss is not finite). Continuing without it" in capsys.readouterr().out
     code, said, _ = command(capsys, monkeypatch, "replay", out / "replay" / "step-00000002")
     assert code == 0
     assert "of 4 images:" in said
@@ -603,14 +603,14 @@ def test_a_bad_step_is_replayed(data, tmp_path, capsys, monkeypatch):
     assert "first output that is not finite: the images themselves" in said
 
 
-@pytest.mark.slow
-def test_two_processes_judge_as_one_does(data, tmp_path, capsys):
+@pytest.mark.distributed
+def test_two_processes_evaluate_as_one_does(data, tmp_path, capsys):
     argv = [*SMALL, "--data", str(data), "--epochs", "2", "--warmup-epochs", "0.5", "--masks", "false"]
     detect.main([*argv, "--out", str(tmp_path / "1")])
     launched(2, "detect", *argv, "--out", tmp_path / "2")
     lines = [metrics(tmp_path / n) for n in "12"]
     found = [[line["loss"] for line in own if "loss" in line] for own in lines]
-    assert found[0] == pytest.approx(found[1], rel=0.2)  # regions are drawn by each process's own numbers
+    assert found[0] == pytest.approx(found[1], rel=0.2)  # each process draws its own regions
     assert all(any("box_ap" in line for line in own) for own in lines)
     words = [*argv, "--model", str(tmp_path / "1"), "--eval-only"]
     capsys.readouterr()
@@ -620,10 +620,10 @@ def test_two_processes_judge_as_one_does(data, tmp_path, capsys):
     assert one == two
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", [n for n in presets("detect") if n != "detect_small"])
-def test_published_presets_go_end_to_end(name, tmp_path, capsys, monkeypatch):
-    """On two generated images of COCO's layout, from scratch, as weights are on the hub or in a run of one's own."""
+def test_published_presets_run(name, tmp_path, capsys, monkeypatch):
+    """They run on two generated images in COCO's layout, from scratch, because weights are on the hub or in a run."""
     root = coco_set(tmp_path / "coco", 2, 2)
     net = {"hpvit_b": "hpvit_b", "hivit_b": "hivit_b", "svit_s": "svit_s", "vit_b": "vit_base_patch16_224"}
     model = next(net[key] for key in net if name.startswith(f"detect_{key}"))
@@ -635,5 +635,5 @@ def test_published_presets_go_end_to_end(name, tmp_path, capsys, monkeypatch):
     detect.main([*argv, "--short-side", "96", "--long-side", "128", "--fpn-dim", "64"])
     printed = capsys.readouterr().out
     assert "losses of 2 images" in printed
-    assert "of 2 test images" in printed
+    assert "on 2 test images" in printed
     assert not (tmp_path / "runs").exists()

@@ -1,3 +1,5 @@
+"""Segmentation: the network, its loss, the data sets, the metric, and the recipe."""
+
 import json
 import re
 import shutil
@@ -26,12 +28,20 @@ from mimkit.errors import UserError
 from mimkit.io.weights import write_model
 from mimkit.models.pretrained import load_network
 from mimkit.tasks.dense_checkpoint import read_dense, write_dense
-from mimkit.tasks.segmentation import Segmenter, best_of, iou, loss_of, near_edges, scores_of, windows
+from mimkit.tasks.segmentation import (
+    Segmenter,
+    iou,
+    near_boundaries,
+    predict_logits,
+    resized_argmax,
+    segmentation_loss,
+    window_starts,
+)
 from mimkit.training.optim import groups_with_head
 
 
 def squares(folder, count=8, classes=3, size=(40, 56), seed=0):
-    """Images of colored rectangles on gray, and masks that say which: anything learns them."""
+    """Write images of colored squares on gray, and their masks. Any network learns them."""
     rng = np.random.default_rng(seed)
     colors = np.array([[90, 90, 90], [250, 40, 40], [40, 60, 250], [40, 240, 40]], dtype=np.uint8)
     for kind in ("images", "masks"):
@@ -49,7 +59,7 @@ def squares(folder, count=8, classes=3, size=(40, 56), seed=0):
 
 @pytest.fixture
 def data(tmp_path):
-    """16 + 4 pictures of three classes."""
+    """16 training and 4 validation images of three classes."""
     for part, count in (("train", 16), ("val", 4)):
         squares(tmp_path / "set" / part, count, seed=count)
     return tmp_path / "set"
@@ -58,25 +68,27 @@ def data(tmp_path):
 # The network ---------------------------------------------------------------------------------------------------------
 
 
-def test_ignored_pixels_teach_nothing_and_parts_weigh_the_same():
+def test_ignored_pixels_count_as_0_and_micro_batches_have_equal_weight():
     scores, masks = torch.randn(4, 3, 5, 6), torch.randint(3, (4, 5, 6))
     masks[0], masks[1, :2] = IGNORE, IGNORE
-    assert loss_of(scores[:1], masks[:1]) == 0  # and no NaN
-    whole = loss_of(scores, masks)
-    assert torch.allclose(whole, (loss_of(scores[:2], masks[:2]) + loss_of(scores[2:], masks[2:])) / 2)
+    assert segmentation_loss(scores[:1], masks[:1]) == 0  # and no NaN
+    whole = segmentation_loss(scores, masks)
+    assert torch.allclose(
+        whole, (segmentation_loss(scores[:2], masks[:2]) + segmentation_loss(scores[2:], masks[2:])) / 2
+    )
     mean = F.cross_entropy(scores, masks, ignore_index=IGNORE)
     assert torch.allclose(whole, mean * (masks != IGNORE).float().mean())
 
 
 @pytest.mark.parametrize("decoder", ["upernet", "fpn"])
 @pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "vit_tiny_patch16_224 /14"])
-def test_scores_are_of_the_image(name, decoder):
+def test_logits_have_the_size_of_the_image(name, decoder):
     model = Segmenter(backbone(name), 5, decoder, 32).eval()
     assert model(torch.randn(1, 3, 70, 45)).shape == (1, 5, 70, 45)
 
 
 @pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "vit_tiny_patch16_224"])
-def test_windows_are_remembered(name, tmp_path):
+def test_window_is_saved_with_the_network(name, tmp_path):
     options = {"hivit_nano": {"depths": (1, 1, 8)}, "vit_tiny_patch16_224": {"depth": 8}}
     model = Segmenter(backbone(name, **options.get(name, {})), 3, width=32, window=2).eval()
     write_dense(model, tmp_path / "m", "segmenter", ["a", "b", "c"], [0, 1, 2], Normalize([0.5] * 3, [0.5] * 3))
@@ -87,7 +99,7 @@ def test_windows_are_remembered(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["hivit_nano", "hpvit", "svit_nano"])
-def test_every_parameter_has_a_rate_once(name):
+def test_every_parameter_has_one_learning_rate(name):
     model = Segmenter(backbone(name), 3, width=32)
     groups = groups_with_head(model, "pyramid.backbone", 0.05, 0.5, 10.0)
     named = dict(model.named_parameters())
@@ -132,7 +144,7 @@ def cityscapes(root, size=(128, 256)):
     return root
 
 
-def test_ade20k_begins_at_1_and_names_its_classes(tmp_path):
+def test_ade20k_classes_begin_at_1_and_have_names(tmp_path):
     train, test, classes = open_masked(str(ade20k(tmp_path / "ade")))
     assert (train.length, test.length, len(classes.names)) == (2, 2, 150)
     assert classes.names[:2] == ["name 1", "name 2"]
@@ -172,27 +184,17 @@ def test_folders_parquet_and_names(data, tmp_path):
 
 
 def broken(tmp_path, change):
+    """Write five images and masks, change the folder, and return its name."""
     folder = squares(tmp_path / "broken", 5)
     change(folder)
     return str(folder)
 
 
-def test_what_is_wrong_with_masks_is_said_with_the_file(tmp_path, data, capsys):
+def test_errors_in_masks_name_the_file(tmp_path, data, capsys):
     def recipe(*argv):
         with pytest.raises(SystemExit) as stop:
             segment.main(
-                [
-                    "--config",
-                    "segment_small",
-                    "--model",
-                    "hivit_nano",
-                    "--dry-run",
-                    "--workers",
-                    "0",
-                    "--batch-size",
-                    "2",
-                    *argv,
-                ]
+                [*"--config segment_small --model hivit_nano --dry-run --workers 0 --batch-size 2".split(), *argv]
             )
         return str(stop.value.code) + capsys.readouterr().err
 
@@ -210,48 +212,47 @@ def test_what_is_wrong_with_masks_is_said_with_the_file(tmp_path, data, capsys):
     assert "has no masks" in recipe("--data", "sample")
     assert "is no run of recipes/segment.py" in recipe("--data", str(data), "--eval-only")
     assert "--schedule x is unknown" in recipe("--data", str(data), "--schedule", "x")
-    assert "is no range" in recipe("--data", str(data), "--scales", "[2,1]")
+    assert "is not a range" in recipe("--data", str(data), "--scales", "[2,1]")
     for twice in ("in_chans", "img_size"):
-        assert "which follows from an option" in recipe("--data", str(data), f"--model-args.{twice}", "3")
+        assert "which follows from another option" in recipe("--data", str(data), f"--model-args.{twice}", "3")
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 96), (24, 80)])
-def test_an_image_and_its_mask_stay_together(size):
-    """The image is its mask's own numbers, so both agree wherever no edge is near; a mask that is flipped does not."""
+def test_image_and_mask_are_transformed_together(size):
+    """The image shows the mask's numbers, so both agree away from boundaries, and a mirrored mask does not."""
     mask = torch.zeros(50, 70, dtype=torch.uint8)
     mask[10:40, 5:30], mask[20:45, 40:65] = 1, 2
     image = Image.fromarray((mask * 100).numpy())
     transform = train_pairs(size, 50, (0.5, 2.0), [0.0])
-    agreed, mirrored, shares = [], [], set()
+    agreed, mirrored, ignored = [], [], set()
     for seed in range(20):
         torch.manual_seed(seed)
         pixels, found = transform(image, mask)
         assert (pixels.size[::-1], tuple(found.shape)) == (size, size)
-        shares.add(int((found == IGNORE).sum()))
-        edges = near_edges(found[None])[0]
-        sure = F.pad(
-            ~edges[2:-2, 2:-2] & (found != IGNORE)[2:-2, 2:-2], (2, 2, 2, 2)
-        )  # an edge may lie outside the crop
+        ignored.add(int((found == IGNORE).sum()))
+        near = near_boundaries(found[None])[0]
+        # a boundary may lie just outside the crop
+        sure = F.pad(~near[2:-2, 2:-2] & (found != IGNORE)[2:-2, 2:-2], (2, 2, 2, 2))
         values = torch.from_numpy(np.asarray(pixels).copy()).float() / 100
         agreed.append(bool(((values - found).abs()[sure] < 0.3).all()))
         mirrored.append(bool(((values - found.flip(-1)).abs()[sure & sure.flip(-1)] < 0.3).all()))
     assert all(agreed)
     assert sum(mirrored) < 10
-    assert len(shares) > 1  # scales differ
+    assert len(ignored) > 1  # scales differ
 
 
-def test_masks_are_scaled_by_the_pixel_in_the_middle():
+def test_masks_are_resized_to_the_pixel_in_the_center():
     mask = (torch.arange(60) % 3).byte().expand(60, 60)
     scaled = train_pairs((20, 20), 60, (1 / 3, 1 / 3), [0.5] * 3)(picture(size=(60, 60)), mask)[1]
     assert (scaled == 1).all()
 
 
-def test_val_is_judged_where_there_is_a_test_part_too(data):
+def test_val_is_evaluated_even_if_there_is_a_test_split(data):
     (squares(data / "test", 2) / "masks").rename(data / "unused")
     assert open_masked(str(data))[1].length == 4
 
 
-def test_files_that_masks_come_in(tmp_path):
+def test_file_types_of_masks(tmp_path):
     folder = squares(tmp_path / "a", 5)
     with pytest.raises(UserError, match="too few images to hold some back"):
         open_masked(str(squares(tmp_path / "b", 1)))
@@ -271,14 +272,14 @@ def test_files_that_masks_come_in(tmp_path):
         open_masked(str(folder))
 
 
-def test_judged_images_keep_their_mask():
+def test_evaluated_images_keep_their_mask():
     mask = torch.randint(3, (50, 70), dtype=torch.uint8)
     image, same = eval_pairs(100)(picture(size=(70, 50)), mask)
     assert same is mask
     assert image.size == (140, 100)
 
 
-def test_a_stray_number_is_no_class(data):
+def test_stray_number_is_not_a_class(data):
     file = data / "val" / "masks" / sorted(f.name for f in (data / "val" / "masks").iterdir())[1]
     stray = np.array(Image.open(file))
     stray[3, 4] = 200
@@ -288,46 +289,46 @@ def test_a_stray_number_is_no_class(data):
 
 
 @pytest.mark.parametrize("names", [["one"], [str(i) for i in range(256)]])
-def test_too_few_or_many_classes(names):
+def test_too_few_or_too_many_classes(names):
     with pytest.raises(UserError, match="tells 2 to 254 apart"):
         Classes(names, list(range(len(names))))
 
 
-def test_the_best_class_of_each_pixel_is_found_for_a_few_at_a_time():
+def test_argmax_of_a_few_classes_at_a_time_is_that_of_all():
     scores = torch.randn(2, 19, 5, 7).round()  # many are equal
     whole = F.interpolate(scores, (11, 13), mode="bilinear").argmax(1)
-    assert torch.equal(best_of(scores, (11, 13)), whole)
+    assert torch.equal(resized_argmax(scores, (11, 13)), whole)
 
 
-# Judging -------------------------------------------------------------------------------------------------------------
+# Evaluation ----------------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 90), st.integers(1, 40))
 def test_windows_cover_a_side(side, crop):
-    places = windows(side, crop)
+    places = window_starts(side, crop)
     covered = {i for place in places for i in range(place, place + crop)}
     assert covered >= set(range(side))
     assert places == sorted(set(places))
     assert max(places) + crop == max(side, crop)
 
 
-def test_windows_and_mirrors_change_nothing_for_a_network_that_sees_single_pixels():
+def test_windows_and_flips_do_not_change_a_pixelwise_network():
     model = nn.Conv2d(3, 4, 1)
     x = torch.randn(1, 3, 37, 50)
     for crop, flip in (((16, 16), False), ((16, 60), False), (None, True), ((20, 24), True)):
-        assert torch.allclose(scores_of(model, x, crop, flip), model(x), atol=1e-5)
+        assert torch.allclose(predict_logits(model, x, crop, flip), model(x), atol=1e-5)
     wide = nn.Conv2d(3, 4, 5, padding=2)
-    assert scores_of(wide, x, (40, 64)).equal(wide(x))
-    assert not torch.allclose(scores_of(wide, x, (16, 16)), wide(x), atol=1e-3)
+    assert predict_logits(wide, x, (40, 64)).equal(wide(x))
+    assert not torch.allclose(predict_logits(wide, x, (16, 16)), wide(x), atol=1e-3)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 3))
-def test_edges_are_their_definition(seed, reach):
+def test_boundaries_are_their_definition(seed, reach):
     generator = torch.Generator().manual_seed(seed)
     mask = F.interpolate(torch.randint(3, (1, 1, 3, 4), generator=generator).float(), size=(11, 13))[0, 0].long()
     mask[torch.rand(mask.shape, generator=generator) < 0.1] = IGNORE
-    found = near_edges(mask[None], reach)[0]
+    found = near_boundaries(mask[None], reach)[0]
     for i in range(11):
         for j in range(13):
             around = mask[max(0, i - reach) : i + reach + 1, max(0, j - reach) : j + reach + 1]
@@ -341,44 +342,23 @@ def test_iou_is_torchmetrics():
     ours = iou(confusion)
     theirs = 100 * multiclass_jaccard_index(found, true, 6, average="none")
     assert torch.allclose(ours[:5].float(), theirs[:5])
-    assert ours[5].isnan()  # is nowhere, so it does not count
+    assert ours[5].isnan()  # neither present nor predicted, so it does not count
 
 
 # The recipe ----------------------------------------------------------------------------------------------------------
 
-SMALL = [
-    "--config",
-    "segment_small",
-    "--model",
-    "hivit_nano",
-    "--img-size",
-    "32",
-    "--decoder-dim",
-    "32",
-    "--workers",
-    "0",
-]
-SMALL += ["--batch-size", "8", "--short-side", "40", "--lr", "2e-3", "--layer-decay", "1", "--scales", "[0.9,1.2]"]
+SMALL = "--config segment_small --model hivit_nano --img-size 32 --decoder-dim 32 --workers 0 --batch-size 8".split()
+SMALL += ["--short-side", "40", "--lr", "2e-3", "--layer-decay", "1", "--scales", "[0.9,1.2]"]
 
 
 def metrics(run):
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkeypatch):
-    argv = [
-        *SMALL,
-        "--data",
-        str(data),
-        "--epochs",
-        "12",
-        "--warmup-epochs",
-        "1",
-        "--eval-every",
-        "6",
-        "--save-every",
-        "6",
-    ]
+@pytest.mark.e2e
+def test_it_learns_resumes_is_evaluated_and_predicts(data, tmp_path, capsys, monkeypatch):
+    epochs = "--epochs 12 --warmup-epochs 1 --eval-every 6 --save-every 6".split()
+    argv = [*SMALL, "--data", str(data), *epochs]
     segment.main([*argv, "--out", str(tmp_path / "a"), "--model-ema-decay", "0.5"])
     printed = capsys.readouterr().out
     lines = metrics(tmp_path / "a")
@@ -390,7 +370,7 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
         assert (tmp_path / "a" / name).is_file()
 
     (tmp_path / "b").mkdir()
-    for name in ("config.yaml", "metrics.jsonl"):  # as if it had been killed after the first checkpoint
+    for name in ("config.yaml", "metrics.jsonl"):  # as if it was killed after the first checkpoint
         (tmp_path / "b" / name).write_text((tmp_path / "a" / name).read_text())
     (tmp_path / "b" / "checkpoints").mkdir()
     (tmp_path / "a" / "checkpoints" / "step-00000012").rename(tmp_path / "b" / "checkpoints" / "step-00000012")
@@ -400,17 +380,17 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in ours)
     capsys.readouterr()
 
-    judged = ["--config", "segment_small", "--data", str(data), "--workers", "0", "--eval-only"]  # at the run's size
-    segment.main([*judged, "--model", str(tmp_path / "a" / "last")])
+    evaluate = ["--config", "segment_small", "--data", str(data), "--workers", "0", "--eval-only"]  # at the run's size
+    segment.main([*evaluate, "--model", str(tmp_path / "a" / "last")])
     assert f"mIoU {scores[-1]['miou']:.2f} %" in capsys.readouterr().out
-    segment.main([*judged, "--model", str(tmp_path / "a" / "last"), "--slide", "--img-size", "32", "--flip-test"])
-    slid = re.search("mIoU .*", capsys.readouterr().out).group()
-    again = shutil.copytree(tmp_path / "a" / "last", tmp_path / "slid")
+    segment.main([*evaluate, "--model", str(tmp_path / "a" / "last"), "--slide", "--img-size", "32", "--flip-test"])
+    sliding_scores = re.search("mIoU .*", capsys.readouterr().out).group()
+    again = shutil.copytree(tmp_path / "a" / "last", tmp_path / "sliding")
     about = json.loads((again / "segmenter.json").read_text())
     (again / "segmenter.json").write_text(json.dumps(about | {"crop": [32, 32], "flip": True}))
-    for argument, expected in (("--workers=0", True), ("--slide=false", False)):  # as the run was judged, if not told
-        segment.main([*judged, "--model", str(again), argument])
-        assert (re.search("mIoU .*", capsys.readouterr().out).group() == slid) == expected
+    for argument, expected in (("--workers=0", True), ("--slide=false", False)):  # by default, as the run was evaluated
+        segment.main([*evaluate, "--model", str(again), argument])
+        assert (re.search("mIoU .*", capsys.readouterr().out).group() == sliding_scores) == expected
 
     predict = ["predict", "--model", tmp_path / "a", "--images", data / "val" / "images", "--out"]
     assert command(capsys, monkeypatch, *predict, tmp_path / "masks")[:2] == (0, f"wrote {tmp_path}/masks/: 4 masks\n")
@@ -422,27 +402,27 @@ def test_it_learns_resumes_is_judged_and_predicts(data, tmp_path, capsys, monkey
     assert np.mean(right) > 0.85
     code, _, error = command(capsys, monkeypatch, *predict, tmp_path / "masks")
     assert code
-    assert "is there already: choose a new folder" in error
+    assert "exists already. Choose a new folder" in error
 
     with pytest.raises(SystemExit):
-        segment.main([*judged[:-1], "--model", str(tmp_path / "a"), "--from-scratch"])
-    assert "leave --init, --from-scratch" in capsys.readouterr().err
+        segment.main([*evaluate[:-1], "--model", str(tmp_path / "a"), "--from-scratch"])
+    assert "Omit --init, --from-scratch" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         segment.main([*argv, "--batch-size", "1", "--out", str(tmp_path / "c")])
-    assert "UPerNet needs 2 images or more" in capsys.readouterr().err
+    assert "UPerNet needs at least 2 images in a micro-batch" in capsys.readouterr().err
 
     (data / "classes.txt").write_text("a\nb\nc\n")
     with pytest.raises(SystemExit):
-        segment.main([*judged, "--model", str(tmp_path / "a" / "last")])
-    assert "knows 3 classes (0, 1, 2, ...), and --data" in capsys.readouterr().err
+        segment.main([*evaluate, "--model", str(tmp_path / "a" / "last")])
+    assert "has 3 classes (0, 1, 2, ...), but --data" in capsys.readouterr().err
     (tmp_path / "a" / "last" / "segmenter.json").write_text("{")
     with pytest.raises(SystemExit):
-        segment.main([*judged, "--model", str(tmp_path / "a" / "last")])
+        segment.main([*evaluate, "--model", str(tmp_path / "a" / "last")])
     assert "segmenter.json is not JSON" in capsys.readouterr().err
 
 
-def test_a_network_with_patches_of_1_px_gets_them_at_4(data, tmp_path, capsys):
-    """As README's first line leaves it; an image enlarged by 4 has the same maps then."""
+def test_patches_of_1_px_are_resampled_to_4(data, tmp_path, capsys):
+    """The README's first command trains patches of 1 px. Resampled to 4 px, they map enlarged images to the same."""
     net = timm.create_model("hivit_nano", img_size=32, patch_size=1, unit_form=True, num_classes=0)
     write_model(net, tmp_path / "encoder", input_size=(3, 32, 32), mean=[0.5] * 3, std=[0.25] * 3)
     argv = [*SMALL, "--data", str(data), "--model", str(tmp_path / "encoder"), "--dry-run"]
@@ -461,13 +441,13 @@ def test_a_network_with_patches_of_1_px_gets_them_at_4(data, tmp_path, capsys):
         assert difference(ours, theirs) < 1e-4
 
 
-@pytest.mark.slow
-def test_two_processes_judge_as_one_does(data, tmp_path, capsys):
+@pytest.mark.distributed
+def test_two_processes_evaluate_as_one_does(data, tmp_path, capsys):
     argv = [*SMALL, "--data", str(data), "--epochs", "1", "--warmup-epochs", "0.5", "--decoder", "fpn"]
     segment.main([*argv, "--out", str(tmp_path / "1")])
     launched(2, "segment", *argv, "--out", tmp_path / "2")
     found = [[line["loss"] for line in metrics(tmp_path / n) if "loss" in line] for n in "12"]
-    assert found[0] == pytest.approx(found[1], rel=0.1)  # channels are dropped by each process's own numbers
+    assert found[0] == pytest.approx(found[1], rel=0.1)  # each process draws its own dropout
     words = [*argv, "--model", str(tmp_path / "2"), "--eval-only"]
     capsys.readouterr()
     segment.main(words)
@@ -476,10 +456,10 @@ def test_two_processes_judge_as_one_does(data, tmp_path, capsys):
     assert one == two
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", [n for n in presets("segment") if n != "segment_small"])
-def test_published_presets_go_end_to_end(name, tmp_path, capsys, monkeypatch):
-    """On generated images of the right layout, from scratch, as weights are on the hub or in a run of one's own."""
+def test_published_presets_run(name, tmp_path, capsys, monkeypatch):
+    """They run on generated images in the right layout, from scratch, because weights are on the hub or in a run."""
     root = (cityscapes if "cityscapes" in name else ade20k)(tmp_path / "data")
     net = {"hpvit_b": "hpvit_b", "hivit_b": "hivit_b", "svit_s": "svit_s", "vit_b": "vit_base_patch16_224"}
     model = next(net[key] for key in net if name.startswith(f"segment_{key}"))
@@ -489,5 +469,5 @@ def test_published_presets_go_end_to_end(name, tmp_path, capsys, monkeypatch):
     segment.main([*argv, "--img-size", size, "--short-side", "96", "--decoder-dim", "64"])
     printed = capsys.readouterr().out
     assert "loss of 2 images" in printed
-    assert "of the pixels of 2 test images" in printed
+    assert "on 2 test images" in printed
     assert not (tmp_path / "runs").exists()
