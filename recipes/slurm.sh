@@ -1,7 +1,9 @@
 #!/bin/bash
-# A run on several machines under Slurm, which goes on by itself when its time is up. Not run on a cluster by us.
+# Train on several machines under Slurm. When the job's time is up, it is requeued and continues. We have not run this on a
+# cluster.
 #   sbatch recipes/slurm.sh ddp recipes/mae_hivit.py --model hivit_b --data /data/imagenet --out /shared/runs/b
-# The first word is an engine of recipes/accelerate/; --out and --data lie where all machines see them.
+# The first argument is the name of a file in recipes/accelerate/, without .yaml. --out and --data must be on storage that
+# all machines share.
 #SBATCH --job-name=mimkit
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -19,7 +21,7 @@ address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-} # srun does not inherit it since Slurm 22.05
 stopped=
-# Three minutes before the end: every process saves its step (mimkit heeds SIGTERM), then the job is queued once more
+# Three minutes before the time limit, every process receives SIGTERM and saves its step. Then the job is requeued
 trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 srun --kill-on-bad-exit=1 bash -c '
@@ -29,7 +31,7 @@ srun --kill-on-bad-exit=1 bash -c '
 wait $!
 code=$?
 if [ -n "$stopped" ]; then
-  wait # for srun, which the signal did not end
+  wait # the signal interrupted the first wait, and srun is still running
   scontrol requeue "$SLURM_JOB_ID"
   exit 0
 fi

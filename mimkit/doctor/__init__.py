@@ -1,1 +1,1 @@
-"""Checks before a run, and the health of a finished run."""
+"""Checks before the first step of a pre-training run, and the health of a run."""

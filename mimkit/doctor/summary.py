@@ -1,4 +1,4 @@
-"""What a pre-training run says about its network at the start, and leaves and says at the end."""
+"""Describe a pre-training run: its network at the start, its pictures and its health at the end."""
 
 from mimkit.data.loader import load_preview
 from mimkit.data.sources import Source
@@ -12,11 +12,14 @@ from mimkit.training.run import Run
 
 
 def summarize(run: Run, method: Method, source: Source, size: tuple[int, int], normalize: Normalize) -> None:
-    """Write the curves and reconstructions of a finished run, and print its health and what to do next.
+    """Draw the curves and reconstructions of a finished run, and print its health and what to do next.
+
+    All processes must call this.
 
     Args:
         source: the images of pre-training.
-        size, normalize: the encoder's input.
+        size: height and width of the encoder's input, in pixels.
+        normalize: normalization of the encoder's input.
     """
     method = run.engine.full_state(method)
     if not run.engine.is_main:
@@ -36,7 +39,7 @@ def summarize(run: Run, method: Method, source: Source, size: tuple[int, int], n
 
 
 def describe_method(method: Method, images: int, lr: float) -> str:
-    """Return one line on a network, its learning rate, and the number of images."""
+    """Return one line with the network, its number of parameters, the learning rate, and the number of images."""
     model = timm_model(method.encoder)
     encoder, decoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, method.decoder))
     name = model.pretrained_cfg["architecture"]
