@@ -232,16 +232,18 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path):
 
 
 def test_interrupting_names_the_last_checkpoint(tmp_path):
-    with pytest.raises(KeyboardInterrupt, match="Interrupted after step 23; the last checkpoint is .*step-00000020. Con"):
+    with pytest.raises(
+        KeyboardInterrupt, match=r"Interrupted after step 23; the last checkpoint is .*step-00000020. Con"
+    ):
         train(tmp_path, at=lambda run, step: step == 23 and signal.raise_signal(signal.SIGINT))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_resumed_run_is_told_apart_from_a_new_one(tmp_path):
     train(tmp_path)
-    with pytest.raises(UserError, match="already holds a run. Pass --resume auto"):
+    with pytest.raises(UserError, match=r"already holds a run. Pass --resume auto"):
         train(tmp_path, resume=None)
-    with pytest.raises(UserError, match="epochs: 12.0 there, 6.0 here"):
+    with pytest.raises(UserError, match=r"epochs: 12.0 there, 6.0 here"):
         train(tmp_path, epochs=6.0)
     steps = []
     before = logged(tmp_path)
