@@ -124,7 +124,9 @@ def test_three_of_a_thousand_steps_end_a_run():
 )
 def test_the_error_names_the_steps_and_what_to_try(precision, hint, tmp_path):
     message = str(too_many_skipped({900: "a", 1010: "b", 1011: "c"}, tmp_path, 1.5e-4, precision))
-    assert message.startswith("3 bad steps within 1000 (step 900: a; step 1010: b; step 1011: c), at a learning rate of")
+    assert message.startswith(
+        "3 bad steps within 1000 (step 900: a; step 1010: b; step 1011: c), at a learning rate of"
+    )
     assert f"0.00015 in {precision}. Look at one with mimkit replay {tmp_path}/replay/step-00000900;" in message
     assert hint in message
 

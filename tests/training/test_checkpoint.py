@@ -219,7 +219,7 @@ def test_corrupt_checkpoints_are_renamed_and_the_one_before_is_taken(saver, tmp_
     # when none is left, the run never starts from the beginning
     spoil(tmp_path / "checkpoints" / "step-00000003" / "state.json")
     for _ in range(2):
-        with pytest.raises(UserError, match="has no valid checkpoint. Start a new run with another --out."):
+        with pytest.raises(UserError, match=r"has no valid checkpoint. Start a new run with another --out."):
             Saver(tmp_path).checkpointer.latest_valid()
 
 
@@ -292,7 +292,9 @@ def test_a_disk_that_was_full_from_the_start(tmp_path, monkeypatch):
         raise FULL[0]
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="could not be written. No checkpoint is left; start again when there is space"):
+    with pytest.raises(
+        UserError, match=r"could not be written. No checkpoint is left; start again when there is space"
+    ):
         saver.train(2, steps=2)
 
 
@@ -398,7 +400,9 @@ def test_a_checkpoint_of_another_engine_is_refused(tmp_path, sharded, monkeypatc
     monkeypatch.undo()
     plain = Saver(tmp_path)
     folder = plain.checkpointer.latest_valid()
-    with pytest.raises(UserError, match="was written by ZeRO-2, 2 processes, but this is one process. Launch with the"):
+    with pytest.raises(
+        UserError, match=r"was written by ZeRO-2, 2 processes, but this is one process. Launch with the"
+    ):
         plain.checkpointer.load(folder, plain.state)
 
 

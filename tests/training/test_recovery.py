@@ -117,7 +117,9 @@ def test_a_skipped_step_is_saved_for_replay(tmp_path):
 def test_the_third_bad_step_of_late_ends_the_run(tmp_path):
     run = Trained(tmp_path, 6, steps=8)
     run.state.guard.skipped.update({2: "a", 5: "b"})
-    with pytest.raises(UserError, match=r"3 bad steps within 1000 \(step 2: a; step 5: b; step 7: its loss is not fini"):
+    with pytest.raises(
+        UserError, match=r"3 bad steps within 1000 \(step 2: a; step 5: b; step 7: its loss is not fini"
+    ):
         run.recovery.rewind(BAD, run.feed)
     assert run.feed.starts == [7]
     ((rank, found),) = load_batches(tmp_path / "replay" / "step-00000007")  # its batch is saved all the same
@@ -166,7 +168,9 @@ def test_the_meters_of_all_processes_are_averaged_in_all_of_them(tmp_path, monke
 def test_a_bad_step_is_not_saved(tmp_path):
     run = Trained(tmp_path, 6, steps=7)
     train(run.state, 7, scale=float("nan"))
-    message = r"Stopped by SIGTERM at step 7, which is bad \(its loss is not finite\). Continue from before it with --out"
+    message = (
+        r"Stopped by SIGTERM at step 7, which is bad \(its loss is not finite\). Continue from before it with --out"
+    )
     with pytest.raises(StoppedError, match=message):
         run.recovery.stop(7, "SIGTERM")
     assert checkpoints(tmp_path)[-1].name == "step-00000006"
@@ -180,11 +184,13 @@ def test_a_scale_that_is_too_small_is_not_saved(tmp_path):
 
 def test_interrupting_names_the_last_checkpoint(tmp_path):
     run = Trained(tmp_path / "a", steps=2)
-    with pytest.raises(KeyboardInterrupt, match="Interrupted after step 2; the last checkpoint is not written yet."):
+    with pytest.raises(KeyboardInterrupt, match=r"Interrupted after step 2; the last checkpoint is not written yet."):
         run.recovery.interrupt(2)
     run = Trained(tmp_path / "b", 2, steps=3)
     last = run.checkpoints.folder(2)
-    message = f"Interrupted after step 3; the last checkpoint is {last}. Continue with --out {tmp_path}/b --resume auto."
+    message = (
+        f"Interrupted after step 3; the last checkpoint is {last}. Continue with --out {tmp_path}/b --resume auto."
+    )
     with pytest.raises(KeyboardInterrupt, match=f"^{re.escape(message)}$"):
         run.recovery.interrupt(3)
 
@@ -249,7 +255,7 @@ def test_feed_ends_the_run_if_too_many_images_are_bad(monkeypatch):
     fed, _, _ = feed([damaged(0, "a.png"), damaged(1, "b.png")], monkeypatch)
     fed.start(0)
     list(fed.micro_batches())
-    with pytest.raises(UserError, match="2 images cannot be used, more than the 1 allowed, such as a.png"):
+    with pytest.raises(UserError, match=r"2 images cannot be used, more than the 1 allowed, such as a.png"):
         list(fed.micro_batches())
 
 

@@ -90,7 +90,7 @@ def test_ranks_are_in_their_order(tmp_path):
 
 
 def test_names_that_do_not_match_the_images_are_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no batch to replay. Pass RUN/replay/step-N"):
+    with pytest.raises(UserError, match=r"holds no batch to replay. Pass RUN/replay/step-N"):
         load_batches(tmp_path)
     save_batch(tmp_path, 0, [])
     (tmp_path / "rank-0/names.json").write_text('{"names": [[]], "bad": []}')
@@ -104,7 +104,7 @@ def test_names_that_do_not_match_the_images_are_refused(tmp_path):
 
 
 def test_what_is_known_about_a_step(tmp_path):
-    with pytest.raises(UserError, match="is not a step to replay. Pass RUN/replay/step-N"):
+    with pytest.raises(UserError, match=r"is not a step to replay. Pass RUN/replay/step-N"):
         read_about(tmp_path)
     save_weights(tmp_path, nn.Linear(1, 1), "mae", 7, "its loss is not finite")
     assert read_about(tmp_path) == {"recipe": "mae", "step": 7, "reason": "its loss is not finite"}
@@ -216,4 +216,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
 
 def test_names_are_json(tmp_path):
     save_batch(tmp_path, 3, [batch(5)])
-    assert json.loads((tmp_path / "rank-3" / "names.json").read_text()) == {"names": [["5-0.png", "5-1.png"]], "bad": [[]]}
+    assert json.loads((tmp_path / "rank-3" / "names.json").read_text()) == {
+        "names": [["5-0.png", "5-1.png"]],
+        "bad": [[]],
+    }

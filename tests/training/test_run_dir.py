@@ -41,13 +41,13 @@ def test_runs_are_numbered_and_the_last_one_is_resumed():
 def test_out_names_the_folder():
     assert RunDir.open("here", "mae", None).path == Path("here")
     started("here")
-    with pytest.raises(UserError, match="--out here already holds a run. Pass --resume auto to continue it"):
+    with pytest.raises(UserError, match=r"--out here already holds a run. Pass --resume auto to continue it"):
         RunDir.open("here", "mae", None)
     resumed = RunDir.open("here", "mae", "auto")
     assert (str(resumed.path), resumed.resuming) == ("here", True)
     Path("file").touch()
     for resume in (None, "auto"):
-        with pytest.raises(UserError, match="--out file is a file. Choose a folder."):
+        with pytest.raises(UserError, match=r"--out file is a file. Choose a folder."):
             RunDir.open("file", "mae", resume)
     Path("empty").mkdir()
     RunDir.open("empty", "mae", None).write_config({})  # a folder without a run may exist
@@ -56,7 +56,7 @@ def test_out_names_the_folder():
 @pytest.mark.parametrize("content", ["", "checkpoints", "checkpoints/corrupt-step-00000001", "checkpoints/step-best"])
 def test_resume_by_path_needs_a_checkpoint(content):
     (Path("run") / content).mkdir(parents=True)
-    with pytest.raises(UserError, match="--resume run holds no checkpoint. Pass the directory of a run, or 'auto'."):
+    with pytest.raises(UserError, match=r"--resume run holds no checkpoint. Pass the directory of a run, or 'auto'."):
         RunDir.open(None, "mae", "run")
 
 
@@ -100,7 +100,7 @@ def test_some_options_may_change_on_resume():
 def test_a_config_that_holds_no_options_is_one_sentence():
     started("run", 8)
     Path("run/config.yaml").write_text("- 1\n")
-    with pytest.raises(UserError, match="run/config.yaml holds no options"):
+    with pytest.raises(UserError, match=r"run/config.yaml holds no options"):
         RunDir.open("run", "mae", "auto").write_config({})
 
 
@@ -108,7 +108,7 @@ def test_only_one_of_two_runs_that_start_together_gets_the_folder():
     first, second = (RunDir.open(None, "mae", None) for _ in range(2))
     assert first.path == second.path
     first.write_config({"lr": 0.1})
-    with pytest.raises(UserError, match="Another run has just created runs/mae. Start again."):
+    with pytest.raises(UserError, match=r"Another run has just created runs/mae. Start again."):
         second.write_config({"lr": 0.2})
     assert yaml.safe_load((first.path / "config.yaml").read_text())["lr"] == 0.1
 

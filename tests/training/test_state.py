@@ -157,7 +157,7 @@ def test_a_malformed_state_is_one_sentence(spoil, trained):
 def test_weights_that_do_not_fit_are_named(name, trained):
     states, values = as_json(trained.state_dict())
     del states[name]["weight"]
-    with pytest.raises(UserError, match="checkpoint.*weight"):
+    with pytest.raises(UserError, match=r"checkpoint.*weight"):
         averaged().load_state_dict((states, values), "checkpoint")
 
 
