@@ -106,7 +106,7 @@ def test_backbones_without_a_pyramid_are_refused():
     for name in ("hivit_nano", "svit_nano"):
         with pytest.raises(UserError, match=r"are at 2, 4, 8.*: pass --model-args\.patch_size 4"):
             Pyramid(backbone(name, patch_size=2))
-    with pytest.raises(UserError, match="choose upernet, or fpn"):
+    with pytest.raises(UserError, match="Choose upernet, or fpn"):
         Segmenter(backbone("hivit_nano"), 3, "fpn", 40)
 
 
