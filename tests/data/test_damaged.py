@@ -119,14 +119,14 @@ def test_resumed_run_remembers_bad_images(damaged, tmp_path, capsys):
     argv += ["--knn-every", "0", "--resume", "auto"]
     run(*argv, "--max-bad", "0.02")
     last, found = out / "checkpoints" / "step-00000006", losses(out)
-    bad = json.loads((last / "state.json").read_text())["skipped"]
+    bad = json.loads((last / "state.json").read_text())["bad_images"]
     assert len(bad) == 4
     shutil.rmtree(last)
     with pytest.raises(SystemExit):
         run(*argv, "--max-bad", "0.0175")
     assert "mimkit: 4 images cannot be used, more than the 3 allowed, such as " in capsys.readouterr().err
     run(*argv, "--max-bad", "0.02")
-    assert json.loads((last / "state.json").read_text())["skipped"] == bad
+    assert json.loads((last / "state.json").read_text())["bad_images"] == bad
     assert losses(out) == found
 
 
