@@ -387,7 +387,7 @@ def call(function: Callable[..., None], prog: str, argv: list[str]) -> None:
     placed = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY]
     summary, usage = (function.__doc__ or "").splitlines()[0], " ".join([prog, "[options]", *placed])
     parser = HyphenParser(prog=prog, usage=usage, formatter_class=HelpFormatter, description=summary)
-    parser.add_function_arguments(function, skip={*switches, *placed})
+    parser.add_function_arguments(function, skip={*switches, *placed}, as_group=False)
     explained = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
     for name in placed:
         parser.add_argument(name, help=explained.get(name))

@@ -7,10 +7,10 @@ from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # side by side: each on a core of its own, or threads would wait
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # pin each worker to a core, or threads would wait for each other
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
-    sys.argv[0] = "pytest"  # as it is without workers; messages of parsers begin with it
+    sys.argv[0] = "pytest"  # parsers put it in front of their messages
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
@@ -72,23 +72,28 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(autouse=True)
 def _anew(monkeypatch):
-    """Each test has its own seed, and its own accelerate, which keeps its state for a whole process. A run's first
-    seconds, in which it measures its speed, are few; on this CPU bf16 is slow, whatever it is."""
+    """Give each test its own seed, number of threads, and accelerate, which keeps its state for a whole process.
+
+    Preflight measures for .1 seconds, and bf16 counts as slow on any CPU.
+    """
+    threads = torch.get_num_threads()
     monkeypatch.setattr(preflight, "BRIEF", preflight.BRIEF._replace(seconds=0.1))
     monkeypatch.setattr(precision, "seconds_of", {torch.float32: 1, torch.bfloat16: 2}.get)
     torch.manual_seed(0)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    yield
+    torch.set_num_threads(threads)
 
 
 def backbone(name, **options):
-    """A tiny network of this kind."""
+    """Build a tiny network of this kind."""
     return timm.create_model(name.split()[0], **(BACKBONES[name] | options))
 
 
 @torch.no_grad()
 def fill(model):
-    """Every parameter at order 1: tables, biases and scales that start at 0 or 1e-5 would hide what drops them."""
+    """Fill every parameter at order 1: tables, biases and scales that start at 0 or 1e-5 would hide what drops them."""
     for parameter in model.parameters():
         if parameter.ndim < 2:
             parameter.normal_(0.5, 0.5)
@@ -100,14 +105,17 @@ def fill(model):
 
 
 def joined(pyramid):
-    """Its finer maps count: what they are joined by starts at 0."""
+    """Randomize the weights that join the finer maps, which start at 0 and would hide these maps."""
     for side in pyramid.side:
         torch.nn.init.normal_(side.weight)
     return pyramid
 
 
 def learns(model, steps=30):
-    """Train on four smooth images under one mask -> the last loss by the first; every parameter got a gradient"""
+    """Train on four smooth images under one mask. Return the last loss divided by the first.
+
+    Assert that every parameter gets a gradient.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     images = torch.nn.functional.interpolate(torch.randn(4, 3, 4, 4), size=32, mode="bicubic")
     losses = []
@@ -133,7 +141,7 @@ def encoded(image, kind="PNG", **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve images in two class folders, one of them no image at all."""
+    """Write twelve images into two class folders. Return the folder."""
     for i in range(12):
         place = tmp_path / "images" / ("cat" if i % 2 else "dog")
         place.mkdir(parents=True, exist_ok=True)
@@ -143,7 +151,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def images(tmp_path):
-    """32 images in two classes: 4 steps of 8 in an epoch."""
+    """Write 32 images into two class folders, which are 4 steps of 8 per epoch. Return the folder."""
     for i in range(32):
         place = tmp_path / "images" / f"class{i % 2}"
         place.mkdir(parents=True, exist_ok=True)
@@ -154,7 +162,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def parquet(tmp_path):
-    """Three shards of 20, 25 and 30 images."""
+    """Write three parquet shards of 20, 25 and 30 images. Return the folder."""
     count = 0
     for shard, length in enumerate((20, 25, 30)):
         rows = {
@@ -177,7 +185,7 @@ def batches(source, workers=0, **plan):
 
 
 def launching(engine, recipe, *argv):
-    """A recipe or a script started by accelerate: in so many processes, or in the two of a named engine"""
+    """Start a recipe or a script through accelerate, in `engine` processes or in the two of a named engine."""
     name = engine if isinstance(engine, str) else "ddp" if engine > 1 else "cpu"
     config = ["--config_file", ROOT / "recipes" / "accelerate" / f"{name}.yaml", "--main_process_port", "0"]
     script = recipe if isinstance(recipe, Path) else ROOT / "recipes" / f"{recipe}.py"
@@ -190,7 +198,7 @@ def launching(engine, recipe, *argv):
 
 
 def launched(engine, recipe, *argv):
-    """What a recipe printed that was run by accelerate"""
+    """Run a recipe or a script through accelerate. Return what it printed."""
     job = launching(engine, recipe, *argv)
     out, err = job.communicate()
     assert job.returncode == 0, err[-2000:]
@@ -198,13 +206,13 @@ def launched(engine, recipe, *argv):
 
 
 def losses(run):
-    """Those that a run has logged, by step"""
+    """Return the losses that a run has logged, by step."""
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def command(capsys, monkeypatch, *argv):
-    """Run `mimkit ARGV` -> (exit code, what it printed, what it complained)"""
+    """Run `mimkit ARGV`. Return the exit code, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["mimkit", *map(str, argv)])
     code = 0
     try:
@@ -213,4 +221,5 @@ def command(capsys, monkeypatch, *argv):
         code = stop.code or 0
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
+    assert "likely a bug" not in printed.err  # an unexpected RuntimeError
     return code, printed.out, printed.err
