@@ -189,7 +189,7 @@ def _kind(name: str) -> str:
     """Return the class of the network that `name` stands for, by the module of its entry point; "" for others."""
     try:
         entry = timm.model_entrypoint(architecture_of(name))
-    except (KeyError, RuntimeError):  # unknown: create_network raises a UserError that names similar ones
+    except RuntimeError:  # unknown: create_network raises a UserError that names similar ones
         return ""
     kinds = {"hivit": "HiViT", "svit": "SViT", "swin_transformer": "SwinTransformer"}
     kinds |= dict.fromkeys(("vision_transformer", "deit"), "VisionTransformer")
