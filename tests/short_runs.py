@@ -6,8 +6,14 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from mimkit.recipes import mae_hivit
 
-TINY = ["--epochs", "4", "--batch-size", "8", "--decoder-dim", "24", "--workers", "0", "--save-every", "2"]
-TINY += ["--model-args", "{embed_dim: 16, num_heads: 2}"]  # of the preset's hivit_nano
+SHORT = ["--epochs", "4", "--batch-size", "8", "--workers", "0", "--save-every", "2"]
+SMALL_DECODER = ["--decoder-dim", "24"]
+TINY = [*SHORT, *SMALL_DECODER, "--model-args", "{embed_dim: 16, num_heads: 2}"]  # for mae_hivit.py
+VIT = ["--config", "mae_vit_small", *SHORT, *SMALL_DECODER]  # these are for mae.py
+VIT += ["--model-args", "{embed_dim: 32, depth: 2, num_heads: 2}"]
+SVIT_SIZE = "{embed_dims: [8, 8, 16, 16], depths: [1, 1, 2, 1], num_heads: [1, 1, 2, 2]}"
+SVIT = ["--config", "mae_svit_small", *SHORT, *SMALL_DECODER, "--model-args", SVIT_SIZE]
+SIMMIM_SVIT = ["--config", "simmim_svit_small", *SHORT, "--model-args", SVIT_SIZE]  # for simmim.py
 
 
 def reset_accelerate():
