@@ -1,38 +1,50 @@
-"""What a run says before its first step, and what `mimkit doctor` says of it, and of its loss."""
+"""Preflight checks before a run, `mimkit doctor RECIPE`, the health of a run, and its summary."""
 
 import json
 import random
 import time
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from functools import partial
+from importlib import import_module
+from types import SimpleNamespace
 
-import mimkit.preflight
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from conftest import command, encoded, picture
-from mimkit.recipes import mae_hivit, simmim_svit
+from mimkit.recipes import mae, mae_hivit, simmim
 from PIL import Image
 from safetensors.torch import load_file
 
+from mimkit.config import parse_recipe
 from mimkit.data import transforms
+from mimkit.data.order import Plan
+from mimkit.data.sample import SampleLoader
+from mimkit.data.sources import open_source
 from mimkit.doctor import preflight
 from mimkit.doctor.loss_bands import health, losses, nearest, references, tolerance
+from mimkit.doctor.summary import describe_method, summarize
+from mimkit.files import read_metrics
+from mimkit.methods.decoder import Decoder
 from mimkit.methods.mae import MAE
 
 TINY = ["--batch-size", "8", "--workers", "0", "--epochs", "2"]
 FULL = preflight.FULL
+QUICK = preflight.Budget(64, 0.02)
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(mimkit.preflight, "FULL", FULL._replace(seconds=0.2))
+    monkeypatch.setattr(preflight, "FULL", FULL._replace(seconds=0.2))
 
 
 @pytest.fixture
 def images(tmp_path):
-    """37 gray images as bright as half of all, in a folder."""
+    """Return a folder of 37 gray images with a mean of one half."""
     (tmp_path / "images").mkdir()
     for i in range(37):
         pixels = np.random.default_rng(i).normal(128, 64, (20, 24 + i % 2)).clip(0, 255).astype(np.uint8)
@@ -40,9 +52,278 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
+# The checks, with a run that only has what they read -----------------------------------------------------------------
+
+
+@pytest.fixture
+def method():
+    """Return an MAE with units of 4 px, which predicts half of the masked units."""
+    encoder = timm.create_model(
+        "hivit_nano", num_classes=0, unit_form=True, multi_scale=True, img_size=32, patch_size=1
+    )
+    return MAE(encoder, Decoder(encoder.out_dim, 4, dim=32, depth=1, num_heads=4), 0.7, decode_ratio=0.5)
+
+
+@pytest.fixture
+def optimizer(method):
+    return torch.optim.AdamW(method.parameters(), 1e-3)
+
+
+@pytest.fixture
+def make_job(images, tmp_path):
+    """Return a function that makes a `Job` on the images. Its keywords change the run, the plan or the job."""
+    printed = []
+
+    def make(plan=None, job=None, **run):
+        source = open_source(str(images))
+        engine = SimpleNamespace(is_main=True, device=torch.device("cpu"), wait=lambda: printed.append("waited"))
+        defaults = {"engine": engine, "folder": tmp_path / "run", "print": printed.append, "compile": False}
+        defaults |= {"accelerator": SimpleNamespace(autocast=nullcontext), "checkpoints": SimpleNamespace(keep=2)}
+        defaults |= {"max_bad": 0.01, "save_every": 1.0, "keep_every": 0}
+        fake = SimpleNamespace(**defaults | run, plan=replace(Plan(source.length, 8, steps=8), **plan or {}))
+        samples = SampleLoader(transforms.train_transform((32, 32)), 3, 64, 0, (source.image, None), pixels=True)
+        config = {"data": str(images), "epochs": 2.0}
+        made = preflight.Job(fake, source, samples, [0.5] * 3, [0.25] * 3, (32, 32), 0.01, 0.3, 0, config)
+        return made._replace(**job or {})
+
+    make.printed = printed
+    return make
+
+
+@pytest.fixture
+def check(make_job, method, optimizer):
+    """Return a function that checks a job -> its lines by name, its problems."""
+
+    def run(**options):
+        findings = preflight.run_checks(make_job(**options), method, optimizer, QUICK)
+        return findings.lines, findings.problems
+
+    return run
+
+
+def test_lines_are_right(check, images):
+    lines, problems = check()
+    assert problems == []
+    assert lines["data"] == "37 images; 37 checked: all can be decoded, no duplicates"
+    assert lines["images"] == "20x24 to 20x25 px (height x width), L (100%), decoded to 3 channels"
+    # 32 px in units of 4 px are 64 units. floor(64 x .3) = 19 are visible, and half of 45 are predicted
+    assert lines["units"] == "8 x 8 units of 4 px = 64: 19 visible, 45 masked, 22 of them predicted"
+    # 37 images are 4 batches of 8, so 0.3 epochs are 1 step
+    assert lines["steps"] == (
+        "batch size 8 = 8 images x 1 processes x 1 gradient accumulation steps; 4 steps per epoch, 8 in 2 epochs; "
+        "lr 0.01 after 1 warmup steps"
+    )
+    numbers = np.concatenate([np.asarray(Image.open(file)).ravel() for file in sorted(images.iterdir())]) / 255
+    assert lines["colors"].startswith(f"mean {' '.join([f'{numbers.mean():.3f}'] * 3)}, std ")
+    assert lines["colors"].endswith("; configured mean 0.500 0.500 0.500, std 0.250 0.250 0.250")
+    assert float(lines["colors"].split("std ")[1].split()[0]) == pytest.approx(numbers.std(), abs=2e-3)
+    assert "no reference losses: " in lines["loss"]
+    assert lines["disk"].startswith("2 checkpoints of ")
+    assert list(lines) == "data images colors units steps speed time memory disk loss".split()
+
+
+def test_steps_of_several_processes(check):
+    lines, _ = check(plan={"world_size": 2, "grad_accum_steps": 2})
+    assert "batch size 8 = 2 images x 2 processes x 2 gradient accumulation steps" in lines["steps"]
+
+
+def test_damaged_images(check, images):
+    for i in (3, 20):
+        (images / f"{i:02d}.png").write_bytes(b"no image")
+    lines, problems = check(max_bad=0.1)
+    assert problems == []
+    assert lines["data"] == "37 images; 37 checked: 2 cannot be decoded, no duplicates"
+    assert lines["damaged"].startswith(f"{images}/03.png (not an image of a known kind), {images}/20.png (not an image")
+    lines, problems = check()
+    assert len(problems) == 1
+    assert problems[0].startswith("2 of 37 images cannot be decoded, more than --max-bad 0.01 allows, such as ")
+    assert f"{images}/20.png (not an image" in problems[0]
+    assert "damaged" not in lines
+
+
+def test_no_image_can_be_decoded(make_job, images):
+    for file in images.iterdir():
+        file.write_bytes(b"no image")
+    findings = preflight.Findings()
+    preflight.check_images(make_job(max_bad=1.0), QUICK, findings)
+    assert "37 cannot be decoded" in findings.lines["data"]
+    assert "images" not in findings.lines
+    assert findings.problems == []
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [([123.0] * 3, [58.0] * 3), ([0.5, 0.5, 1.0], [0.25] * 3), ([0.5] * 3, [0.05] * 3), ([0.5] * 3, [0.8] * 3)],
+    ids=["0-255", "a channel", "narrow", "wide"],
+)
+def test_colors_far_from_the_configured_ones(check, mean, std):
+    _, problems = check(job={"mean": mean, "std": std})
+    assert len(problems) == 1
+    assert problems[0].startswith("The images have mean 0.5")
+    assert "Pass --mean [0.5" in problems[0]
+    assert len(problems[0]) < 300
+
+
+def test_duplicates(check, images):
+    for i in range(5):
+        (images / f"again{i}.png").write_bytes((images / "05.png").read_bytes())
+    lines, problems = check()
+    assert "5 duplicates, such as " in lines["data"]
+    assert len(problems) == 1
+    assert f"5 of 42 images are duplicates, such as {images}/again0.png of {images}/05.png" in problems[0]
+    for i in range(4):
+        (images / f"again{i}.png").unlink()
+    lines, problems = check()
+    assert "1 duplicates" in lines["data"]
+    assert problems == []  # 1 of 38 is less than a twentieth
+
+
+def test_memory_is_that_of_weights_gradients_optimizer_and_activations(check, method):
+    parts = dict(part.rsplit(" ", 2)[:2] for part in check()[0]["memory"].split(": ")[1].split(", "))
+    weights = sum(x.nbytes for x in method.state_dict().values()) / 1e6
+    trained = [p for p in method.parameters() if p.requires_grad]
+    gradients = sum(p.nbytes for p in trained) / 1e6
+    assert float(parts["weights"]) == pytest.approx(weights, abs=0.06)
+    assert float(parts["gradients"]) == pytest.approx(gradients, abs=0.06)
+    assert float(parts["optimizer"]) == pytest.approx(2 * gradients + 4e-6 * len(trained), abs=0.06)  # and step counts
+    lines, _ = check(plan={"batch_size": 16, "steps": 4})
+    twice = float(lines["memory"].split("activations ")[1].split()[0])
+    assert twice == pytest.approx(2 * float(parts["activations"]), rel=0.05)
+
+
+def test_small_memories(check, monkeypatch):
+    memory = SimpleNamespace(total=22_000_000)
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: memory)
+    lines, problems = check()
+    assert lines["memory"].startswith("at least ")
+    assert " of 22.0 MB: " in lines["memory"]
+    assert len(problems) == 1
+    assert problems[0].startswith("A step of 8 images needs ")
+    assert "but a process has 22.0 MB. Pass --grad-accum-steps " in problems[0]
+    assert problems[0].endswith(", or --grad-checkpointing.")
+    memory.total = 100_000_000
+    assert check()[1] == []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "10")  # processes on this machine, which share its memory
+    assert "Choose a smaller --model" in check()[1][0]
+
+
+def test_full_disks(check, monkeypatch):
+    usage = SimpleNamespace(free=5_000_000)
+    monkeypatch.setattr(preflight, "disk_usage", lambda place: usage)
+    _, problems = check()
+    assert len(problems) == 1
+    assert problems[0].startswith("2 checkpoints need ")
+    assert "has 5.0 MB free. Choose a lower --keep" in problems[0]
+    usage.free = 10**12
+    assert check()[1] == []
+
+
+@pytest.mark.parametrize(
+    ("save_every", "keep", "keep_every", "count"),
+    [(1, 2, 0, 2), (0.25, 2, 0, 3), (0.25, 1, 0, 2), (0.25, 2, 2, 7), (0, 2, 0, 1), (2, 2, 0, 1)],
+)
+def test_checkpoints_on_disk(check, save_every, keep, keep_every, count):
+    """There are 8 steps in 2 epochs. A checkpoint is written before the oldest one is removed."""
+    lines, _ = check(save_every=save_every, keep_every=keep_every, checkpoints=SimpleNamespace(keep=keep))
+    assert lines["disk"].startswith(f"{count} checkpoints of ")
+
+
+def test_combined_rate():
+    assert preflight.combined_rate(100, 100, 0, 4) == pytest.approx(50)
+    assert preflight.combined_rate(100, 1000, 4, None) == pytest.approx(100)
+    assert preflight.combined_rate(1000, 100, 1, 2) == pytest.approx(1 / (1 / 100 + 0.5 / 1000))
+
+
+def test_the_bottleneck_is_named(monkeypatch):
+    monkeypatch.setattr(preflight, "cpu_count", lambda: 8)
+    for device in ("CPU", "GPU"):
+        text = preflight.describe_bottleneck(200, 100, 2, device)
+        assert text.startswith("data loading 200 images/s with 2 workers, network 100 images/s. ")
+        assert text.endswith(f"The {device} is the bottleneck, not data loading.")
+    slow = partial(preflight.describe_bottleneck, 100, 200)
+    assert slow(2, "GPU").endswith("Data loading is the bottleneck. Raise --workers to 7.")
+    assert slow(7, "GPU").endswith("Data loading is the bottleneck. Store smaller images, or use more CPU cores.")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert slow(2, "GPU").endswith("Raise --workers to 3.")
+
+
+def test_time(make_job):
+    def time_of(network, loader, **options):
+        findings = preflight.Findings()
+        preflight.estimate_time(network, 16, loader, make_job(**options), findings)
+        return findings.lines["time"]
+
+    steps = {"steps": 9000}  # 72,000 images
+    assert time_of(10, None, plan=steps).startswith("about 2 h 0 min, plus kNN evaluation, at 10 images/s; measured ")
+    assert time_of(20, 20, plan=steps).startswith("about 2 h 0 min")  # they take turns
+    assert time_of(10, None, plan={**steps, "start": 8875}).startswith("about 1 min 40 s")
+    assert time_of(10, None, plan={**steps, "world_size": 2}).startswith("about 1 h 0 min, plus kNN evaluation, at 20 ")
+    assert "measured with 16 images per step on " in time_of(10, None)
+    assert "measured without torch.compile, with 16 images" in time_of(10, None, compile=True)
+
+
+def test_streams_are_checked_from_their_first_images(make_job, images, method, optimizer):
+    job = make_job(job={"source": open_source(str(images), streaming=True)})
+    lines = preflight.run_checks(job, method, optimizer, QUICK._replace(images=30)).lines
+    assert lines["data"] == "37 images; 30 checked: all can be decoded, no duplicates"
+    assert "speed" in lines
+    lines = preflight.run_checks(job, method, optimizer, preflight.BRIEF).lines
+    assert lines["loader"].startswith("not measured for a stream")
+    assert "speed" not in lines
+
+
+def test_preflight_prints_its_findings(make_job, method, optimizer, images):
+    preflight.preflight(make_job(), method, optimizer)
+    lines, verdict, waited = make_job.printed
+    assert lines.splitlines()[0] == "data     37 images; 37 checked: all can be decoded, no duplicates"
+    assert (verdict, waited) == ("Preflight checks passed.", "waited")
+
+
+def test_problems_end_a_dry_run_only(make_job, method, optimizer):
+    wrong = make_job(job={"mean": [123.0] * 3})
+    preflight.preflight(wrong, method, optimizer)
+    assert make_job.printed[1].startswith("WARNING: The images have mean 0.5")
+    with pytest.raises(SystemExit) as stop:
+        preflight.preflight(wrong, method, optimizer, dry_run=True)
+    assert stop.value.code == 1
+    assert make_job.printed[-1] == "waited"
+    preflight.preflight(make_job(), method, optimizer, dry_run=True)
+
+
+def test_resumed_runs_and_other_processes_are_not_checked(make_job, method, optimizer):
+    preflight.preflight(make_job(plan={"start": 3}), method, optimizer)
+    other = make_job()
+    other.run.engine.is_main = False
+    preflight.preflight(other, method, optimizer, dry_run=True)
+    assert make_job.printed == ["waited", "waited"]
+    preflight.preflight(make_job(plan={"start": 3}), method, optimizer, dry_run=True)
+    assert "Preflight checks passed." in make_job.printed
+
+
+def generators():
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+
+def test_preflight_changes_neither_weights_nor_optimizer_nor_generators(make_job, method, optimizer):
+    weights, before = {k: v.clone() for k, v in method.state_dict().items()}, generators()
+    method.eval()
+    preflight.preflight(make_job(), method, optimizer)
+    assert generators() == before
+    assert all(torch.equal(v, weights[k]) for k, v in method.state_dict().items())
+    assert all(p.grad is None for p in method.parameters())
+    assert not optimizer.state
+    assert not method.training
+
+
+# `mimkit doctor RECIPE` ----------------------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def doctor(capsys, monkeypatch, tmp_path):
-    """`mimkit doctor mae_hivit` -> (exit code, lines by name, all of it); it leaves nothing behind."""
+    """Return a function that runs `mimkit doctor mae_hivit` -> exit code, lines by name, all of its output.
+
+    The command must not write anything.
+    """
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -55,80 +336,59 @@ def doctor(capsys, monkeypatch, tmp_path):
     return call
 
 
-def test_numbers_are_right(doctor, images):
-    code, lines, said = doctor("--data", images, "--mask-ratio", "0.7", "--decode-ratio", "0.5", "--lr", "0.01")
-    assert code == 0, said
-    assert "nothing found that would spoil the run" in said
-    assert lines["data"] == "37 images; of 37 looked at 0 cannot be read, 0 are copies of another of these"
-    assert lines["images"].startswith("20x24 to 20x25 px (height x width), L (100%), read as 3 channels")
-    # 32 px, units of 4: 64, of which floor(64 x .3) = 19 are visible, and half of 45 predicted
-    assert lines["units"] == "8 x 8 of 4 px = 64: 19 visible, 45 masked, 22 of them predicted"
-    # 37 images are 4 batches of 8; .3 epochs of warm-up are 1 step
-    assert lines["steps"].startswith("batch 8 = 8 images x 1 processes x 1 parts; 4 steps an epoch, 8 in 2 epochs; ")
-    assert lines["steps"].endswith("lr 0.01 after 1 steps of warm-up")
-    numbers = np.concatenate([np.asarray(Image.open(file)).ravel() for file in sorted(images.iterdir())]) / 255
-    assert f"mean {' '.join([f'{numbers.mean():.3f}'] * 3)}" in lines["colors"]
-    assert float(lines["colors"].split("deviation ")[1].split()[0]) == pytest.approx(numbers.std(), abs=2e-3)
-    assert "no reference: data is" in lines["loss"]
+@pytest.mark.e2e
+def test_doctor_checks_what_a_recipe_would_do(doctor, images):
+    code, lines, output = doctor("--data", images, "--mask-ratio", "0.7", "--decode-ratio", "0.5", "--lr", "0.01")
+    assert code == 0, output
+    assert "Preflight checks passed." in output
+    assert lines["data"] == "37 images; 37 checked: all can be decoded, no duplicates"
+    assert lines["images"].startswith("20x24 to 20x25 px (height x width), L (100%), decoded to 3 channels")
+    assert lines["units"] == "8 x 8 units of 4 px = 64: 19 visible, 45 masked, 22 of them predicted"
+    assert lines["steps"].startswith("batch size 8 = 8 images x 1 processes x 1 gradient accumulation steps; 4 steps ")
+    assert lines["steps"].endswith("; 4 steps per epoch, 8 in 2 epochs; lr 0.01 after 1 warmup steps")
+    assert "configured mean 0.500 0.500 0.500, std 0.250 0.250 0.250" in lines["colors"]
+    assert "no reference losses: data is" in lines["loss"]
 
 
-def test_memory_and_disk(doctor, images, tmp_path, capsys):
+@pytest.mark.e2e
+def test_exit_codes(doctor, images):
+    (images / "03.png").write_bytes(b"no image")
+    code, _, output = doctor("--data", images, "--max-bad", "0.1")
+    assert code == 0
+    assert f"{images}/03.png (not an image of a known kind)" in output
+    code, _, output = doctor("--data", images)
+    assert code == 1
+    assert "WARNING: 1 of 37 images cannot be decoded, more than --max-bad 0.01 allows" in output
+    code, _, output = doctor("--data", images, "--max-bad", "1", "--mean", "[123]", "--std", "[58]")
+    assert code == 1
+    assert "WARNING: The images have mean 0.5" in output
+    code, _, output = doctor("--data", images, "--batch-size", "64")
+    assert code == 2
+    assert "--batch-size 64 is more than the 37 images" in output
+
+
+@pytest.mark.e2e
+def test_a_checkpoint_takes_the_disk_space_that_is_announced(doctor, images, tmp_path, capsys):
     _, lines, _ = doctor("--data", images)
     out = tmp_path / "run"
     mae_hivit.main(["--data", str(images), "--out", str(out), *TINY])
     written = sum(file.stat().st_size for file in (out / "checkpoints" / "step-00000008").glob("*.safetensors"))
-    # save_every is 1 of 2 epochs: 2 checkpoints
-    assert lines["disk"].startswith("2 checkpoints of ")
+    assert lines["disk"].startswith("2 checkpoints of ")  # --save-every is 1 of 2 epochs
     assert float(lines["disk"].split()[3]) == pytest.approx(written / 1e6, rel=0.03)
-    parts = dict(part.rsplit(" ", 2)[:2] for part in lines["memory"].split(": ")[1].split(", "))
-    assert float(parts["gradients"]) * 2 == pytest.approx(float(parts["optimizer"]), rel=0.02)
-    twice = float(doctor("--data", images, "--batch-size", "16")[1]["memory"].split("backward ")[1].split()[0])
-    assert twice == pytest.approx(2 * float(parts["kept for backward"]), rel=0.05)
     assert "grad" not in capsys.readouterr().err
 
 
-def test_what_would_spoil_a_run(doctor, images, monkeypatch):
-    for i in (3, 20):
-        (images / f"{i:02d}.png").write_bytes(b"no image")
-    code, _, said = doctor("--data", images, "--max-bad", "0.1")
-    assert code == 0
-    assert f"{images}/03.png (not an image of a known kind)" in said  # named all the same
-    code, _, said = doctor("--data", images)
+@pytest.mark.e2e
+def test_fewer_and_smaller_checkpoints_fit_a_full_disk(doctor, images, monkeypatch):
+    monkeypatch.setattr(preflight, "disk_usage", lambda place: SimpleNamespace(free=10_000_000))
+    code, _, output = doctor("--data", images)
     assert code == 1
-    assert "WARNING: 2 of 37 images cannot be read, more than --max-bad 0.01 allows" in said
-    assert f"{images}/20.png (not an image" in said
-
-    code, _, said = doctor("--data", images, "--max-bad", "1", "--mean", "[123]", "--std", "[58]")
-    assert code == 1
-    assert "WARNING: The images have mean 0.5" in said
-
-    for i in range(5):
-        (images / f"again{i}.png").write_bytes((images / "05.png").read_bytes())
-    code, _, said = doctor("--data", images, "--max-bad", "1")
-    assert code == 1
-    assert f"WARNING: 5 of 42 images are copies of another, such as {images}/again0.png of {images}/05.png" in said
-
-    code, _, said = doctor("--data", images, "--batch-size", "64")
-    assert code == 2
-    assert "--batch-size 64 is more than the 42 images" in said
+    assert "WARNING: 2 checkpoints need " in output
+    assert doctor("--data", images, "--model-args", "{embed_dim: 40}", "--save-every", "2")[0] == 0
 
 
-def test_full_disks_and_small_memories(doctor, images, monkeypatch):
-    free = type("Usage", (), {"free": 10_000_000})
-    monkeypatch.setattr(mimkit.preflight, "disk_usage", lambda place: free)
-    code, _, said = doctor("--data", images)
-    assert code == 1
-    assert "WARNING: 2 checkpoints take " in said
-    assert doctor("--data", images, "--model-args", "{embed_dim: 40}", "--save-every", "2")[0] == 0  # and a smaller one
-    monkeypatch.setattr(mimkit.preflight, "disk_usage", lambda place: type("Usage", (), {"free": 10**12}))
-    memory = type("Memory", (), {"total": 22_000_000})
-    monkeypatch.setattr(mimkit.preflight.psutil, "virtual_memory", lambda: memory)
-    code, _, said = doctor("--data", images)
-    assert code == 1
-    assert "pass --grad-accum-steps" in said
-
-
-def test_the_slower_one_is_named(doctor, images, monkeypatch):
+@pytest.mark.e2e
+def test_slow_loaders_and_slow_networks_are_found(doctor, images, monkeypatch):
     def slowly(function, *argv, **more):
         time.sleep(0.1)
         return function(*argv, **more)
@@ -136,50 +396,50 @@ def test_the_slower_one_is_named(doctor, images, monkeypatch):
     with monkeypatch.context() as patch:
         forward = MAE.forward
         patch.setattr(MAE, "forward", lambda *argv: time.sleep(1.5) or forward(*argv))
-        assert "the network is the bottleneck" in doctor("--data", images)[1]["speed"]
+        assert "The CPU is the bottleneck" in doctor("--data", images)[1]["speed"]
     make = transforms.train_transform
-    monkeypatch.setattr(mae_hivit, "train_transform", lambda *argv: partial(slowly, make(*argv)))
+    monkeypatch.setattr(mae, "train_transform", lambda *argv: partial(slowly, make(*argv)))
     _, lines, _ = doctor("--data", images)
-    assert "the loader is the bottleneck" in lines["speed"]
-    assert 6 < float(lines["speed"].split()[0]) < 10.1  # 100 ms an image
-    rate = float(lines["time"].split("checks, ")[1].split()[0])
-    assert rate < 10.1  # they take turns
+    assert "Data loading is the bottleneck" in lines["speed"]
+    assert 6 < float(lines["speed"].split()[2]) < 10.1  # 100 ms per image
+    rate = float(lines["time"].split(" at ")[1].split()[0])
+    assert rate < 10.1  # loader and network take turns
 
 
-def test_together():
-    assert preflight.together(100, 100, 0, 4) == pytest.approx(50)
-    assert preflight.together(100, 1000, 4, None) == pytest.approx(100)
-    assert preflight.together(1000, 100, 1, 2) == pytest.approx(1 / (1 / 100 + 0.5 / 1000))
-
-
-@pytest.mark.parametrize("recipe", [mae_hivit, simmim_svit], ids=["hivit", "svit"])  # the second has running statistics
-def test_a_run_is_the_same_with_it(recipe, images, tmp_path, monkeypatch, capsys):
-    weights, made = [], recipe.preflight
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("recipe", "options"), [(mae, []), (simmim, ["--config", "simmim_svit_small"])], ids=["hivit", "svit"]
+)
+def test_a_run_is_the_same_with_and_without_preflight(recipe, options, images, tmp_path, monkeypatch, capsys):
+    """An SViT has running statistics, which the checks must not move."""
+    weights, real = [], recipe.preflight
 
     def watched(*argv):
-        before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-        made(*argv)
-        assert torch.equal(torch.get_rng_state(), before[0])
-        assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+        before = generators()
+        real(*argv)
+        assert generators() == before
+
+    def train(out, *argv):
+        recipe.main([*options, "--data", str(images), "--out", str(tmp_path / out), *TINY, *argv])
+        return capsys.readouterr().out
 
     monkeypatch.setattr(recipe, "preflight", watched)
-    for way in ("with", "without"):
-        if way == "without":
+    for out in ("with", "without"):
+        if out == "without":
             monkeypatch.setattr(recipe, "preflight", lambda *argv: None)
-        recipe.main(["--data", str(images), "--out", str(tmp_path / way), *TINY])
+        printed = train(out)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        said = capsys.readouterr().out
-        assert ("configured mean" in said) is (way == "with")
-        weights.append(load_file(tmp_path / way / "checkpoints" / "step-00000008" / "model.safetensors"))
+        assert ("configured mean" in printed) is (out == "with")
+        weights.append(load_file(tmp_path / out / "checkpoints" / "step-00000008" / "model.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert "Its loss cannot be compared with ours: " in said
+    assert "The loss cannot be compared with our runs" in printed
     (tmp_path / "with" / "checkpoints" / "step-00000008").rename(tmp_path / "gone")
     monkeypatch.undo()
-    recipe.main(["--data", str(images), "--out", str(tmp_path / "with"), "--resume", "auto", *TINY])
-    assert "configured mean" not in capsys.readouterr().out  # a resumed run has been looked at
+    assert "configured mean" not in train("with", "--resume", "auto")  # the checks were done before
 
 
+@pytest.mark.e2e
 def test_streams_and_workers(doctor, tmp_path):
     import datasets
 
@@ -188,71 +448,144 @@ def test_streams_and_workers(doctor, tmp_path):
     datasets.Dataset.from_dict({"image": rows}, features=features).to_parquet(tmp_path / "train.parquet")
     code, lines, _ = doctor("--data", tmp_path / "train.parquet", "--streaming", "--workers", "1")
     assert code == 0
-    assert "of 30 looked at 0 cannot be read" in lines["data"]
-    assert "images/s by 1 workers" in lines["speed"]
+    assert "30 checked: all can be decoded" in lines["data"]
+    assert "images/s with 1 workers" in lines["speed"]
 
 
-def test_no_false_alarm_on_sample(doctor):
-    code, lines, said = doctor("--config", "mae_hivit_small", "--epochs", "3", "--batch-size", "32")
-    assert (code, "WARNING" in said) == (0, False)
-    assert lines["loss"].startswith("of our own runs of mae_hivit_small: ")
+@pytest.mark.e2e
+def test_no_false_alarm_on_the_sample_images(doctor):
+    code, lines, output = doctor("--config", "mae_hivit_small", "--epochs", "3", "--batch-size", "32")
+    assert (code, "WARNING" in output) == (0, False)
+    assert lines["loss"].startswith("expected from our runs of mae_hivit_small: ")
 
 
-def test_wrong_words(capsys, monkeypatch, tmp_path):
-    for argv, message in [
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
         (["dance"], "choose a recipe among detect"),
         (["linear_probe"], "has no --dry-run"),
-        (["--run", tmp_path], "holds no config.yaml"),
+        (["--run", "."], "holds no config.yaml"),
         (["mae_hivit", "--dance", "1"], "dance"),
-    ]:
-        code, _, err = command(capsys, monkeypatch, "doctor", *argv)
-        assert (code, message in err) == (2, True), err
+    ],
+)
+def test_wrong_arguments_are_refused(argv, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(capsys, monkeypatch, "doctor", *argv)
+    assert (code, message in err) == (2, True), err
+
+
+def test_help(capsys, monkeypatch):
     assert "doctor --run DIR" in command(capsys, monkeypatch, "doctor", "--help")[1]
 
 
 # Health --------------------------------------------------------------------------------------------------------------
 
 
-def written(folder, scale=lambda fraction: 1.0, waiting=0.05, **changes):
-    """A run of mae_hivit_small's options whose losses are the reference's, times something."""
-    reference = next(found for found in references() if found.name == "mae_hivit_small")
+def write_run(folder, scale=lambda fraction: 1.0, waiting=0.05, **changes):
+    """Write a run with the options and the losses of the reference mae_hivit_small, each loss times a scale."""
+    reference = next(reference for reference in references() if reference.name == "mae_hivit_small")
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(reference.options | {"seed": 7, "out": "x"} | changes))
     lines = [{"step": 20, "loss": 1.5}]
     lines += [{"step": round(936 * f), "loss": scale(f) * values[0]} for f, values in reference.loss.items()]
-    about = [line | {"epoch": line["step"] / 312, "waiting": waiting} for line in lines]
-    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in about) + "\n")
+    complete = [line | {"epoch": line["step"] / 312, "waiting": waiting} for line in lines]
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in complete) + "\n")
     return folder
 
 
-def test_health(tmp_path, capsys, monkeypatch):
-    for name, make, code, words in [
-        ("fine", {}, 0, "Its loss is inside the band of mae_hivit_small (0.727 after 100%"),
-        ("high", {"scale": lambda f: 1 + 0.1 * (f == 1)}, 1, "Its loss is above the band"),
-        ("low", {"scale": lambda f: 0.9}, 0, "Its loss is below the band"),
-        ("flat", {"scale": lambda f: 3}, 1, "The loss did not fall from 1.500"),
-        ("nan", {"scale": lambda f: float("nan") if f == 0.5 else 1}, 1, "The loss is not finite at step 468"),
-        ("waits", {"waiting": 0.5}, 0, "It waited for data in 50% of the time: raise --workers"),
-        ("other", {"norm_targets": False}, 0, "cannot be compared with ours: norm_targets is False and not True"),
-    ]:
-        folder = written(tmp_path / name, **make)
-        got, out, _ = command(capsys, monkeypatch, "doctor", "--run", folder)
-        assert (got, words in out) == (code, True), out
-    early = tmp_path / "fine" / "metrics.jsonl"
-    early.write_text(early.read_text().splitlines()[0] + "\n")
-    assert "too early" in " ".join(health(tmp_path / "fine")[0])
+@pytest.mark.parametrize(
+    ("changes", "code", "sentence"),
+    [
+        ({}, 0, "The loss is inside the band of mae_hivit_small: 0.727 after 100%"),
+        ({"scale": lambda f: 1 + 0.1 * (f == 1)}, 1, "The loss is above the band"),
+        ({"scale": lambda f: 1 + 0.1 * (f == 0.5)}, 1, "above the band of mae_hivit_small: 0.820 after 50%"),
+        ({"scale": lambda f: 0.9}, 0, "The loss is below the band"),
+        ({"scale": lambda f: 3}, 1, "The loss did not fall from 1.500"),
+        ({"scale": lambda f: float("nan") if f == 0.5 else 1}, 1, "The loss is not finite at step 468"),
+        ({"waiting": 0.5}, 0, "The run waited for data 50% of the time. Raise --workers"),
+        ({"norm_targets": False}, 0, "mae_hivit_small: norm_targets is False instead of True."),
+        (
+            {"clip_grad": 1.0},
+            0,
+            "cannot be compared with our runs of mae_hivit_small: clip_grad is 1.0 instead of None",
+        ),
+    ],
+    ids="inside above above-earlier below flat nan waits other-target other-clipping".split(),
+)
+def test_health(changes, code, sentence, tmp_path, capsys, monkeypatch):
+    folder = write_run(tmp_path / "run", **changes)
+    exit_code, printed, _ = command(capsys, monkeypatch, "doctor", "--run", folder)
+    assert (exit_code, sentence in printed) == (code, True), printed
+    sentences, problems = health(folder)
+    assert printed.splitlines() == sentences
+    assert bool(problems) is bool(code)
+    assert set(problems) <= set(sentences)
 
 
-def test_references_are_of_the_presets():
-    """Every pre-training preset's options, as a run resolves them, still are those of its reference."""
+def test_health_of_a_young_run(tmp_path):
+    folder = write_run(tmp_path / "run")
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines()[0] + "\n")
+    assert "too early" in " ".join(health(folder)[0])
+    metrics.write_text("")
+    assert health(folder) == ([f"{folder} has not logged a loss yet."], [])
+
+
+def test_references_have_the_options_of_the_presets():
+    """The options of each small preset, as a run resolves them, are those of its reference."""
     names = {"mae_hivit_small", "mae_svit_small", "mae_vit_small", "simmim_svit_small", "simmim_swin_small"}
     assert {reference.name for reference in references()} == names
     for reference in references():
         assert reference.tolerance == pytest.approx(tolerance(reference.loss), abs=1e-4)
         assert nearest(reference.options)[1] == []
         assert nearest(reference.options)[0].name == reference.name
+        recipe = reference.name.split("_")[0]
+        module = import_module(f"mimkit.recipes.{recipe}")
+        options = parse_recipe(module.Options, module.__doc__, recipe, ["--config", reference.name], reference.name)
+        options.mean, options.std = transforms.default_normalization(options.in_chans, options.mean, options.std).values
+        options.lr = options.lr or options.blr * options.batch_size / 256
+        assert reference.differing(json.loads(json.dumps(asdict(options)))) == []
 
 
-def test_losses_are_of_the_tenth_before():
+def test_losses_average_the_tenth_of_a_run_before_each_fraction():
     lines = [{"step": step, "loss": float(step)} for step in range(10, 61, 10)]
     assert losses(lines, 100, [0.25, 0.5, 0.75]) == {0.25: 20.0, 0.5: 50.0}
+
+
+# Summary -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def matplotlib():
+    """Import matplotlib, which takes a second."""
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def test_a_method_is_described_in_one_line(method):
+    line = describe_method(method, 10_000, 0.0012345)
+    count = sum(p.numel() for p in method.encoder.parameters()) / 1e6
+    assert line.startswith(f"hivit_nano: encoder {count:.2f} M + decoder 0.")
+    assert line.endswith(" M parameters; lr 0.00123; 10,000 images")
+
+
+@pytest.mark.usefixtures("matplotlib")
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_finished_run_is_summarized_by_the_main_process(is_main, method, images, tmp_path):
+    printed, gathered = [], []
+    folder = write_run(tmp_path / "run")
+    engine = SimpleNamespace(is_main=is_main, device=torch.device("cpu"))
+    engine.full_state = lambda module: gathered.append(module) or module
+    run_dir = SimpleNamespace(metrics=lambda: read_metrics(folder))
+    run = SimpleNamespace(engine=engine, folder=folder, dir=run_dir, print=printed.append)
+    method.decode_ratio = 1.0
+    summarize(run, method, open_source(str(images)), (32, 32), transforms.default_normalization(3, None, None))
+    assert gathered == [method]  # all processes take part
+    pictures = {"curves.png", "reconstructions.png"}
+    assert {file.name for file in folder.glob("*.png")} == (pictures if is_main else set())
+    if is_main:
+        assert "The loss is inside the band" in printed[0]
+        assert f'timm.create_model("local-dir:{folder}/encoder", pretrained=True)' in printed[1]
+        assert f"mimkit probe --model {folder}/encoder --data {images}" in printed[1]
+        assert Image.open(folder / "reconstructions.png").size[0] > 100
