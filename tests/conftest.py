@@ -149,15 +149,20 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-@pytest.fixture
-def images(tmp_path):
+def write_images(folder):
     """Write 32 images into two class folders, which are 4 steps of 8 per epoch. Return the folder."""
     for i in range(32):
-        place = tmp_path / "images" / f"class{i % 2}"
+        place = folder / f"class{i % 2}"
         place.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(place / f"{i}.png")
-    return str(tmp_path / "images")
+    return str(folder)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """32 images in two classes: 4 steps of 8 in an epoch."""
+    return write_images(tmp_path / "images")
 
 
 @pytest.fixture

@@ -190,7 +190,7 @@ def test_wrong_options_are_one_sentence(images, tmp_path, capsys):
         ([*data, "--epochs", "0"], "epochs"),
         ([*data, "--grad-accum-steps", "0"], "grad_accum_steps"),
         ([*data, "--patch-size", "-1"], "patch_size"),
-        ([*data, *TINY, "--decoder-heads", "7"], "does not divide into 7 heads"),
+        ([*data, *TINY, "--decoder-heads", "7"], "is not divisible by 7 heads"),
         ([*data, "--epochs", "many"], "epochs"),
         ([*data, "--track", "nothing"], "--track nothing is not installed"),
         ([*data, "--streaming", "true", "--knn-every", "1", *TINY], "--streaming false"),
