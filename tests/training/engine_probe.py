@@ -2,8 +2,8 @@
 
 engine_probe.py OUT RECIPE ARGS...
 
-Each process writes OUT-RANK.json. In the environment, SPOILED=STEP makes the gradient of this step infinite, and BEAT is
-the time between heartbeats in seconds.
+Each process writes OUT-RANK.json. In the environment, SPOILED=STEP makes the gradient of this step infinite, and BEAT
+is the time between heartbeats in seconds.
 """
 
 import importlib
