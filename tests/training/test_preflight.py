@@ -34,7 +34,7 @@ from mimkit.methods.mae import MAE
 
 TINY = ["--batch-size", "8", "--workers", "0", "--epochs", "2"]
 FULL = preflight.FULL
-QUICK = preflight.Budget(64, 0.02)
+QUICK = preflight.Budget(64, 60.0, 0.02)
 
 
 @pytest.fixture(autouse=True)
@@ -267,9 +267,15 @@ def test_streams_are_checked_from_their_first_images(make_job, images, method, o
     lines = preflight.run_checks(job, method, optimizer, QUICK._replace(images=30)).lines
     assert lines["data"] == "37 images; 30 checked: all can be decoded, no duplicates"
     assert "speed" in lines
-    lines = preflight.run_checks(job, method, optimizer, preflight.BRIEF).lines
+    lines = preflight.run_checks(job, method, optimizer, preflight.BRIEF).lines  # a run measures no stream's loader
     assert lines["loader"].startswith("not measured for a stream")
     assert "speed" not in lines
+
+
+def test_checking_images_stops_after_its_time(make_job):
+    findings = preflight.Findings()
+    preflight.check_images(make_job(), QUICK._replace(image_seconds=0.0), findings)
+    assert findings.lines["data"].startswith("37 images; 1 checked: ")
 
 
 def test_preflight_prints_its_findings(make_job, method, optimizer, images):
