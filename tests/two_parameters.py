@@ -6,8 +6,8 @@ import torch
 
 from mimkit.data.sample import Batch
 from mimkit.training.anomaly import AnomalyGuard
+from mimkit.training.checkpoint import TrainState
 from mimkit.training.metrics import Meter
-from mimkit.training.state import TrainState
 
 
 def train_state(images=32, max_spike=None, **more):

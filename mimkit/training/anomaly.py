@@ -1,7 +1,8 @@
 """Guard a long run against anomalies: steps whose loss or gradient is not finite, and sudden spikes of the loss.
 
 Nothing is read from the device while training goes on; the run checks what was observed every few steps. It then
-returns to the last checkpoint before the bad step and skips that step. The batch is saved for `mimkit replay`.
+returns to the last checkpoint before the bad step and skips that step (skip_steps.py). The batch is saved for `mimkit
+replay`.
 """
 
 import math

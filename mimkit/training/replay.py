@@ -18,8 +18,8 @@ from mimkit.data.sample import Batch
 from mimkit.errors import UserError
 from mimkit.files import read_json, replacing, replacing_file
 from mimkit.io.weights import State, load_strictly, read_weights
+from mimkit.training.checkpoint import TrainState
 from mimkit.training.distributed import Engine
-from mimkit.training.state import TrainState
 
 
 def flatten(nest: Any, name: str = "") -> State:

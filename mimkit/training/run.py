@@ -28,17 +28,16 @@ from mimkit.data.order import Plan
 from mimkit.data.sample import Batch
 from mimkit.errors import UserError, signal_handlers
 from mimkit.training.anomaly import AnomalyGuard, Bad
-from mimkit.training.checkpoint import Checkpointer, step_of
+from mimkit.training.checkpoint import Checkpointer, TrainState, step_of
 from mimkit.training.display import Display
 from mimkit.training.distributed import Engine
 from mimkit.training.feed import Feed
 from mimkit.training.metrics import Meter
 from mimkit.training.precision import resolve_precision
-from mimkit.training.preemption import Preemption
-from mimkit.training.recovery import Recovery
+from mimkit.training.preemption import Preemption, interrupt, stop
 from mimkit.training.replay import read_about, replay_step
 from mimkit.training.run_dir import RunDir
-from mimkit.training.state import TrainState
+from mimkit.training.skip_steps import StepSkipper
 
 LOG_EVERY = 20  # steps between two readings of what is accumulated on the device
 
@@ -157,7 +156,7 @@ class Run:
         scaler, sharded = self.accelerator.scaler, engine.sharded_checkpoint
         self.state = TrainState(model, optimizer, self.meter, self.guard, extra, scaler, sharded, self.plan.length)
         log = self.display.print
-        self.recovery = Recovery(self.name, self.dir, engine, self.checkpoints, self.state, log)
+        self.skipper = StepSkipper(self.name, self.dir, engine, self.checkpoints, self.state, log)
         self.checkpoints.begin(self.state, save=not self.replay)
         if engine.is_main:
             self.dir.truncate(self.plan.start or -1)
@@ -184,20 +183,20 @@ class Run:
         feed.start(self.step)
         self.meter.since_step = self.step
         self.meter.restart_clock()
-        handlers = self.preemption.handlers() | {signal.SIGINT: lambda *_: self.recovery.interrupt(self.step)}
+        handlers = self.preemption.handlers() | {signal.SIGINT: lambda *_: interrupt(self.step, self.checkpoints)}
         with self.display.progress(plan.start, plan.steps), signal_handlers(handlers):
             while self.step < plan.steps:
                 self._seed()
                 if not self.meter.count:
                     self.meter.restart_clock()
                 micro_batches = feed.micro_batches()
-                self.skipping = self.recovery.skip(self.step, micro_batches)
+                self.skipping = self.skipper.skip(self.step, micro_batches)
                 yield self.step, iter(()) if self.skipping else micro_batches
                 if self.bad:
-                    self.step, self.bad = self.recovery.rewind(self.bad, feed), None
+                    self.step, self.bad = self.skipper.rewind(self.bad, feed), None
                     continue
                 if self.preemption.requested() and self.step + 1 < plan.steps:
-                    self.recovery.stop(self.step, str(self.preemption))
+                    stop(self.step, str(self.preemption), self.checkpoints, state)
                 self.step += 1
             self.checkpoints.wait()
 
@@ -263,4 +262,4 @@ class Run:
             tracker.finish()
         self.accelerator.free_memory()
         self.engine.model = self.engine.full_model = None
-        del self.state, self.recovery
+        del self.state, self.skipper

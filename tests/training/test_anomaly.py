@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from short_runs import TINY, fails, run
 
 from mimkit.data import loader, sample
-from mimkit.training import recovery, replay
+from mimkit.training import replay, skip_steps
 from mimkit.training.feed import Feed
 from mimkit.training.run import Run
 
@@ -68,7 +68,7 @@ def test_a_bad_step_is_skipped(step, images, tmp_path, capsys, monkeypatch, pois
 
     # it is the run in which that step's micro-batches were left out
     bad.clear()
-    monkeypatch.setattr(recovery, "skipped_steps", lambda folder: {step: "told"})
+    monkeypatch.setattr(skip_steps, "skipped_steps", lambda folder: {step: "told"})
     run(mae_hivit, *argv, "--out", tmp_path / "told")
     told = load_file(tmp_path / "told" / "encoder" / "model.safetensors")
     assert all(torch.equal(weights[name], told[name]) for name in weights)

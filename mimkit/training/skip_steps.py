@@ -1,20 +1,22 @@
-"""Recovery: return from bad steps and skip them, and leave a run so that it can be resumed after a signal."""
+"""Skip bad steps: return to the last state before one, and leave it out when the run comes to it again.
+
+`AnomalyGuard` in anomaly.py finds the bad steps.
+"""
 
 from collections.abc import Callable, Iterator
 
 from mimkit.data.sample import Batch
-from mimkit.errors import StoppedError, UserError
+from mimkit.errors import UserError
 from mimkit.training.anomaly import Bad, skipped_steps, too_many_skipped
-from mimkit.training.checkpoint import Checkpointer
+from mimkit.training.checkpoint import Checkpointer, TrainState
 from mimkit.training.distributed import Engine
 from mimkit.training.feed import Feed
 from mimkit.training.replay import save_batch, save_weights
 from mimkit.training.run_dir import RunDir
-from mimkit.training.state import TrainState
 
 
-class Recovery:
-    """Returns from bad steps, saves what `mimkit replay` needs to look at them, and stops a run in good order.
+class StepSkipper:
+    """Returns from bad steps and skips them, and saves what `mimkit replay` needs to look at them.
 
     Args:
         recipe: name of the recipe, which replays a step.
@@ -71,27 +73,3 @@ class Recovery:
         self.state.optimizer.zero_grad()
         feed.start(start)
         return start
-
-    def interrupt(self, step: int) -> None:
-        """End with a KeyboardInterrupt that names the last checkpoint."""
-        self.checkpoints.wait()
-        latest = self.checkpoints.latest
-        where = f"{latest}. Continue with --out {self.dir.path} --resume auto." if latest else "not written yet."
-        raise KeyboardInterrupt(f"Interrupted after step {step}; the last checkpoint is {where}")
-
-    def stop(self, step: int, by: str) -> None:
-        """Write a checkpoint of the step that is done, unless it is bad, and end with a StoppedError.
-
-        Args:
-            by: what stopped the run, such as the name of a signal.
-        """
-        self.checkpoints.wait()
-        by, how = f"Stopped by {by}", f"with --out {self.dir.path} --resume auto."
-        if bad := self.guard.check(self.engine.reduce, self.state.scaler):
-            raise StoppedError(f"{by} at step {bad.step}, which is bad ({bad.reason}). Continue from before it {how}")
-        if self.checkpoints.last_step != step + 1:
-            self.state.meter.average(self.engine.reduce)
-            self.checkpoints.save(step + 1, self.state)
-            self.checkpoints.wait()
-        self.engine.wait()
-        raise StoppedError(f"{by} after step {step + 1}, which is saved. Continue {how}")

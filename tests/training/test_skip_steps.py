@@ -16,9 +16,10 @@ from mimkit.training.checkpoint import Checkpointer, checkpoints, read_checkpoin
 from mimkit.training.distributed import Engine
 from mimkit.training.feed import Feed
 from mimkit.training.metrics import Meter
-from mimkit.training.recovery import Recovery
+from mimkit.training.preemption import interrupt, stop
 from mimkit.training.replay import load_batches, read_about
 from mimkit.training.run_dir import RunDir
+from mimkit.training.skip_steps import StepSkipper
 
 
 class Trained:
@@ -30,7 +31,7 @@ class Trained:
         self.dir.write_config({})
         self.state, self.engine = train_state(**more), Engine()
         self.checkpoints = Checkpointer(folder, self.engine, keep=9, log=self.printed.append)
-        self.recovery = Recovery("mae", self.dir, self.engine, self.checkpoints, self.state, self.printed.append)
+        self.skipper = StepSkipper("mae", self.dir, self.engine, self.checkpoints, self.state, self.printed.append)
         self.checkpoints.begin(self.state)
         self.ends[0] = weights(self.state)
         for done in range(1, steps + 1):
@@ -52,7 +53,7 @@ def test_it_returns_to_the_last_checkpoint_before_a_bad_step(bad, start, tmp_pat
     run = Trained(tmp_path, 3, 6, steps=8)
     train(run.state, 8)
     run.state.model.weight.grad = torch.ones(1, 1)
-    assert run.recovery.rewind(Bad(bad, "its loss is not finite"), run.feed) == start
+    assert run.skipper.rewind(Bad(bad, "its loss is not finite"), run.feed) == start
     assert weights(run.state) == run.ends[start]
     assert run.state.model.weight.grad is None
     assert run.feed.starts == [start]
@@ -68,7 +69,7 @@ def test_it_returns_to_the_last_checkpoint_before_a_bad_step(bad, start, tmp_pat
 def test_without_a_checkpoint_it_returns_to_the_start(tmp_path):
     run = Trained(tmp_path, steps=3)
     for bad in (2, 1):
-        assert run.recovery.rewind(Bad(bad, "its loss is not finite"), run.feed) == 0
+        assert run.skipper.rewind(Bad(bad, "its loss is not finite"), run.feed) == 0
         assert weights(run.state) == run.ends[0]
         assert not run.state.optimizer.state_dict()["state"]
         assert run.steps_logged() == []
@@ -79,38 +80,38 @@ def test_without_a_checkpoint_it_returns_to_the_start(tmp_path):
 def test_without_a_state_to_return_to_the_run_ends(tmp_path):
     run = Trained(tmp_path, 3, steps=3)
     with pytest.raises(UserError, match=r"Step 1 is bad \(its loss is not finite\), and no checkpoint precedes it."):
-        run.recovery.rewind(Bad(1, "its loss is not finite"), run.feed)
+        run.skipper.rewind(Bad(1, "its loss is not finite"), run.feed)
 
 
 def test_it_returns_past_a_corrupt_checkpoint(tmp_path):
     run = Trained(tmp_path, 3, 6, steps=8)
     run.checkpoints.wait()
     (run.checkpoints.folder(6) / "model.safetensors").write_bytes(b"")
-    assert run.recovery.rewind(BAD, run.feed) == 3
+    assert run.skipper.rewind(BAD, run.feed) == 3
     assert weights(run.state) == run.ends[3]
 
 
 def test_a_checkpoint_that_is_being_written_counts(tmp_path):
     run = Trained(tmp_path, 6, steps=7)  # nothing has waited for the writer
-    assert run.recovery.rewind(BAD, run.feed) == 6
+    assert run.skipper.rewind(BAD, run.feed) == 6
 
 
 def test_a_skipped_step_is_saved_for_replay(tmp_path):
     run = Trained(tmp_path, 6, steps=8)
-    assert not run.recovery.skip(7, iter(()))
-    run.recovery.rewind(BAD, run.feed)
-    assert not run.recovery.skip(6, iter(()))
+    assert not run.skipper.skip(7, iter(()))
+    run.skipper.rewind(BAD, run.feed)
+    assert not run.skipper.skip(6, iter(()))
     folder = tmp_path / "replay" / "step-00000007"
     assert not folder.exists()
-    assert run.recovery.skip(7, iter([batch(7), batch(70)]))
+    assert run.skipper.skip(7, iter([batch(7), batch(70)]))
     assert run.printed[-1] == f"skipped step 7: look at it with mimkit replay {folder}"
     assert read_about(folder) == {"recipe": "mae", "step": 7, "reason": "its loss is not finite"}
     assert [found.names[0] for _, found in load_batches(folder)] == ["7-0.png", "70-0.png"]
     assert read_weights(folder / "weights")["weight"].item() == run.ends[6][0]
-    assert run.recovery.skip(7, iter([batch(7)]))  # whenever it comes to this step
+    assert run.skipper.skip(7, iter([batch(7)]))  # whenever it comes to this step
     # a resumed run knows it, also if it starts anew
     again = train_state()
-    Recovery("mae", run.dir, run.engine, run.checkpoints, again, print)
+    StepSkipper("mae", run.dir, run.engine, run.checkpoints, again, print)
     assert again.guard.skipped == {7: "its loss is not finite"}
 
 
@@ -120,7 +121,7 @@ def test_the_third_bad_step_of_late_ends_the_run(tmp_path):
     with pytest.raises(
         UserError, match=r"3 bad steps within 1000 \(step 2: a; step 5: b; step 7: its loss is not fini"
     ):
-        run.recovery.rewind(BAD, run.feed)
+        run.skipper.rewind(BAD, run.feed)
     assert run.feed.starts == [7]
     ((rank, found),) = load_batches(tmp_path / "replay" / "step-00000007")  # its batch is saved all the same
     assert (rank, found.names[0]) == (0, "7-0.png")
@@ -133,7 +134,7 @@ def test_stopping_saves_the_step_that_is_done(tmp_path):
     run = Trained(tmp_path, 6, steps=8)
     message = f"Stopped by SIGTERM after step 8, which is saved. Continue with --out {tmp_path} --resume auto."
     with pytest.raises(StoppedError, match=f"^{re.escape(message)}$"):
-        run.recovery.stop(7, "SIGTERM")
+        stop(7, "SIGTERM", run.checkpoints, run.state)
     assert checkpoints(tmp_path)[-1].name == "step-00000008"
     fresh = train_state()
     fresh.load_state_dict(read_checkpoint(checkpoints(tmp_path)[-1]), "checkpoint")
@@ -146,7 +147,7 @@ def test_stopping_after_a_save_does_not_save_again(tmp_path):
     run.checkpoints.wait()
     before = (run.checkpoints.folder(8) / "manifest.json").stat().st_mtime_ns
     with pytest.raises(StoppedError, match="after step 8, which is saved"):
-        run.recovery.stop(7, "SIGTERM")
+        stop(7, "SIGTERM", run.checkpoints, run.state)
     assert (run.checkpoints.folder(8) / "manifest.json").stat().st_mtime_ns == before
 
 
@@ -161,7 +162,7 @@ def test_the_meters_of_all_processes_are_averaged_in_all_of_them(tmp_path, monke
         run.checkpoints.latest = run.checkpoints.folder(3) if main else None
         reduced.clear()
         with pytest.raises(StoppedError):
-            run.recovery.stop(2, "SIGTERM")
+            stop(2, "SIGTERM", run.checkpoints, run.state)
         assert len(reduced) == 1, "the losses that the guard reads, and no sums"
 
 
@@ -172,27 +173,27 @@ def test_a_bad_step_is_not_saved(tmp_path):
         r"Stopped by SIGTERM at step 7, which is bad \(its loss is not finite\). Continue from before it with --out"
     )
     with pytest.raises(StoppedError, match=message):
-        run.recovery.stop(7, "SIGTERM")
+        stop(7, "SIGTERM", run.checkpoints, run.state)
     assert checkpoints(tmp_path)[-1].name == "step-00000006"
 
 
 def test_a_scale_that_is_too_small_is_not_saved(tmp_path):
     run = Trained(tmp_path, 6, steps=8, scaler=FakeScaler(scale=0.5))
     with pytest.raises(StoppedError, match=r"even scaled by 0.5 \(fp16\)"):
-        run.recovery.stop(7, "SIGTERM")
+        stop(7, "SIGTERM", run.checkpoints, run.state)
 
 
 def test_interrupting_names_the_last_checkpoint(tmp_path):
     run = Trained(tmp_path / "a", steps=2)
     with pytest.raises(KeyboardInterrupt, match=r"Interrupted after step 2; the last checkpoint is not written yet."):
-        run.recovery.interrupt(2)
+        interrupt(2, run.checkpoints)
     run = Trained(tmp_path / "b", 2, steps=3)
     last = run.checkpoints.folder(2)
     message = (
         f"Interrupted after step 3; the last checkpoint is {last}. Continue with --out {tmp_path}/b --resume auto."
     )
     with pytest.raises(KeyboardInterrupt, match=f"^{re.escape(message)}$"):
-        run.recovery.interrupt(3)
+        interrupt(3, run.checkpoints)
 
 
 # Feed ----------------------------------------------------------------------------------------------------------------
