@@ -100,7 +100,8 @@ class Remap:
 
 @dataclass(frozen=True)
 class Family:
-    """A layout of checkpoints. Each module of mimkit.converters defines one as FAMILY, named after the module.
+    """A layout of checkpoints. Each module of converters/ (installed as mimkit.converters) defines one as FAMILY, named
+    after the module.
 
     Args:
         title: origin of such files, usually a repository.

@@ -1,4 +1,4 @@
-"""Image transforms for training and evaluation."""
+"""Image transforms for training and evaluation; segmentation.py and detection.py have those of their own."""
 
 import math
 from collections.abc import Callable, Sequence

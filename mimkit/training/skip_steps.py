@@ -1,6 +1,6 @@
 """Skip bad steps: return to the last state before one, and leave it out when the run comes to it again.
 
-`AnomalyGuard` in anomaly.py finds the bad steps.
+`AnomalyGuard` in anomaly.py finds the bad steps, and `Run.steps` in run.py calls both.
 """
 
 from collections.abc import Callable, Iterator
