@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import mimkit.recipes
 from mimkit.config import PositiveInt, run_command
-from mimkit.errors import UserError, cli_entry
+from mimkit.errors import UserError, cli_entry, did_you_mean
 
 if TYPE_CHECKING:
     from mimkit.evaluation.features import Features
@@ -57,12 +57,14 @@ def _features(
     """Compute a model's features of the training and the test part of a data set."""
     import torch
 
+    from mimkit.conversion.family import check_model
     from mimkit.data.loader import cpu_count
     from mimkit.data.sources import open_labeled
     from mimkit.data.transforms import Normalize, parse_size
     from mimkit.evaluation.features import extract_parts
     from mimkit.models.factory import create_network, has_weights, input_of
 
+    check_model(model)
     parts = open_labeled(data)
     options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
     network = create_network(model, **options)
@@ -261,8 +263,10 @@ def predict(
         crop_pct: Fraction of the resized image to crop. Default: the model's own.
         max_bad: Fraction of images that may be impossible to decode.
     """
+    from mimkit.conversion.family import check_model
     from mimkit.tasks.dense_checkpoint import find_dense
 
+    check_model(model)
     if segmenter := find_dense(model, "segmenter"):
         from mimkit.tasks.segmentation import predict_masks
 
@@ -323,9 +327,11 @@ def export(model: str, out: str = "model.onnx") -> None:
         model: The network: a folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a name in timm.
         out: File to write: .onnx or .pt2.
     """
+    from mimkit.conversion.family import check_model
     from mimkit.io.onnx import export_model
     from mimkit.tasks.classification import classifier
 
+    check_model(model)
     network = classifier(model)
     keys = ("input_size", "mean", "std", "crop_pct", "label_names")
     about = {key: network.pretrained_cfg[key] for key in keys if network.pretrained_cfg.get(key) is not None}
@@ -400,7 +406,8 @@ def doctor(*words: str) -> None:
             sys.exit(1)
         return
     if first not in names:
-        raise UserError(f"mimkit doctor {first}: choose a recipe among {', '.join(names)}, or pass --run DIR.")
+        hint = did_you_mean(first, names) or f" Choose among {', '.join(names)}, or pass --run DIR."
+        raise UserError(f"mimkit doctor {first}: there is no such recipe.{hint}")
     recipe = import_module(f"mimkit.recipes.{first}")
     if not hasattr(recipe.Options, "dry_run"):
         raise UserError(

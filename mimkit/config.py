@@ -21,6 +21,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from mimkit.errors import UserError, did_you_mean
 from mimkit.files import read_json
 
 if TYPE_CHECKING:
@@ -39,6 +40,23 @@ else:  # the same with a range, which jsonargparse checks
     PositiveFloat = restricted_number_type("PositiveFloatBelow1e9", float, [(">", 0), large])
     NonNegativeFloat = restricted_number_type("NonNegativeFloatBelow1e9", float, [(">=", 0), large])
 
+PLAIN_WORDS = {
+    PositiveInt: "a whole number of at least 1",
+    NonNegativeInt: "a whole number of at least 0",
+    PositiveFloat: "a number above 0 and below 1e9",
+    NonNegativeFloat: "a number of at least 0 and below 1e9",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+    list[float]: "a list of numbers, such as [0.5,0.25]",
+    tuple[float, float]: "two numbers, such as [0.1,0.9]",
+    tuple[int, int]: "two whole numbers, such as [4,8]",
+    dict[str, Any]: "names with values, such as {name: 3}",
+}
+REFUSED_VALUE = re.compile(
+    r".*Given value: (.+)$|Got value: (.+)$|[:,] '(.+)'$|: (\S+) (?:does not conform|not an integer)"
+)
 jsonargparse.set_parsing_settings(import_path_denylist=["*"])  # a class_path in a config is never imported
 T = TypeVar("T", bound="DataclassInstance")
 
@@ -235,7 +253,8 @@ def options_of(group: type, options: Any) -> dict[str, Any]:
 class HyphenParser(jsonargparse.ArgumentParser):
     """A parser whose options have hyphens on the command line, --batch-size, and underscores in YAML, batch_size.
 
-    A parameter whose name avoids a Python keyword, `from_`, becomes --from.
+    On the command line, underscores are understood too. A parameter whose name avoids a Python keyword, `from_`,
+    becomes --from. Errors tell in plain words what was expected, and name options that resemble a misspelled one.
     """
 
     def add_argument(self, *names: Any, **kwargs: Any) -> Any:
@@ -244,6 +263,14 @@ class HyphenParser(jsonargparse.ArgumentParser):
             n.rstrip("_").replace("_", "-") if n.startswith("--") and n != "--print_config" else n for n in names
         ]
         return super().add_argument(*hyphened, **kwargs)
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        """Read a flag in the other spelling, --batch_size or --print-config, as the one that was added."""
+        flag, rest = re.match(r"([^=.]*)(.*)", arg_string, re.DOTALL).groups()  # type: ignore[union-attr]
+        words = flag.removeprefix("--")
+        spellings = [f"--{words.replace('_', '-')}", f"--{words.replace('-', '_')}"] if flag != words else []
+        known = next((spelling for spelling in spellings if spelling in self._option_string_actions), flag)
+        return super()._parse_optional(known + rest)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parse as jsonargparse does, but refuse NUL characters, which no file name can contain."""
@@ -254,8 +281,42 @@ class HyphenParser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Exit with code 2 and one sentence, which points to --help."""
-        first = " ".join(str(message).split())
-        self.exit(2, f"{self.prog}: {first.rstrip('.')}; see --help.\n")
+        sentence = " ".join(str(message).split()).rstrip(".")
+        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        if wrong := re.match(r'(?:Parser key "|argument --)([\w.-]+)["/].*?: ', sentence):
+            flag = "--" + wrong[1].replace("_", "-")
+            value = next((v for v in (REFUSED_VALUE.findall(sentence) or [()])[-1] if v), None)
+            if flag in flags and value is not None:
+                sentence = f"{flag} {value}: expected {_in_words(flags[flag])}"
+        elif unknown := re.match(r"unrecognized arguments: (--[^ =.]+)|Option '([^'.]+)' is not accepted", sentence):
+            sentence += "." + did_you_mean("--" + (unknown[1] or unknown[2]).strip("-").replace("_", "-"), flags)
+        self.exit(2, f"{self.prog}: {sentence.rstrip('.?')}; see --help.\n")
+
+
+def _in_words(kind: Any) -> str:
+    """Describe the values that an option or a type takes."""
+    if isinstance(kind, jsonargparse.ActionYesNo):
+        return "true or false"
+    kind = getattr(kind, "_typehint", kind)
+    alternatives = typing.get_args(kind) if kind not in PLAIN_WORDS else ()
+    return " or ".join(map(_in_words, alternatives)) or PLAIN_WORDS.get(kind, str(kind))
+
+
+class Switch(jsonargparse.ActionYesNo):
+    """An option that is true or false: --flag, --flag true, --flag false, or --no-flag. Its errors name it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"_no_prefix": "no-"} | kwargs if kwargs else {"no_prefix": "no-"})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Set the option, or make the action of an option, which jsonargparse does in the same method."""
+        return super().__call__(*args, **kwargs) if args else Switch(**kwargs)
+
+    def _check_type(self, value: Any) -> bool:
+        try:
+            return super()._check_type(value)
+        except TypeError as error:
+            raise TypeError(f'Parser key "{self.dest}": Got value: {value}') from error
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):
@@ -287,6 +348,9 @@ class PresetFile(jsonargparse.ActionConfigFile):
         """Replace the name of a preset by its file."""
         if "\0" in str(values):
             parser.error("config: contains a NUL character, which no name can contain")
+        if values not in self.shipped and not Path(values).is_file():
+            hint = did_you_mean(Path(values).name, self.shipped) or f" Presets: {', '.join(self.shipped)}."
+            parser.error(f"--config {values}: expected a YAML file or the name of a preset.{hint}")
         super().__call__(parser, cfg, str(self.shipped.get(values, values)), option_string)
 
 
@@ -354,8 +418,7 @@ def _add_option(group: Any, option: "dataclasses.Field[Any]", hint: Any, explain
     factory = option.default_factory
     default = option.default if factory is dataclasses.MISSING else factory()
     if hint in (bool, bool | None):  # --flag, --flag true, --flag false and --no-flag
-        yes_no = jsonargparse.ActionYesNo(no_prefix="no-")
-        group.add_argument(flag, action=yes_no, nargs="?", default=default, help=explained)
+        group.add_argument(flag, action=Switch(), nargs="?", default=default, help=explained)
     else:
         group.add_argument(flag, type=hint, default=default, help=explained)
 
@@ -368,8 +431,11 @@ def run_command(functions: list[Callable[..., None]], description: str, version:
     text = f"{description}\n\n{listing}"
     top = ArgumentParser(prog="mimkit", description=text, formatter_class=RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"mimkit {version}")
-    top.add_argument("command", choices=list(commands), help="`mimkit COMMAND --help` describes its options.")
+    top.add_argument("command", help="`mimkit COMMAND --help` describes its options.")
     name = top.parse_args(sys.argv[1:2] or ["--help"]).command
+    if name not in commands:
+        hint = did_you_mean(name, commands) or f" Commands: {', '.join(commands)}."
+        raise UserError(f"mimkit {name}: there is no such command.{hint}")
     call(commands[name], f"mimkit {name}", sys.argv[2:])
 
 

@@ -3,6 +3,7 @@
 With `MIMKIT_DEBUG=1` in the environment, the traceback is printed before the sentence.
 """
 
+import difflib
 import errno
 import functools
 import json
@@ -11,7 +12,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -49,6 +50,15 @@ class StoppedError(BaseException):
 
     It is not an `Exception`: a signal can arrive anywhere, and a handler of bad images or files must not catch it.
     """
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """Return a hint at the known names that resemble a misspelled one, or "" if none does."""
+    known = {name.lower(): name for name in names}
+    word = word.lower()
+    longer = sorted((name for name in known if word and name.startswith(word)), key=len)
+    near = [known[name] for name in (longer or difflib.get_close_matches(word, known, cutoff=0.7))[:3]]
+    return f" Did you mean {', '.join(near[:-1])}{' or ' if near[1:] else ''}{near[-1]}?" if near else ""
 
 
 def is_full(error: Exception) -> bool:

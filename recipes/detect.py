@@ -26,6 +26,7 @@ from mimkit.config import (
     parse_recipe,
 )
 from mimkit.conversion.convert import read_released
+from mimkit.conversion.family import check_model
 from mimkit.data.detection import CocoGroundTruth, open_boxes, read_objects, train_objects
 from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader, collate_list
@@ -110,6 +111,7 @@ def build(options: Options, truth: CocoGroundTruth) -> tuple[Detector, str, Norm
 def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     """Parse the options, train, and write the run's directory, runs/detect by default."""
     options = parse_recipe(Options, __doc__ or "", recipe="detect", argv=argv)
+    check_model(options.model)
     options.workers = default_workers() if options.workers is None else options.workers
     if options.schedule not in ("steps", "poly", "cosine"):
         raise UserError(f"--schedule {options.schedule} is unknown. Choose steps, poly or cosine.")

@@ -26,6 +26,7 @@ from mimkit.config import (
     parse_recipe,
 )
 from mimkit.conversion.convert import read_released
+from mimkit.conversion.family import check_model
 from mimkit.data.loader import check_samples, default_workers, train_loader
 from mimkit.data.sample import SampleLoader
 from mimkit.data.sources import open_labeled
@@ -154,6 +155,7 @@ def train(options: Options, replay: Path | None = None) -> tuple[Run, float | No
 def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     """Parse the options, train, and write the run's directory, runs/finetune by default."""
     options = parse_recipe(Options, __doc__ or "", recipe="finetune", argv=argv)
+    check_model(options.model)
     run, tuned = train(options, replay)
     if options.compare_scratch and tuned is not None and not options.eval_only:
         run.close()

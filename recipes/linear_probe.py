@@ -29,6 +29,7 @@ from mimkit.config import (
     options_of,
     parse_recipe,
 )
+from mimkit.conversion.family import check_model
 from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader
 from mimkit.data.sources import open_labeled
@@ -71,6 +72,7 @@ class Options(RunOptions, ScheduleOptions, DataOptions):
 def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     """Parse the options, train the probe, and write the run's directory, runs/linear_probe by default."""
     options = parse_recipe(Options, __doc__ or "", recipe="linear_probe", argv=argv)
+    check_model(options.model)
     if options.probe not in ("linear", "attentive", "cached"):
         raise UserError(f"--probe {options.probe} is unknown. Choose linear, attentive or cached.")
     attentive = options.probe == "attentive"

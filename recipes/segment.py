@@ -26,6 +26,7 @@ from mimkit.config import (
     parse_recipe,
 )
 from mimkit.conversion.convert import read_released
+from mimkit.conversion.family import check_model
 from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader
 from mimkit.data.segmentation import Classes, open_masked, train_pairs
@@ -111,6 +112,7 @@ def build(options: Options, classes: Classes, size: Size) -> tuple[Segmenter, st
 def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     """Parse the options, train, and write the run's directory, runs/segment by default."""
     options = parse_recipe(Options, __doc__ or "", recipe="segment", argv=argv)
+    check_model(options.model)
     options.workers = default_workers() if options.workers is None else options.workers
     if options.schedule not in ("poly", "cosine"):
         raise UserError(f"--schedule {options.schedule} is unknown. Choose poly or cosine.")

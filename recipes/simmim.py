@@ -24,6 +24,7 @@ from mimkit.config import (
     options_of,
     parse_recipe,
 )
+from mimkit.conversion.family import check_model
 from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader
 from mimkit.data.sources import open_source
@@ -62,6 +63,7 @@ class Options(PretrainOptions):
 def main(argv: list[str] | None = None, replay: Path | None = None, name: str = "simmim") -> None:
     """Parse the options, train, and write the run's directory, runs/NAME by default."""
     options = parse_recipe(Options, __doc__ or "", "simmim", argv, small="simmim_swin_small")
+    check_model(options.model)
     size = parse_size(options.img_size)
     normalize = default_normalization(options.in_chans, options.mean, options.std)
     options.mean, options.std = normalize.values

@@ -16,7 +16,7 @@ from mimkit.conversion.family import OWN, families, own_family, own_names
 from mimkit.conversion.report import Report, Row, measure, sha256
 from mimkit.conversion.source import Origin, Plain, fetch_published, find_source, from_pyramid, read_family, read_plain
 from mimkit.conversion.verify import run_checks
-from mimkit.errors import UserError
+from mimkit.errors import UserError, did_you_mean
 from mimkit.files import read_json, replacing
 from mimkit.io.hub import local_path
 from mimkit.io.weights import State, assemble, disown, load_strictly, on_meta, read_weights, save_model
@@ -142,7 +142,8 @@ def convert(
     origin, given = find_source(source), source_args or {}
     targets = ["timm", "hpvit", *NAMED, *own_names()]
     if to not in targets:
-        raise UserError(f"--to {to} is unknown. Choose among {', '.join(targets)}.")
+        near = did_you_mean(to, targets) or f" Choose among {', '.join(targets)}."
+        raise UserError(f"--to {to} is unknown.{near}")
     if not dry_run:
         check_output(out)
     pyramid = origin.name.startswith("hpvit")
@@ -209,7 +210,8 @@ def locate_weights(origin: Origin, checkpoint: str | Path | None, layout: str | 
     else:
         file, layout = fetch_published(origin.name), "timm"
     if layout not in families():
-        raise UserError(f"--layout {layout} is unknown. Choose among {', '.join(families())}.")
+        near = did_you_mean(layout, families()) or f" Choose among {', '.join(families())}."
+        raise UserError(f"--layout {layout} is unknown.{near}")
     return file, layout
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from mimkit.conversion.report import Row
 from mimkit.errors import UserError
+from mimkit.io.hub import local_path
 from mimkit.io.weights import State
+from mimkit.models.factory import check_name
 
 OWN = ("hivit", "svit")  # families of networks that mimkit implements; the networks' names start with the family's name
 MODULES = ("vision_transformer", "deit", "beit", "eva", "vision_transformer_sam")  # timm's modules with plain ViTs
@@ -137,6 +139,18 @@ def families() -> dict[str, Family]:
 
     modules = {info.name: f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)}
     return {name: importlib.import_module(module).FAMILY for name, module in modules.items()}
+
+
+def check_model(name: str) -> None:
+    """Refuse a `--model` that is no folder and no network, before anything else is done.
+
+    Raises:
+        UserError: the name is unknown, or an alias of `mimkit convert`. The message says what to type instead.
+    """
+    network = next((family.aliases[name] for family in families().values() if name in family.aliases), None)
+    if network and not local_path(name).exists():
+        raise UserError(f"--model {name} is an alias that only `mimkit convert` takes. Pass --model {network} instead.")
+    check_name(name)
 
 
 def own_family(name: str) -> str | None:

@@ -1,6 +1,5 @@
 """Find the checkpoint to convert, and read the plain ViT in it."""
 
-import difflib
 import math
 import re
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from timm.models.eva import Eva
 
 from mimkit.conversion.family import Remap, families, own_family, own_names, plain_vits
 from mimkit.conversion.report import Row, sha256
-from mimkit.errors import UserError
+from mimkit.errors import UserError, did_you_mean
 from mimkit.files import read_json
 from mimkit.io.hub import local_path
 from mimkit.io.weights import State, assemble, misfits, on_meta, open_weights, read_weights
@@ -60,13 +59,12 @@ def find_source(source: str) -> Origin:
     if name in plain_vits() or name in own_names():
         tagged = timm.list_models(f"{name}.*", pretrained=True)
         if "." in source and source not in tagged:
-            raise UserError(f"--from {source}: timm has no such tag. Choose among {', '.join(tagged) or name}.")
+            near = did_you_mean(source, tagged) or f" Choose among {', '.join(tagged[:4]) or name}."
+            raise UserError(f"--from {source}: timm has no such tag.{near}")
         return Origin(source, own_family(name), None, {})
     aliases = [alias for family in families().values() for alias in family.aliases]
-    near = difflib.get_close_matches(source, [*aliases, *own_names(), *plain_vits()], 3, 0.3)
-    raise UserError(
-        f"--from {source} is not an alias, a plain ViT in timm, or a folder. Try {', '.join(near)}, or --list."
-    )
+    near = did_you_mean(source, [*aliases, *own_names(), *plain_vits()]) or " `mimkit convert --list` names all."
+    raise UserError(f"--from {source} is not an alias, a plain ViT in timm, or a folder.{near}")
 
 
 def fetch_published(name: str) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mimkit.data.decode import EXTENSIONS
-from mimkit.errors import UserError
+from mimkit.errors import UserError, did_you_mean
 
 TRAIN, TEST = ("train", "training"), ("test", "val", "validation", "valid", "eval")  # names of splits
 VAL = ("val", "validation", "valid", "test", "eval")  # for dense prediction, where test splits often lack masks
@@ -204,8 +204,11 @@ def _open_hub(data: str, train: bool, streaming: bool) -> Source:
     """Open a data set on the Hugging Face hub."""
     import datasets
 
-    if data.startswith((".", "/", "~")) or data.count("/") > 1 or Path(data).suffix.lower() in READERS:
-        raise UserError(f"--data {data}: there is no such file or folder; check the path.")
+    path = Path(data).expanduser()
+    local = path.parent != Path() and path.parent.is_dir()  # OWNER/NAME on the hub has no folder OWNER here
+    if local or data.startswith((".", "/", "~")) or data.count("/") > 1 or path.suffix.lower() in READERS:
+        near = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
+        raise UserError(f"--data {data}: there is no such file or folder; check the path.{near}")
     try:
         splits = datasets.get_dataset_split_names(data)
         found = [split for split in (TRAIN if train else TEST) if split in splits]

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as filter_vit
 from torch import nn
 
-from mimkit.errors import UserError
+from mimkit.errors import UserError, did_you_mean
 from mimkit.files import read_json
 from mimkit.io.hub import local_path
 from mimkit.io.weights import State, load_strictly, on_meta, read_weights
@@ -57,6 +57,24 @@ def has_weights(name: str) -> bool:
     return (Path(name) / "config.json").is_file() or ":" in name or "." in name
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that is neither a folder, nor on a hub, nor known to timm, and name similar ones."""
+    place, architecture = local_path(name), name.split(".")[0]
+    if place.exists() or ":" in name:
+        return
+    if "/" in name:
+        near = did_you_mean(place.name, [each.name for each in place.parent.glob("*/")])
+        near = " `accelerate launch recipes/mae_hivit.py` makes it." if name.startswith("runs/") and not near else near
+        raise UserError(f"--model {name} does not exist. Pass a folder, or a network's name.{near}")
+    if not timm.is_model(architecture):
+        near = did_you_mean(architecture, timm.list_models()) or " `mimkit models` lists ours."
+        raise UserError(f"--model {name} is unknown to timm and mimkit.{near}")
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if "." in name and name not in tags:
+        near = f" Tags: {', '.join(tags[:4])}." if tags else " timm has none for it."
+        raise UserError(f"--model {name} has an unknown tag of {architecture}.{did_you_mean(name, tags) or near}")
+
+
 def architecture_of(name: str) -> str:
     """Return the name in timm of the network that a folder holds, or of a name without its tag."""
     config = local_path(name) / "config.json"
@@ -79,6 +97,7 @@ def create_network(name: str, weights: bool | None = None, state: State | None =
     Raises:
         UserError: if the name is unknown, an option does not fit, or weights are missing, unexpected or misshapen.
     """
+    check_name(name)
     place = local_path(name)
     folder = place if (place / "config.json").is_file() else None
     known = f"local-dir:{folder}" if folder else name
@@ -98,11 +117,6 @@ def create_network(name: str, weights: bool | None = None, state: State | None =
                 return create_network(name, weights, state, **{k: v for k, v in options.items() if k != unknown})
         if isinstance(error, UserError):
             raise
-        if "Unknown model" in reason:
-            near = timm.list_models(f"*{name[:5]}*")[:5] or timm.list_models("hivit_*")
-            raise UserError(
-                f"--model {name} is unknown to timm and mimkit. Similar names: {', '.join(near)}."
-            ) from error
         if isinstance(error, TypeError | AssertionError):
             raise UserError(f"--model {name} does not take these options ({reason}). Choose another model.") from error
         if load and (folder or state):  # name what is missing, unexpected or misshapen

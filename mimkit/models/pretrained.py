@@ -26,10 +26,6 @@ def network_folder(name: str) -> str:
     found = next((str(folder) for folder in inside if (folder / "config.json").is_file()), name)
     if local_path(found).is_dir() and not (local_path(found) / "config.json").is_file():
         raise UserError(f"--model {name} holds no config.json. Pass a run, its encoder/, or a converted checkpoint.")
-    if name.startswith("runs/") and not Path(name).exists():
-        raise UserError(
-            f"--model {name} does not exist. `accelerate launch recipes/mae_hivit.py` makes runs/mae_hivit."
-        )
     return found
 
 

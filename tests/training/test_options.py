@@ -1,14 +1,16 @@
 """The options of recipes: groups, flags, presets and files."""
 
 import json
+import typing
 from dataclasses import dataclass, fields
 
 import pytest
 import yaml
+from conftest import RECIPES
 from mimkit.recipes import finetune, mae, mae_hivit, simmim
 from mimkit.recipes.mae import Options
 
-from mimkit.config import PretrainOptions, RunOptions, options_of, parse_recipe, presets
+from mimkit.config import PretrainOptions, RunOptions, _in_words, options_of, parse_recipe, presets
 from mimkit.errors import UserError
 
 
@@ -78,9 +80,44 @@ def test_values_have_types_and_ranges(capsys):
         assert flag in refused(capsys, f"--{flag}", value).replace("_", "-")
 
 
-def test_options_have_hyphens_on_the_command_line_and_underscores_in_yaml(tmp_path, capsys):
-    assert parse("--batch-size", "4", "--grad-accum-steps", "2").batch_size == 4
-    assert "--batch_size" in refused(capsys, "--batch_size", "4")
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--epochs", "0", "a number above 0 and below 1e9"),
+        ("--epochs", "many", "a number above 0 and below 1e9"),
+        ("--batch-size", "2.5", "a whole number of at least 1"),
+        ("--workers", "-1", "a whole number of at least 0 or null"),
+        ("--mean", "x", "a list of numbers, such as [0.5,0.25] or null"),
+        ("--betas", "[1, 2, 3]", "two numbers, such as [0.1,0.9]"),
+        ("--model-args", "5", "names with values, such as {name: 3}"),
+        ("--compile", "maybe", "true or false"),
+        ("--mask-ratio", "x", "a number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_plain_words(flag, value, expected, capsys, tmp_path):
+    assert refused(capsys, flag, value).endswith(f": {flag} {value}: expected {expected}; see --help.")
+    (tmp_path / "c.yaml").write_text(f"{flag[2:].replace('-', '_')}: {value}\n")
+    assert f"{flag} {value}: expected {expected}; see" in refused(capsys, "--config", tmp_path / "c.yaml")
+
+
+def test_every_type_of_an_option_has_plain_words():
+    """An unknown type would be shown as Python writes it."""
+    for recipe in RECIPES:
+        for hint in typing.get_type_hints(recipe.Options).values():
+            assert bool not in (hint, *typing.get_args(hint)) or hint in (bool, bool | None)
+            assert "<class" not in _in_words(hint) or hint in (bool, bool | None), hint
+
+
+def test_options_are_understood_with_hyphens_and_with_underscores(tmp_path, capsys):
+    for flag in ("--batch-size", "--batch_size", "--batch_size=4"):
+        assert parse(flag, *([] if "=" in flag else ["4"]), "--grad_accum-steps", "2").batch_size == 4
+    assert parse("--model_args.embed_dim", "16").model_args == {"embed_dim": 16}
+    assert parse("--norm_targets", "--no_multi_scale").multi_scale is False
+    for flag in ("--print-config", "--print_config"):
+        with pytest.raises(SystemExit) as stop:
+            parse(flag)
+        assert stop.value.code == 0
+        assert "batch_size: 32" in capsys.readouterr().out
     (tmp_path / "c.yaml").write_text("batch_size: 4\ngrad_accum_steps: 2\nnorm_targets: false\n")
     options = parse("--config", tmp_path / "c.yaml")
     assert (options.batch_size, options.grad_accum_steps, options.norm_targets) == (4, 2, False)
@@ -99,6 +136,10 @@ def test_options_have_hyphens_on_the_command_line_and_underscores_in_yaml(tmp_pa
         (["--model", "a\0b"], "NUL character"),
         (["--config", "a\0b"], "NUL character"),
         (["--out", "\0"], "NUL character"),
+        (["--batch-sise", "4"], "Did you mean --batch-size"),
+        (["--epohcs=4"], "Did you mean --epochs"),
+        (["--config", "mae_hivit_smal"], "Did you mean mae_hivit_small"),
+        (["--config", "nothing"], "Presets: mae_hivit_b_1600ep, mae_hivit_small"),
     ],
     ids=repr,
 )
