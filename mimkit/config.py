@@ -49,6 +49,7 @@ PLAIN_WORDS = {
     float: "a number",
     str: "text",
     type(None): "null",
+    list[NonNegativeInt]: "a list of whole numbers, such as 0,255",
     list[float]: "a list of numbers, such as [0.5,0.25]",
     tuple[float, float]: "two numbers, such as [0.1,0.9]",
     tuple[int, int]: "two whole numbers, such as [4,8]",
@@ -271,6 +272,14 @@ class HyphenParser(jsonargparse.ArgumentParser):
         spellings = [f"--{words.replace('_', '-')}", f"--{words.replace('-', '_')}"] if flag != words else []
         known = next((spelling for spelling in spellings if spelling in self._option_string_actions), flag)
         return super()._parse_optional(known + rest)
+
+    def _get_values(self, action: Any, arg_strings: list[str]) -> Any:
+        """Read 0.9,0.95 as the list [0.9,0.95]."""
+        kind = getattr(action, "_typehint", None)
+        takes_list = {list, tuple} & {typing.get_origin(each) for each in (kind, *typing.get_args(kind))}
+        if takes_list and len(arg_strings) == 1 and re.fullmatch(r"[^\[(].*,.*", arg_strings[0]):
+            arg_strings = [f"[{arg_strings[0]}]"]
+        return super()._get_values(action, arg_strings)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parse as jsonargparse does, but refuse NUL characters, which no file name can contain."""

@@ -52,6 +52,12 @@ class StoppedError(BaseException):
     """
 
 
+def warn(sentence: str) -> None:
+    """Print a warning, on the main process of a run only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {sentence}", flush=True)
+
+
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """Return a hint at the known names that resemble a misspelled one, or "" if none does."""
     known = {name.lower(): name for name in names}

@@ -19,6 +19,7 @@ from timm.utils import ModelEmaV3
 from mimkit.config import (
     DenseOptions,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     RunOptions,
@@ -48,6 +49,7 @@ class Options(DenseOptions):
     Args:
         classes: Number of classes. Default: what classes.txt or the masks say.
         zero_ignored: Ignore pixels whose mask is 0, and let classes begin at 1.
+        mask_values: Number that stands for each class in the masks, such as 0,255. Default: 0,1,2 and so on.
         decoder: upernet or fpn.
         decoder_dim: Number of channels of the decoder.
         schedule: poly (linear decay) or cosine.
@@ -59,6 +61,7 @@ class Options(DenseOptions):
     data: str = "ADEChallengeData2016"
     classes: PositiveInt | None = None
     zero_ignored: bool = False
+    mask_values: list[NonNegativeInt] | None = None
     img_size: int | str = 512
     decoder: str = "upernet"
     decoder_dim: PositiveInt = 512
@@ -119,7 +122,7 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     if not 0 < options.scales[0] <= options.scales[1]:
         raise UserError(f"--scales {list(options.scales)} is not a range. Pass two numbers above 0, such as 0.5,2.")
     size = parse_size(options.img_size)
-    data, test, classes = open_masked(options.data, options.classes, options.zero_ignored)
+    data, test, classes = open_masked(options.data, options.classes, options.zero_ignored, options.mask_values)
     run = Run("segment", **options_of(RunOptions, options), measure_every=options.eval_every, replay=replay)
     network, start, normalize, about = build(options, classes, size)
     if options.grad_checkpointing:

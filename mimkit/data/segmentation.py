@@ -1,5 +1,6 @@
 """Data sets for semantic segmentation: images with a mask that gives each pixel's class, and their transforms."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from torchvision.datasets import Cityscapes
 from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.data.decode import EXTENSIONS, open_image
+from mimkit.data.order import evenly_spaced
 from mimkit.data.sample import read_bytes
 from mimkit.data.sources import TRAIN, VAL, Source, hold_out, open_all
 from mimkit.data.transforms import Size, Transform, checked_size, resize_short
-from mimkit.errors import UserError
+from mimkit.errors import UserError, warn
 
 IGNORE = 255  # value of a mask's pixels without a class: neither the loss nor the metric uses them
 UNKNOWN = -1
+CHECKED = 200  # training masks whose numbers are compared with the classes
 MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # PIL's modes with one number for each pixel
 MASK_EXTENSIONS = EXTENSIONS - {".npy"}
 
@@ -41,6 +44,8 @@ class Classes:
     ignored: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if max(self.values, default=0) > 65535:
+            raise UserError(f"Class {max(self.values)}: masks hold numbers up to 65535. Pass others to --mask-values.")
         if not 2 <= len(self.names) < IGNORE:
             raise UserError(
                 f"There are {len(self.names)} classes, where segmentation tells 2 to {IGNORE - 1} apart: number them "
@@ -60,8 +65,12 @@ class Classes:
         mask = table[numbers.clip(max=len(table) - 1)]  # the last entry stands for all larger numbers
         if (mask == UNKNOWN).any():
             unknown = int(numbers[mask == UNKNOWN].max())
-            known = f"{min(self.values)} to {max(self.values)}"
-            raise ValueError(f"its mask has class {unknown}, where {known} and {IGNORE} for 'ignore' are known")
+            first, last = min(self.values), max(self.values)
+            gaps = last - first >= len(self.values)
+            known = ", ".join(map(str, self.values[:9])) if gaps else f"{first} to {last}"
+            raise ValueError(
+                f"its mask has class {unknown}, where {known} and {IGNORE} for 'ignore' are known: pass --mask-values"
+            )
         return torch.from_numpy(mask.astype(np.uint8))
 
 
@@ -82,7 +91,9 @@ def read_mask(cell: dict[str, Any] | None) -> np.ndarray[Any, Any]:
     return numbers
 
 
-def open_masked(data: str, classes: int | None = None, zero_ignored: bool = False) -> tuple[Source, Source, Classes]:
+def open_masked(
+    data: str, classes: int | None = None, zero_ignored: bool = False, mask_values: list[int] | None = None
+) -> tuple[Source, Source, Classes]:
     """Open the training split, the test split and the classes of a data set with masks.
 
     If there is only one split, every fifth image is held out as the test split.
@@ -94,6 +105,7 @@ def open_masked(data: str, classes: int | None = None, zero_ignored: bool = Fals
         classes: number of classes; by default the number of lines of classes.txt in the folder, or the largest number
             in the masks plus 1.
         zero_ignored: whether 0 stands for no class, so that the classes begin at 1.
+        mask_values: the number that stands for each class in the masks; by default 0, 1, 2, ...
 
     Raises:
         UserError: there is no such data set, masks are missing, or the classes cannot be determined.
@@ -124,7 +136,9 @@ def open_masked(data: str, classes: int | None = None, zero_ignored: bool = Fals
             )
     if not (train.length and test.length):
         raise UserError(f"--data {data} has too few images to hold some back for validation: give it a val split.")
-    return train, test, _classes(root, parts, classes, zero_ignored)
+    known = _classes(root, parts, classes, zero_ignored, mask_values)
+    check_masks(train, known)
+    return train, test, known
 
 
 def _pair(images: Path, masks: Path) -> Source:
@@ -178,8 +192,10 @@ def _cityscapes(root: Path) -> tuple[Source, Source, Classes]:
     return parts[0], parts[1], Classes([c.name for c in evaluated], [c.id for c in evaluated], ignored)
 
 
-def _classes(root: Path, parts: list[Source], count: int | None, zero_ignored: bool) -> Classes:
-    """Determine the classes by a file with their names, by `count`, or by the numbers in all masks."""
+def _classes(
+    root: Path, parts: list[Source], count: int | None, zero_ignored: bool, mask_values: list[int] | None
+) -> Classes:
+    """Determine the classes by a file with their names, by `count` or `mask_values`, or by the numbers in all masks."""
     first = int(zero_ignored)
     ignored = (0,) if zero_ignored else ()
     names: list[str] = []
@@ -190,33 +206,71 @@ def _classes(root: Path, parts: list[Source], count: int | None, zero_ignored: b
         names = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
     if count and names and count != len(names):
         raise UserError(f"--classes {count}: {root} names {len(names)} classes; leave --classes out, or fix the file.")
-    if not (count or names):
-        try:
-            cells = [cell for part in parts for cell in part.rows[part.mask]]
-            files = {i: (cell or {}).get("path") or "a mask" for cell in cells for i in _class_ids(cell)}
-        except ValueError as error:
-            raise UserError(
-                f"The classes in the masks of {parts[0].name} cannot be counted: {error}; fix it, or pass --classes."
-            ) from error
-        largest = max(files, default=-1)
-        missing = next((i for i in range(first, largest) if i not in files), None)
-        if missing is not None:
-            raise UserError(
-                f"{files[largest]} has the class {largest}, and no mask has {missing}: fix it, or say how many "
-                "classes there are, by --classes or classes.txt."
-            )
-        count = largest + 1 - first
-    names = names or [str(first + i) for i in range(count or 0)]
-    return Classes(names, list(range(first, first + len(names))), ignored)
+    if mask_values and len(set(mask_values)) != (len(names) or count or len(mask_values)):
+        listed = ",".join(map(str, mask_values))
+        raise UserError(
+            f"--mask-values {listed} must have one number for each of the {len(names) or count or 'different'} classes."
+        )
+    if not (count or names or mask_values):
+        count = _count_classes(parts, first)
+    names = names or [str(i) for i in mask_values or range(first, first + (count or 0))]
+    return Classes(names, mask_values or list(range(first, first + len(names))), ignored)
 
 
-def _class_ids(cell: dict[str, Any]) -> list[int]:
-    """Return the numbers in a mask, without `IGNORE`. Errors name the mask's file."""
+def _count_classes(parts: list[Source], first: int) -> int:
+    """Return the number of classes by the largest number in all masks, where all smaller ones must occur too."""
     try:
-        numbers = read_mask(cell)
+        cells = [cell for part in parts for cell in part.rows[part.mask]]
+        files = {i: (cell or {}).get("path") or "a mask" for cell in cells for i in _numbers_in(cell)}
+    except ValueError as error:
+        raise UserError(
+            f"The classes in the masks of {parts[0].name} cannot be counted: {error}; fix it, or pass --classes."
+        ) from error
+    known = [i for i in sorted(files) if i >= first and i != IGNORE]
+    if len(known) == 1 and IGNORE in files:
+        raise UserError(
+            f"The masks of {parts[0].name} hold {known[0]} and {IGNORE} only, and {IGNORE} means 'ignore'. If it is a "
+            f"class, pass --mask-values {known[0]},{IGNORE}."
+        )
+    largest = max(known, default=-1)
+    missing = next((i for i in range(first, largest) if i not in files), None)
+    if missing is not None:
+        values = f"--mask-values {','.join(map(str, known))}" if len(known) < 9 else "--mask-values"
+        raise UserError(
+            f"{files[largest]} has the class {largest}, and no mask has {missing}: fix it, or say how many classes "
+            f"there are, by {values}, --classes or classes.txt."
+        )
+    return largest + 1 - first
+
+
+def check_masks(train: Source, classes: Classes) -> None:
+    """Warn of classes that have no pixel in a sample of the training masks, and of masks of one class and `IGNORE`.
+
+    Masks of 0 and 255, the usual ones of two classes, would train silently on one class.
+    """
+    sample: list[set[int]] = []
+    for i in evenly_spaced(train.length, CHECKED):
+        with suppress(ValueError):  # it counts as a bad image in training
+            sample.append(_numbers_in(train.rows[i][train.mask]))
+    found = set().union(*sample)
+    absent = [name for name, value in zip(classes.names, classes.values, strict=True) if value not in found]
+    lone = sum(len(values) == 2 and IGNORE in values - {*classes.values} for values in sample)
+    looked = f"{len(sample)} of {train.length:,} training masks"
+    numbers = ",".join(map(str, sorted(found))) if len(found) == len(classes.names) else f"A,B,...,{IGNORE}"
+    remedy = f" {IGNORE} means 'ignore': if it is a class, pass --mask-values {numbers}."
+    if absent:
+        some = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if absent[3:] else "")
+        warn(f"{train.name}: {looked} hold no pixel of class {some}.{remedy if lone else ''}")
+    elif 2 * lone > len(sample):
+        warn(f"{train.name}: {lone} of {len(sample)} training masks hold only one class and {IGNORE}.{remedy}")
+
+
+def _numbers_in(cell: dict[str, Any] | None) -> set[int]:
+    """Return the numbers in a mask. Errors name the mask's file."""
+    try:
+        return set(np.unique(read_mask(cell)).tolist())
     except Exception as error:  # image libraries raise many kinds
         raise ValueError(f"{(cell or {}).get('path') or 'a mask'}: {error}") from error
-    return np.unique(numbers[numbers != IGNORE]).tolist()
 
 
 def check_sizes(image: Any, mask: Tensor) -> Size:

@@ -362,11 +362,14 @@ def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
 
 
 def save_mask(mask: Tensor, values: list[int], file: Path) -> None:
-    """Write a mask (H W) as a PNG with a palette, so that viewers show it in colors.
+    """Write a mask (H W) as a PNG with a palette, so that viewers show it in colors, or with 16 bits for large numbers.
 
     Args:
         values: the numbers that stand for classes, each of which gets a color.
     """
+    if max(values) > 255:
+        Image.fromarray(mask.numpy().astype(np.uint16)).save(file)
+        return
     picture = Image.fromarray(mask.numpy().astype(np.uint8), mode="P")
     colors = np.zeros((256, 3), np.uint8)
     colors[values] = palette(len(values))

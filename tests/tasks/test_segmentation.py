@@ -34,6 +34,7 @@ from mimkit.tasks.segmentation import (
     near_boundaries,
     predict_logits,
     resized_argmax,
+    save_mask,
     segmentation_loss,
     window_starts,
 )
@@ -286,6 +287,66 @@ def test_stray_number_is_not_a_class(data):
     Image.fromarray(stray).save(file)
     with pytest.raises(UserError, match=f"{file.name} has the class 200, and no mask has 3: fix it, or say how many"):
         open_masked(str(data))
+
+
+def black_and_white(root, values=(0, 255)):
+    """Write six images with masks of two numbers."""
+    table = np.array(values, np.uint16 if max(values) > 255 else np.uint8)
+    for file in (squares(root, 6) / "masks").iterdir():
+        Image.fromarray(table[(np.asarray(Image.open(file)) > 0).astype(int)]).save(file)
+    return root
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["classes.txt", "--classes"])
+def test_masks_of_0_and_255_are_a_warning_that_names_the_remedy(named, tmp_path, capsys):
+    folder = black_and_white(tmp_path)
+    if named:
+        (folder / "classes.txt").write_text("background\nobject\n")
+    train, _, classes = open_masked(str(folder), classes=None if named else 2)
+    said = capsys.readouterr().out
+    assert f": 4 of 4 training masks hold no pixel of class {'object' if named else '1'}. 255 means 'ignore'" in said
+    assert "pass --mask-values 0,255." in said
+    assert set(classes(train.rows[0]["mask"]).unique().tolist()) == {0, 255}
+    train, _, classes = open_masked(str(folder), mask_values=[0, 255])
+    assert capsys.readouterr().out == ""
+    assert set(classes(train.rows[0]["mask"]).unique().tolist()) == {0, 1}
+    assert classes.names == (["background", "object"] if named else ["0", "255"])
+
+
+def test_numbers_with_gaps_are_refused_or_mapped(tmp_path):
+    with pytest.raises(UserError, match=r"hold 0 and 255 only, and 255 means 'ignore'.*--mask-values 0,255\."):
+        open_masked(str(black_and_white(tmp_path / "255")))
+    folder = str(black_and_white(tmp_path / "1000", (7, 1000)))
+    with pytest.raises(UserError, match=r"no mask has 0: .*--mask-values 7,1000"):
+        open_masked(folder)
+    with pytest.raises(UserError, match=r"--mask-values 7,8,9 must have one number for each of the 2 classes"):
+        open_masked(folder, classes=2, mask_values=[7, 8, 9])
+    with pytest.raises(UserError, match="Class 70000: masks hold numbers up to 65535"):
+        open_masked(folder, mask_values=[7, 70000])
+    train, _, classes = open_masked(folder, mask_values=[7, 1000])
+    mask = classes(train.rows[0]["mask"])
+    save_mask(torch.tensor(classes.values)[mask.long()], classes.values, tmp_path / "saved.png")
+    assert torch.equal(classes({"bytes": None, "path": str(tmp_path / "saved.png")}), mask)
+    with pytest.raises(
+        ValueError, match="has class 1000, where 7 to 8 and 255 for 'ignore' are known: pass --mask-values"
+    ):
+        Classes(["a", "b"], [7, 8])(train.rows[0]["mask"])
+
+
+def test_masks_are_compared_with_the_classes(data, capsys):
+    open_masked(str(data))
+    assert capsys.readouterr().out == ""
+    (data / "classes.txt").write_text("".join(f"name {i}\n" for i in range(8)))
+    open_masked(str(data))
+    assert "16 of 16 training masks" in (said := capsys.readouterr().out)
+    assert said.endswith("hold no pixel of class name 3, name 4, name 5 and 2 more.\n")
+    for file in sorted((data / "train" / "masks").iterdir())[:9]:  # most masks, but not all
+        Image.fromarray(np.where(np.array(Image.open(file)) > 0, 255, 0).astype(np.uint8)).save(file)
+    (data / "classes.txt").unlink()
+    open_masked(str(data))
+    said = capsys.readouterr().out
+    assert "9 of 16 training masks hold only one class and 255. 255 means 'ignore'" in said
+    assert said.endswith("if it is a class, pass --mask-values A,B,...,255.\n")
 
 
 @pytest.mark.parametrize("names", [["one"], [str(i) for i in range(256)]])
