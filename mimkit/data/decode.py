@@ -12,6 +12,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+ValueRange = tuple[float, float]
+UNIT: ValueRange = (0.0, 1.0)
 MAX_PIXELS = 178_956_970  # PIL refuses to decode larger images too: they may be decompression bombs
 APP1, SOF = 0xE1, (0xC0, 0xC1, 0xC2)  # JPEG markers: EXIF data of a camera, and the frame header
 JPEG, NPY, TIFF = b"\xff\xd8", b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes of a file
@@ -19,7 +21,7 @@ BITS_PER_SAMPLE, PLANAR_CONFIG = 258, 284  # TIFF tags; PlanarConfiguration 2 st
 EXTENSIONS = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {".npy"}
 
 
-def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
+def decode(data: bytes, in_chans: int = 3, value_range: ValueRange = UNIT) -> Image.Image | Tensor:
     """Decode the bytes of an image file to a PIL image, or to a tensor (c H W) where PIL has no such mode.
 
     The content decides the format, not the file name. EXIF rotation is applied, and transparent pixels are blended with
@@ -30,42 +32,43 @@ def decode(data: bytes, in_chans: int = 3) -> Image.Image | Tensor:
         data: content of the file.
         in_chans: number of channels. 1 gives a gray image, 3 an RGB image. `.npy` files give tensors, and so do TIFF
             files unless `in_chans` is 1 or 3: uint8 stays uint8; everything else becomes float32, where uint16 is
-            scaled to 0-1 and floats are expected in 0-1.
+            scaled to 0-1.
+        value_range: floating-point values that become 0 and 1.
 
     Raises:
         ValueError: an array does not have `in_chans` channels, or the file is not an image.
         Exception: whatever PIL, NumPy or tifffile raise for a damaged file or one of more than `MAX_PIXELS` pixels.
     """
     if data.startswith(NPY):
-        return to_tensor(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
+        return to_tensor(np.load(io.BytesIO(data), allow_pickle=False), in_chans, value_range)
     if data.startswith(TIFF) and in_chans not in (1, 3):
-        return read_tiff(data, in_chans)
+        return read_tiff(data, in_chans, value_range)
     try:
         image: Image.Image = open_image(data)
     except UnidentifiedImageError:
         if data.startswith(TIFF):  # a kind of TIFF that PIL does not support, such as floating-point RGB
-            return read_tiff(data, in_chans)
+            return read_tiff(data, in_chans, value_range)
         raise ValueError("not an image of a known kind" if data else "an empty file") from None
     tags = getattr(image, "tag_v2", {})
     if len(image.getbands()) > 1 and tags.get(PLANAR_CONFIG) == 2 and max(tags[BITS_PER_SAMPLE]) > 8:
-        return read_tiff(data, in_chans)  # PIL decodes such files wrongly
+        return read_tiff(data, in_chans, value_range)  # PIL decodes such files wrongly
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     if in_chans not in (1, 3):
-        return to_tensor(np.asarray(image), in_chans)
+        return to_tensor(np.asarray(image), in_chans, value_range)
     if image.mode.startswith(("I", "F")):  # 16-bit and floating-point gray, which PIL would clip to 8 bits
         gray = np.asarray(image)
         if image.mode == "I" and gray.max() > 65535:  # 32 bits, which PIL reads as signed integers
             gray = gray.view(np.uint32) >> 16
-        scale = 255 if image.mode == "F" else 1 / 257
-        image = Image.fromarray(np.clip(gray * scale, 0, 255).astype(np.uint8))
+        scaled = 255 * to_unit(gray, value_range) if image.mode == "F" else gray / 257
+        image = Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("L" if in_chans == 1 else "RGB")
 
 
-def decode_pixels(data: bytes, in_chans: int = 3) -> Tensor:
+def decode_pixels(data: bytes, in_chans: int = 3, value_range: ValueRange = UNIT) -> Tensor:
     """Decode the bytes of an image file to a tensor (c H W).
 
     Like `decode`, but ordinary JPEG files are decoded by torchvision, which is faster than PIL. The values of the two
@@ -75,7 +78,7 @@ def decode_pixels(data: bytes, in_chans: int = 3) -> Tensor:
         with suppress(RuntimeError):  # PIL, below, has the better error message
             mode = ImageReadMode.GRAY if in_chans == 1 else ImageReadMode.RGB
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
-    image = decode(data, in_chans)
+    image = decode(data, in_chans, value_range)
     return image if torch.is_tensor(image) else pil_to_tensor(image)
 
 
@@ -93,7 +96,7 @@ def jpeg_channels(data: bytes) -> int:
     return 0
 
 
-def read_tiff(data: bytes, in_chans: int) -> Tensor:
+def read_tiff(data: bytes, in_chans: int, value_range: ValueRange = UNIT) -> Tensor:
     """Decode the bytes of a TIFF file to a tensor (c H W), uint8 or float32."""
     import tifffile
 
@@ -101,7 +104,30 @@ def read_tiff(data: bytes, in_chans: int) -> Tensor:
         series = file.series[0]
         if series.size > MAX_PIXELS * in_chans:
             raise ValueError(f"an array of shape {series.shape} is more than {MAX_PIXELS} pixels")
-        return to_tensor(series.asarray(), in_chans)
+        return to_tensor(series.asarray(), in_chans, value_range)
+
+
+def float_range(data: bytes) -> ValueRange | None:
+    """Return the smallest and the largest value of a floating-point .npy or TIFF file, or None for any other file."""
+    if not data.startswith((NPY, *TIFF)):
+        return None
+    import tifffile
+
+    with suppress(Exception):  # image libraries raise many kinds of exceptions for damaged files
+        if data.startswith(NPY):
+            array = np.load(io.BytesIO(data), allow_pickle=False)
+        else:
+            with tifffile.TiffFile(io.BytesIO(data)) as file:
+                array = file.series[0].asarray() if file.series[0].size <= MAX_PIXELS else np.zeros(1, np.uint8)
+        if np.issubdtype(array.dtype, np.floating) and np.isfinite(array).all():
+            return float(array.min()), float(array.max())
+    return None
+
+
+def to_unit(array: np.ndarray[Any, Any], value_range: ValueRange) -> np.ndarray[Any, Any]:
+    """Scale floating-point values so that `value_range` becomes 0-1."""
+    low, high = value_range
+    return array if value_range == UNIT else (array.astype(np.float64) - low) / (high - low)
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -112,7 +138,7 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
-def to_tensor(array: np.ndarray[Any, Any], in_chans: int) -> Tensor:
+def to_tensor(array: np.ndarray[Any, Any], in_chans: int, value_range: ValueRange = UNIT) -> Tensor:
     """Convert an array (H W), (H W c) or (c H W) to a tensor (c H W), uint8 or float32.
 
     Raises:
@@ -130,7 +156,7 @@ def to_tensor(array: np.ndarray[Any, Any], in_chans: int) -> Tensor:
     elif array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"an array of {array.dtype} is neither uint8, uint16 nor floating point")
     elif array.dtype != np.uint8:
-        array = array.astype(np.float32)
+        array = to_unit(array, value_range).astype(np.float32)
     if not np.isfinite(array).all():
         raise ValueError("an array with values that are not finite")
     return torch.from_numpy(np.ascontiguousarray(array))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
-from mimkit.data.decode import decode, decode_pixels
+from mimkit.data.decode import UNIT, ValueRange, decode, decode_pixels
 from mimkit.data.transforms import Transform
 
 Index = int | tuple[int, int]  # of an image: its row, or (shard, row) in a stream
@@ -74,6 +74,7 @@ class SampleLoader:
         target: function that reads a cell of the label column, if the label is not a class index.
         part: name of the split, such as "test". It is part of a sample's name if the image has no path.
         pixels: whether to decode images to tensors (c H W) instead of PIL images.
+        value_range: floating-point values that become 0 and 1.
     """
 
     transform: Transform
@@ -84,6 +85,7 @@ class SampleLoader:
     target: Callable[[Any], Any] | None = None
     part: str = ""
     pixels: bool = False
+    value_range: ValueRange = UNIT
 
     def __call__(self, row: dict[str, Any], epoch: int, index: Index) -> Sample:
         file = row[self.fields[0]] or {"bytes": None, "path": None}
@@ -95,7 +97,8 @@ class SampleLoader:
         with seeded(self.seed, epoch, *key):
             noise = torch.rand(self.units)
             try:
-                image = (decode_pixels if self.pixels else decode)(read_bytes(file), self.in_chans)
+                read = decode_pixels if self.pixels else decode
+                image = read(read_bytes(file), self.in_chans, self.value_range)
                 if self.target:
                     image, label = self.transform(image, self.target(label))
                 else:

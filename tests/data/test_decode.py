@@ -14,7 +14,7 @@ from image_files import bomb_checks, bombs, distance, png, smooth, strip_checks,
 from PIL import Image
 from torchvision.transforms import v2
 
-from mimkit.data.decode import decode, decode_pixels, jpeg_channels
+from mimkit.data.decode import decode, decode_pixels, float_range, jpeg_channels
 
 # Formats and modes ---------------------------------------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ def test_decode_pixels_equals_decode_for_all_modes():
         (encoded(gray), gray.convert("RGB")),
         (encoded(color.convert("CMYK"), "TIFF"), color.convert("CMYK").convert("RGB")),
     ]:
-        assert torch.equal(decode_pixels(file), v2.functional.pil_to_tensor(shown))
+        assert torch.equal(decode_pixels(file), v2.functional.v2.functional.pil_to_tensor(shown))
 
 
 @settings(deadline=None)
@@ -153,7 +153,7 @@ def test_decode_pixels_equals_decode_for_jpegs(wide, high, mode, data):
     file = encoded(textured((wide, high)).convert(mode), "JPEG", **options)
     assert jpeg_channels(file) == (0 if orientation or mode == "CMYK" else {"L": 1, "RGB": 3}[mode])
     for in_chans in (1, 3):
-        expected = v2.functional.pil_to_tensor(decode(file, in_chans)).int()
+        expected = v2.functional.v2.functional.pil_to_tensor(decode(file, in_chans)).int()
         assert (decode_pixels(file, in_chans).int() - expected).abs().max() <= 1
     for broken in (file[: len(file) // 2], file[:3]):
         errors = []
@@ -194,6 +194,37 @@ def test_big_and_planar_tiffs_of_floats():
         buffer = io.BytesIO()
         tifffile.imwrite(buffer, array[:channels], **options)
         assert torch.equal(decode(buffer.getvalue(), channels), torch.from_numpy(array[:channels]))
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 5])
+@pytest.mark.parametrize("kind", ["npy", "tiff"])
+def test_floats_of_any_range_become_0_to_1(in_chans, kind):
+    unit = np.random.default_rng(0).random((in_chans, 6, 7), dtype=np.float32)
+    array = 100 + 3900 * unit if in_chans > 1 else (100 + 3900 * unit)[0]
+    buffer = io.BytesIO()
+    if kind == "npy":
+        np.save(buffer, array)
+    else:
+        tifffile.imwrite(buffer, array, **({"planarconfig": "separate", "photometric": "rgb"} if in_chans == 3 else {}))
+    low, high = float_range(buffer.getvalue())
+    assert (low, high) == (array.min(), array.max())
+    for read in (decode, decode_pixels):
+        image = read(buffer.getvalue(), in_chans, (100, 4000))
+        pixels = image if torch.is_tensor(image) else v2.functional.pil_to_tensor(image)
+        found = pixels / 255 if pixels.dtype == torch.uint8 else pixels  # PIL has no gray image of more bits for us
+        assert np.allclose(found.numpy(), unit, atol=1e-5 if found is pixels else 1 / 255)
+        white = read(buffer.getvalue(), in_chans)
+        assert (
+            white if torch.is_tensor(white) else v2.functional.pil_to_tensor(white)
+        ).min() > 99  # 4000 is not white by itself
+
+
+def test_files_that_are_not_floats_have_no_range():
+    sixteen = io.BytesIO()
+    tifffile.imwrite(sixteen, np.zeros((5, 6), np.uint16))
+    for data in (encoded(picture()), encoded(picture(), "TIFF"), sixteen.getvalue(), b"II*\0torn", b""):
+        assert float_range(data) is None
+    assert np.array_equal(np.asarray(decode(encoded(picture()), 3, (0, 4000))), np.asarray(picture()))
 
 
 # Damaged and huge files ----------------------------------------------------------------------------------------------
