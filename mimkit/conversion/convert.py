@@ -183,8 +183,6 @@ def convert(
         config = read_json(folder / "config.json")
         note = {"source": source, "file": str(file), "sha256": report.sha256, "written": sha256(folder)}
         config["mimkit"] = {**note, "checks": report.checks or "NOT CHECKED"}
-        if to == "timm":  # pretrained_cfg holds it too, and transformers' TimmWrapper refuses to get it twice
-            config["model_args"].pop("num_classes", None)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         report.save(folder)
     return report

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from mimkit.errors import UserError
 from mimkit.files import read_json, read_metrics, read_options
 from mimkit.io.hub import DENSE, WEIGHTS
+from mimkit.io.weights import without_repeated_classes
 
 PARTS = ("encoder", "best", "last")  # folders of a run that hold a network
 SELECTED_BY = ("top1", "miou", "box_ap")  # metrics that decide which weights become best/
@@ -159,6 +160,7 @@ def write_repository(found: Pushable, to: str, folder: Path) -> None:
             content = read_json(found.folder / name)
             origins = content if name == "report.json" else {"mimkit"} & content.keys()  # entries that may name paths
             content |= {key: without_local_paths(content[key]) for key in origins}
+            content = without_repeated_classes(content) if name == "config.json" else content
             (folder / name).write_text(json.dumps(content, indent=2))
     shutil.copyfile(found.folder / WEIGHTS[0], folder / WEIGHTS[0])
     if not found.run:

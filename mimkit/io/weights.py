@@ -1,6 +1,7 @@
 """Read weight files safely, and write safetensors and config.json in the layout of timm's hub."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,3 +231,14 @@ def save_model(model: nn.Module, folder: Path, label_names: list[str] | None = N
     """
     about = {"label_names": label_names} if label_names else {}
     save_for_hf(model, str(folder), model_config=about, safe_serialization=True, data_config=data_config)
+    config = without_repeated_classes(read_json(folder / "config.json"))
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def without_repeated_classes(config: dict[str, Any]) -> dict[str, Any]:
+    """Remove `num_classes` from the `model_args` of a config.json, which has an entry of its own for it.
+
+    timm reads either. transformers passes the number of classes itself, and would pass it twice.
+    """
+    arguments = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
+    return {**config, "model_args": arguments}

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mimkit.errors import UserError
+from mimkit.models.hpvit import HPViT
 from mimkit.models.layers.windows import windowed_map
 
 NECKS = ("auto", "maps", "pyramid", "both")
@@ -34,8 +35,8 @@ class Pyramid(nn.Module):
             object detection", ECCV 2022): deconvolutions of the 1/16 map, the map itself, and its mean pool.
         both: the pyramid plus the finer stages, added through 1 x 1 convolutions that start at 0. The maps of an HPViT
             then start as the pyramid of its plain ViT.
-        auto: pyramid for a plain ViT; both for a backbone of constant width (HPViT) without blocks after 1/16, which
-            `both` would remove; maps for all others.
+        auto: pyramid for a plain ViT; both for an HPViT without blocks after 1/16, which `both` would remove; maps for
+            all others.
 
     Images are padded at the right and bottom to a multiple of `multiple`, with zeros, the mean of normalized images.
 
@@ -63,10 +64,9 @@ class Pyramid(nn.Module):
             stages = {r: stages[r] for r in coarse}
         coarsest = max(stages)
         base = max((r for r in stages if r < 32), default=coarsest)  # stride of the map that a pyramid is built on
-        constant_width = len({info["num_chs"] for info in infos}) == 1
-        blocks_after_base = coarsest > base and infos[stages[coarsest]]["module"] != infos[stages[base]]["module"]
+        ends_at_base = isinstance(backbone, HPViT) and not backbone.depths[3]
         if neck == "auto":
-            neck = "pyramid" if len(stages) == 1 else "both" if constant_width and not blocks_after_base else "maps"
+            neck = "pyramid" if len(stages) == 1 else "both" if ends_at_base else "maps"
         strides = sorted(stages)
         self.patch = 16 if len(stages) == 1 else 4  # usual patch size: that of a plain network, or of the finest map
         if neck in ("maps", "both") and strides not in usable:

@@ -286,10 +286,12 @@ class HPViT(nn.Module):
         )
         self.pools.to(net.patch_embed.proj.weight)
         self.feature_info = []
-        for stage in range(4):
-            last = max(sum(self.depths[: stage + 1]) - 1, 0)
+        for stage, depth in enumerate(self.depths):
+            # the module that computes the map: transformers needs a name of its own for each map
+            before = f"pools.{stage - 1}" if stage else "patch_embed"
+            module = f"blocks.{sum(self.depths[: stage + 1]) - 1}" if depth else before
             info = {"num_chs": self.embed_dim, "num_chs_norm": self.num_features, "reduction": 4 * 2**stage}
-            self.feature_info.append({**info, "module": f"blocks.{last}"})
+            self.feature_info.append({**info, "module": module})
         self._model_args = {  # all arguments: a saved config must not depend on today's defaults
             "source": source,
             "source_args": source_args or {},
@@ -604,8 +606,8 @@ def beit_relative_bias(table: Tensor, old: Grid, new: Grid, index: Tensor) -> Te
 
 def _aliased_side(rope: Any) -> int:
     """Return the largest side of a grid on which neighbors are pi or more apart in the fastest band of a RoPE."""
-    if hasattr(rope, "periods"):  # DINOv3: coordinates run from -1 to 1, and the shortest period is 1
-        return int(4 / float(rope.periods.min()))
+    if hasattr(rope, "periods"):  # DINOv3: coordinates run from -1 to 1
+        return int(4 / (rope.min_period or 1.0))  # not from `periods`, which has no values on the meta device
     return int(max(rope.ref_feat_shape) / math.pi) if getattr(rope, "ref_feat_shape", None) else 0
 
 
