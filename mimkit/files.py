@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -98,6 +99,11 @@ def read_options(run: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{run}/config.yaml holds no options. Get another copy of it, or pass another run.")
     return content
+
+
+def resume_flags(run: Path) -> str:
+    """Return the flags that continue a run with the options of its config.yaml, whatever flags it was started with."""
+    return f"--config {shlex.quote(str(run / 'config.yaml'))} --resume auto"
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:

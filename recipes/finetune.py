@@ -32,10 +32,12 @@ from mimkit.data.sample import SampleLoader
 from mimkit.data.sources import open_labeled
 from mimkit.data.transforms import default_normalization, finetune_transform, parse_size
 from mimkit.errors import StoppedError, cli_entry
+from mimkit.files import resume_flags
 from mimkit.models.factory import has_weights, input_of
 from mimkit.models.pretrained import checkpoint_blocks, network_folder, start_from
 from mimkit.tasks.classification import Classification, check_classes, class_names, fit_head, mixup_function
 from mimkit.training.optim import cosine, layer_groups, show_groups
+from mimkit.training.preemption import stopped
 from mimkit.training.run import Run
 from mimkit.training.validation import Evaluator
 
@@ -159,9 +161,9 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     run, tuned = train(options, replay)
     if options.compare_scratch and tuned is not None and not options.eval_only:
         run.close()
-        hint = f"Interrupted before training from scratch was complete. Continue with --out {run.folder} --resume auto."
+        hint = f"Stopped before training from scratch was complete. Continue with {resume_flags(run.folder)}."
         if run.preemption.signal_name:
-            raise StoppedError(hint)
+            raise stopped(run.preemption.signal_name, hint)
         scratch_options = replace(options, out=f"{run.folder}/scratch", from_scratch=True, layer_decay=1.0)
         scratch_options.resume = "auto" if options.resume else None
         try:

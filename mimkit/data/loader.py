@@ -76,11 +76,15 @@ def _exit_when_parent_signals() -> None:
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Block `STOP_SIGNALS` in processes that are started inside, and in the threads that libraries start in them."""
-    if not hasattr(signal, "sigwaitinfo"):
+    """Block `STOP_SIGNALS` in processes that are started inside, and in the threads that libraries start in them.
+
+    So is Ctrl-C, which a terminal sends to all processes: the training process still needs its workers for a step.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    obeyed = STOP_SIGNALS if hasattr(signal, "sigwaitinfo") else []  # by `ignore_scheduler_signals`
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [*obeyed, signal.SIGINT])
     try:
         yield
     finally:

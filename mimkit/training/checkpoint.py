@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mimkit.errors import UserError, is_full
-from mimkit.files import read_json, replacing
+from mimkit.files import read_json, replacing, resume_flags
 from mimkit.io.weights import State, load_strictly
 from mimkit.training.anomaly import AnomalyGuard
 from mimkit.training.distributed import Engine
@@ -337,7 +337,7 @@ class Checkpointer:
             if not is_full(error):
                 raise
             hint = (
-                f"{self.latest} is complete; continue with --out {self.run} --resume auto"
+                f"{self.latest} is complete; continue with {resume_flags(self.run)}"
                 if self.latest
                 else "No checkpoint is left; start again"
             )

@@ -15,7 +15,6 @@ The training loop itself stays in the recipe:
             run.save(step)
 """
 
-import signal
 from collections.abc import Iterator
 from dataclasses import replace as with_changes
 from pathlib import Path
@@ -93,7 +92,7 @@ class Run:
         self.display = Display(quiet=not self.engine.is_main)
         self.checkpoints = Checkpointer(self.dir.path, self.engine, keep, self.display.print)
         self.meter, self.guard = Meter(), AnomalyGuard(max_spike)
-        self.preemption = Preemption(self.engine.any)
+        self.preemption = Preemption(self.engine.any, self._interrupt, quiet=not self.engine.is_main)
         self.bad: Bad | None = None  # a step to return from
         self.skipping = False  # whether the current step is skipped
         self.accelerator.project_configuration.set_directories(str(self.folder))
@@ -183,8 +182,7 @@ class Run:
         feed.start(self.step)
         self.meter.since_step = self.step
         self.meter.restart_clock()
-        handlers = self.preemption.handlers() | {signal.SIGINT: lambda *_: interrupt(self.step, self.checkpoints)}
-        with self.display.progress(plan.start, plan.steps), signal_handlers(handlers):
+        with self.display.progress(plan.start, plan.steps), signal_handlers(self.preemption.handlers()):
             while self.step < plan.steps:
                 self._seed()
                 if not self.meter.count:
@@ -199,6 +197,9 @@ class Run:
                     stop(self.step, str(self.preemption), self.checkpoints, state)
                 self.step += 1
             self.checkpoints.wait()
+
+    def _interrupt(self, *_: Any) -> None:
+        interrupt(self.step, self.checkpoints)
 
     def _seed(self, rank: int | None = None) -> None:
         self.engine.seed(self.seed, self.step, rank)

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from mimkit.errors import UserError
-from mimkit.files import read_metrics, read_options, replacing_file
+from mimkit.files import read_metrics, read_options, replacing_file, resume_flags
 from mimkit.training.checkpoint import checkpoints
 
 # Options that may differ when a run is resumed
@@ -54,7 +54,8 @@ class RunDir:
             raise UserError(f"--out {folder} is a file. Choose a folder.")
         if not resume and (folder / "metrics.jsonl").exists():
             raise UserError(
-                f"--out {folder} already holds a run. Pass --resume auto to continue it, or another folder."
+                f"--out {folder} already holds a run. Pass --resume auto to continue it, alone with its options: "
+                f"{resume_flags(folder)}. Or choose another folder."
             )
         return cls(folder, named, resuming=bool(resume))
 

@@ -144,8 +144,8 @@ def test_skipped_steps_are_known_from_the_folder(tmp_path):
 # Preemption ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_of_a_scheduler_asks_to_stop(name):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_of_a_scheduler_or_a_person_asks_to_stop(name):
     before = signal.getsignal(getattr(signal, name))
     preemption = Preemption()
     with signal_handlers(preemption.handlers()):
@@ -166,4 +166,20 @@ def test_a_signal_to_another_process_asks_to_stop():
 
 
 def test_other_signals_are_left_alone():
-    assert {signal.Signals(number).name for number in Preemption().handlers()} == {"SIGTERM", "SIGUSR1"}
+    assert {signal.Signals(number).name for number in Preemption().handlers()} == {"SIGTERM", "SIGUSR1", "SIGINT"}
+
+
+def test_a_second_interrupt_ends_at_once(capfd):
+    preemption = Preemption()
+    with signal_handlers(preemption.handlers()), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+        assert "Interrupt again to end at once." in capfd.readouterr().err
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_one_process_tells_what_an_interrupt_does(capfd):
+    preemption = Preemption(quiet=True)
+    with signal_handlers(preemption.handlers()):
+        signal.raise_signal(signal.SIGINT)
+    assert preemption.requested()
+    assert capfd.readouterr().err == ""

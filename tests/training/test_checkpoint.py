@@ -272,7 +272,7 @@ def test_a_full_disk_is_one_sentence_that_names_the_last_checkpoint(error, saver
     saver.checkpointer.save(10, saver.state)
     message = (
         f"The disk is full, and a checkpoint could not be written. {saver.checkpointer.folder(9)} is complete; continue"
-        f" with --out {tmp_path} --resume auto when there is space."
+        f" with --config {tmp_path}/config.yaml --resume auto when there is space."
     )
     with pytest.raises(UserError) as caught:
         saver.checkpointer.wait()

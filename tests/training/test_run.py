@@ -207,19 +207,19 @@ def stop_after(out, *steps, name="SIGTERM", **options):
         if step + 1 in steps:
             os.kill(os.getpid(), getattr(signal, name))
 
-    with pytest.raises(StoppedError) as caught:
+    with pytest.raises(KeyboardInterrupt if name == "SIGINT" else StoppedError) as caught:
         train(out, at=at, **options)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_run_that_is_stopped_and_resumed_is_the_run(name, tmp_path):
     """It is stopped between two readings of the loss, before a checkpoint, and when a checkpoint is due."""
     train(tmp_path / "whole")
     out = tmp_path / "run"
     for done in (7, 9, 20):
-        message = f"Stopped by {name} after step {done}, which is saved. Continue with --out {out} --resume auto."
-        assert stop_after(out, done, name=name) == message
+        message = f"Stopped by {name} after step {done}, which is saved. Continue with --config {out}/config.yaml --res"
+        assert stop_after(out, done, name=name).startswith(message)
         assert checkpoints(out)[-1].name == f"step-{done:08d}"
     train(out)
     assert end(out) == end(tmp_path / "whole")
@@ -231,13 +231,19 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path):
     assert checkpoints(tmp_path)[-1].name == "step-00000060"
 
 
-def test_interrupting_names_the_last_checkpoint(tmp_path):
+def test_a_second_interrupt_saves_nothing_and_names_the_last_checkpoint(tmp_path):
+    def interrupt_twice(run, step):
+        if step == 23:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
     before = signal.getsignal(signal.SIGINT)  # a shell starts background jobs with this signal ignored
     with pytest.raises(
         KeyboardInterrupt, match=r"Interrupted after step 23; the last checkpoint is .*step-00000020. Con"
     ):
-        train(tmp_path, at=lambda run, step: step == 23 and signal.raise_signal(signal.SIGINT))
+        train(tmp_path, at=interrupt_twice)
     assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoints(tmp_path)[-1].name == "step-00000020"
 
 
 def test_a_resumed_run_is_told_apart_from_a_new_one(tmp_path):

@@ -132,7 +132,7 @@ def test_the_third_bad_step_of_late_ends_the_run(tmp_path):
 
 def test_stopping_saves_the_step_that_is_done(tmp_path):
     run = Trained(tmp_path, 6, steps=8)
-    message = f"Stopped by SIGTERM after step 8, which is saved. Continue with --out {tmp_path} --resume auto."
+    message = f"Stopped by SIGTERM after step 8, which is saved. Continue with --config {tmp_path}/config.yaml --resume auto."
     with pytest.raises(StoppedError, match=f"^{re.escape(message)}$"):
         stop(7, "SIGTERM", run.checkpoints, run.state)
     assert checkpoints(tmp_path)[-1].name == "step-00000008"
@@ -170,7 +170,7 @@ def test_a_bad_step_is_not_saved(tmp_path):
     run = Trained(tmp_path, 6, steps=7)
     train(run.state, 7, scale=float("nan"))
     message = (
-        r"Stopped by SIGTERM at step 7, which is bad \(its loss is not finite\). Continue from before it with --out"
+        r"Stopped by SIGTERM at step 7, which is bad \(its loss is not finite\). Continue from before it with --con"
     )
     with pytest.raises(StoppedError, match=message):
         stop(7, "SIGTERM", run.checkpoints, run.state)
@@ -189,9 +189,8 @@ def test_interrupting_names_the_last_checkpoint(tmp_path):
         interrupt(2, run.checkpoints)
     run = Trained(tmp_path / "b", 2, steps=3)
     last = run.checkpoints.folder(2)
-    message = (
-        f"Interrupted after step 3; the last checkpoint is {last}. Continue with --out {tmp_path}/b --resume auto."
-    )
+    how = f"--config {tmp_path}/b/config.yaml --resume auto."
+    message = f"Interrupted after step 3; the last checkpoint is {last}. Continue with {how}"
     with pytest.raises(KeyboardInterrupt, match=f"^{re.escape(message)}$"):
         interrupt(3, run.checkpoints)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -444,8 +445,10 @@ def test_a_resumed_run_keeps_its_precision(images, tmp_path, capsys, monkeypatch
 # Signals -------------------------------------------------------------------------------------------------------------
 
 
-def test_interrupting_says_how_to_continue(images, tmp_path, capsys, monkeypatch):
-    end_step = Run.end_step
+@pytest.mark.parametrize(("recipe", "tiny"), [(mae_hivit, TINY), (simmim, SIMMIM_SVIT)], ids=["mae", "simmim"])
+def test_interrupting_saves_and_says_how_to_continue(recipe, tiny, images, tmp_path, capsys, monkeypatch):
+    """The flags that are printed are all that it takes, also for a folder whose name the shell would split."""
+    end_step, out = Run.end_step, tmp_path / "my run"
 
     def interrupted(self, step):
         end_step(self, step)
@@ -453,10 +456,12 @@ def test_interrupting_says_how_to_continue(images, tmp_path, capsys, monkeypatch
             signal.raise_signal(signal.SIGINT)  # Ctrl-C
 
     monkeypatch.setattr(Run, "end_step", interrupted)
-    printed = fails(capsys, "--data", images, "--out", tmp_path / "run", *TINY, code=130)
-    assert "the last checkpoint is" in printed
-    assert "step-00000008" in printed
-    assert "--resume auto" in printed
+    printed = fails(capsys, "--data", images, "--out", out, *tiny, recipe=recipe, code=130)
+    assert "Stopped by SIGINT after step 11, which is saved. Continue with " in printed
+    monkeypatch.setattr(Run, "end_step", end_step)
+    run(recipe, *shlex.split(printed.split("Continue with ")[1].removesuffix(".")))
+    assert f"resuming from {out}/checkpoints/step-00000011" in capsys.readouterr().out.replace("\n", "")
+    assert checkpoints(out)[-1].name == "step-00000016"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -473,7 +478,7 @@ def test_a_scheduler_stops_a_run_that_continues_as_if_it_had_not(name, images, t
     monkeypatch.setattr(Run, "end_step", signaled)
     for done in (5, 8):
         printed = fails(capsys, *argv, "--out", tmp_path / "run", "--resume", "auto", code=75)
-        assert f"Stopped by {name} after step {done}, which is saved. Continue with --out" in printed
+        assert f"Stopped by {name} after step {done}, which is saved. Continue with --config" in printed
         assert checkpoints(tmp_path / "run")[-1].name == f"step-{done:08d}"
     monkeypatch.setattr(Run, "end_step", end_step)
     run(mae_hivit, "--out", tmp_path / "run", *argv, "--resume", "auto")
@@ -501,18 +506,19 @@ def test_a_run_that_is_stopped_before_or_after_its_steps_can_be_queued_again(
 
 
 @pytest.mark.distributed
-def test_a_signal_to_the_whole_job_spares_the_data_workers(images, tmp_path):
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_a_signal_to_the_whole_job_spares_the_data_workers(name, code, images, tmp_path):
     argv = ["--data", images, "--out", tmp_path / "run", *TINY, "--workers", "2", "--epochs", "1000"]
     words = [sys.executable, ROOT / "recipes" / "mae_hivit.py", *argv, "--knn-every", "0"]
     job = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True, process_group=0)
     try:
         wait_for_loss(job, tmp_path / "run")
         assert len(psutil.Process(job.pid).children()) >= 2
-        os.killpg(job.pid, signal.SIGTERM)
+        os.killpg(job.pid, getattr(signal, name))
         printed = job.communicate(timeout=120)[1]
     finally:
         job.kill()
-    assert job.returncode == 75, printed
+    assert job.returncode == code, printed
     assert "which is saved" in printed
     assert "Traceback" not in printed
 
