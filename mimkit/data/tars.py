@@ -174,7 +174,8 @@ def read_samples(file: str, content: bool = True) -> Iterator[tuple[str, dict[st
                 if any(tar.fileobj.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end of the file
                     raise tarfile.ReadError("a damaged header")
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{file} cannot be read ({error}): get another copy of it.") from error
+        reason = "not a tar file" if "\n" in str(error) else error  # tarfile lists all compressions that it tried
+        raise UserError(f"{file} cannot be read ({reason}): get another copy of it.") from error
 
 
 def _split(path: str) -> tuple[str, str]:
