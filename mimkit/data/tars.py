@@ -54,8 +54,7 @@ def open_tars(data: str, files: list[str], streaming: bool) -> tuple[Any, int]:
     """
     import datasets
 
-    samples = list(islice(chain.from_iterable(map(read_samples, files)), FIRST))
-    columns = _find_columns(data, samples)
+    columns = _find_columns(data, files)
     types = {name: "int64" if streaming and name in columns.numbers else "string" for name in columns.texts}
     features = datasets.Features(
         {name: datasets.Image(decode=False) for name in columns.pictures}
@@ -63,8 +62,7 @@ def open_tars(data: str, files: list[str], streaming: bool) -> tuple[Any, int]:
     )
     if streaming:
         arguments: dict[str, Any] = {"files": files, "columns": columns, "streaming": True}
-        length = sum(1 for _ in read_rows(files, columns, content=False))
-        return datasets.IterableDataset.from_generator(read_rows, features, arguments), length
+        return datasets.IterableDataset.from_generator(read_rows, features, arguments), count_samples(files)
     state = tuple((os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files)
     arguments = {"files": tuple(files), "columns": columns, "state": state}  # of a list, files would be read one by one
     rows = datasets.Dataset.from_generator(read_rows, features, gen_kwargs=arguments)
@@ -76,8 +74,12 @@ def open_tars(data: str, files: list[str], streaming: bool) -> tuple[Any, int]:
     return rows, len(rows)
 
 
-def _find_columns(data: str, samples: list[tuple[str, dict[str, bytes]]]) -> Columns:
-    """Find the columns of these samples. Say so if the images have dots in their names."""
+def _find_columns(data: str, files: list[str]) -> Columns:
+    """Find the columns of the first samples. Say so if the images have dots in their names."""
+    samples = [
+        (name, {field: b"" if _is_picture(field) else content for field, content in fields.items()})
+        for name, fields in islice(chain.from_iterable(map(read_samples, files)), FIRST)
+    ]
     pictures = [list(filter(_is_picture, contents)) for _, contents in samples]
     for (name, _), own in zip(samples, pictures, strict=True):
         if len(own) > MAX_PICTURES:
@@ -105,45 +107,55 @@ def _find_columns(data: str, samples: list[tuple[str, dict[str, bytes]]]) -> Col
     return Columns(tuple(counts), tuple(names), tuple(numbers), whole)
 
 
+def count_samples(files: Sequence[str]) -> int:
+    """Return the number of samples with an image."""
+    return sum(1 for _ in _select(files, content=False))
+
+
+def _select(
+    files: Sequence[str], content: bool = True, quiet: bool = False
+) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+    """Yield the file, the name and the fields of the samples with an image. Say which others there are."""
+    skipped: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        for name, fields in read_samples(file, content):
+            if not any(map(_is_picture, fields)):
+                skipped["a sample without an image"].append(f"{name} in {file}")
+            elif not is_utf8(name):
+                skipped["a name must be UTF-8"].append(f"{name} in {file}")
+            else:
+                yield file, name, fields
+    for why, names in {} if quiet else skipped.items():
+        tell(f"left out {first_of(names)}: {why}.")
+
+
 def read_rows(
-    files: Sequence[str], columns: Columns, content: bool = True, streaming: bool = False, state: Any = None
+    files: Sequence[str], columns: Columns, streaming: bool = False, state: Any = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each sample with an image, and say which samples are left out.
+    """Yield a row for each sample with an image.
 
     Args:
         files: the tar files.
         columns: the columns of a row.
-        content: whether to read images and texts. Otherwise, rows only count.
-        streaming: whether the rows are read again and again: say nothing, and turn numbers to integers.
+        streaming: whether the rows are read again and again: say nothing, and turn columns of numbers to integers. A
+            text among them, which the first samples did not show, becomes None: streams are not for labels.
         state: sizes and times of the files. A change makes `datasets` prepare its cache anew.
     """
-    skipped: dict[str, list[str]] = defaultdict(list)
-    for file in files:
-        for name, fields in read_samples(file, content):
-            row: dict[str, Any] = dict.fromkeys((*columns.pictures, *columns.texts))
-            for field in filter(_is_picture, fields):
-                column = _column(field, columns.whole)
-                if column not in columns.pictures or row[column]:
-                    raise UserError(
-                        f"{file}: {name}.{field} is one of two images of its sample, or not named like the others. "
-                        f"{DOTS}: rename it, a mask to {name}.mask.png."
-                    )
-                row[column] = {"bytes": fields[field], "path": f"{name}.{field}"}
-            if not any(row.values()):
-                skipped["a sample without an image"].append(f"{name} in {file}")
-            elif not is_utf8(name):
-                skipped["a name must be UTF-8"].append(f"{name} in {file}")
-            elif content:
-                texts = _texts(fields)
-                for column in columns.texts:
-                    row[column] = texts.get(column)
-                    if streaming and column in columns.numbers:
-                        row[column] = _to_number(row[column], column, f"{name} in {file}")
-                yield row
-            else:
-                yield row
-    for why, names in {} if streaming else skipped.items():
-        tell(f"left out {first_of(names)}: {why}.")
+    for file, name, fields in _select(files, quiet=streaming):
+        pictures: dict[str, Any] = {}
+        for field in filter(_is_picture, fields):
+            column = _column(field, columns.whole)
+            if column not in columns.pictures or column in pictures:
+                raise UserError(
+                    f"{file}: {name}.{field} is one of two images of its sample, or not named like the others. "
+                    f"{DOTS}: rename it, a mask to {name}.mask.png."
+                )
+            pictures[column] = {"bytes": fields[field], "path": f"{name}.{field}"}
+        texts: dict[str, Any] = _texts(fields)
+        for column in columns.numbers if streaming else ():
+            text = texts.get(column)
+            texts[column] = int(text) if text and _is_number(text) else None
+        yield dict.fromkeys(columns.pictures) | {column: texts.get(column) for column in columns.texts} | pictures
 
 
 def read_samples(file: str, content: bool = True) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -209,9 +221,3 @@ def _texts(fields: dict[str, bytes]) -> dict[str, str | None]:
 def _is_number(text: str | None) -> bool:
     """Return whether a text is a whole number, or missing."""
     return text is None or text.removeprefix("-").isdecimal()
-
-
-def _to_number(text: str | None, column: str, where: str) -> int | None:
-    if not _is_number(text):
-        raise UserError(f"The {column} of {where} is {text}, where others are numbers: pass --streaming false.")
-    return None if text is None else int(text)
