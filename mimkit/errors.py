@@ -52,10 +52,12 @@ class StoppedError(BaseException):
     """
 
 
-def warn(sentence: str) -> None:
-    """Print a warning, on the main process of a run only."""
+@functools.cache
+def tell(sentence: str) -> None:
+    """Print a sentence to stderr: once in a process, and in the main process of a distributed run only."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {sentence}", flush=True)
+        text = sentence.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        print(f"mimkit: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:

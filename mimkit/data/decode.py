@@ -18,7 +18,9 @@ MAX_PIXELS = 178_956_970  # PIL refuses to decode larger images too: they may be
 APP1, SOF = 0xE1, (0xC0, 0xC1, 0xC2)  # JPEG markers: EXIF data of a camera, and the frame header
 JPEG, NPY, TIFF = b"\xff\xd8", b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes of a file
 BITS_PER_SAMPLE, PLANAR_CONFIG = 258, 284  # TIFF tags; PlanarConfiguration 2 stores each channel separately
-EXTENSIONS = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {".npy"}
+NO_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # PIL knows these formats, but cannot decode them by itself
+EXTENSIONS = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in NO_IMAGES}
+EXTENSIONS |= {".npy"}
 
 
 def decode(data: bytes, in_chans: int = 3, value_range: ValueRange = UNIT) -> Image.Image | Tensor:

@@ -1,6 +1,7 @@
 """Data sets for detection and instance segmentation, in COCO's format, and their transforms."""
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.data.sources import TRAIN, VAL, Source
 from mimkit.data.transforms import Size, Transform, checked_size
-from mimkit.errors import UserError
+from mimkit.data.walk import find_files, first_of, is_utf8
+from mimkit.errors import UserError, tell
 
 MARGIN = 1.0  # pixels that a box may exceed its image by: annotation tools round
 Objects = dict[str, Tensor]  # of an image: boxes (n 4) as x1 y1 x2 y2, labels (n) from 1, and perhaps masks (n H W)
@@ -145,14 +147,31 @@ def _read(file: Path, folders: list[Path], masks: bool) -> tuple[dict[str, Any],
             except Exception as error:  # faster-coco-eval raises many kinds
                 raise UserError(f"{where} has a mask that cannot be drawn ({error}): fix it.") from error
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-    files = [next((f / name for f in folders if (f / name).is_file()), None) for name in names.values()]
-    if missing := [name for name, found in zip(names.values(), files, strict=True) if found is None]:
+    files = _locate(list(names.values()), folders)
+    if missing := [name for name, found in zip(names.values(), files, strict=True) if not found and is_utf8(name)]:
         tried = " or ".join(map(str, folders))
         raise UserError(
             f"{file} lists {len(missing)} images that are not there, such as {missing[0]}: put them into {tried}."
         )
     coco = {"images": images, "annotations": annotations, "categories": sorted(categories, key=lambda c: c["id"])}
+    readable = [is_utf8(name) for name in names.values()]
+    if not all(readable):
+        unreadable = [name for name in names.values() if not is_utf8(name)]
+        tell(f"{file}: left out {first_of(unreadable)}: a name must be UTF-8, rename it.")
+        coco, files = _subset(coco, files, readable)
     return coco, [found for found in files if found]
+
+
+def _locate(names: list[str], folders: list[Path]) -> list[Any]:
+    """Return the path of each image in the first folder that has it, or None. The last folder holds the others."""
+    root = f"{os.path.normpath(folders[-1])}/"
+    known = {os.path.normpath(file) for file in find_files(str(folders[-1]))}
+
+    def exists(path: str) -> bool:
+        return path in known or (not path.startswith(root) and os.path.isfile(path))  # names may lead to other places
+
+    paths = ((os.path.normpath(folder / name) for folder in folders) for name in names)
+    return [next((Path(path) for path in candidates if exists(path)), None) for candidates in paths]
 
 
 def _checked(box: Any, size: tuple[int, int], where: str) -> list[float]:
@@ -169,7 +188,7 @@ def _checked(box: Any, size: tuple[int, int], where: str) -> list[float]:
     return [x, y, w, h]
 
 
-def _subset(coco: dict[str, Any], files: list[Path], chosen: list[bool]) -> tuple[dict[str, Any], list[Path]]:
+def _subset(coco: dict[str, Any], files: list[Any], chosen: list[bool]) -> tuple[dict[str, Any], list[Any]]:
     """Return the annotations and files of the chosen images."""
     images = [image for image, yes in zip(coco["images"], chosen, strict=True) if yes]
     if not images:

@@ -125,6 +125,8 @@ def first_good(samples: Iterator[Sample]) -> Sample:
 
 def read_bytes(file: dict[str, Any]) -> bytes:
     """Return the bytes of an image cell {"bytes", "path"}, from the cell or from the file it points to."""
+    if file["bytes"] is None and file["path"] is None:
+        raise ValueError("it has no image")
     return file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
 
 

@@ -17,7 +17,8 @@ from mimkit.data.order import evenly_spaced
 from mimkit.data.sample import read_bytes
 from mimkit.data.sources import TRAIN, VAL, Source, hold_out, open_all
 from mimkit.data.transforms import Size, Transform, checked_size, resize_short
-from mimkit.errors import UserError, warn
+from mimkit.data.walk import find_files
+from mimkit.errors import UserError, tell
 
 IGNORE = 255  # value of a mask's pixels without a class: neither the loss nor the metric uses them
 UNKNOWN = -1
@@ -145,9 +146,8 @@ def _pair(images: Path, masks: Path) -> Source:
     """Pair each image with the mask that has the same path below its folder, apart from the extension."""
     if not masks.is_dir():
         raise UserError(f"The images in {images} have no masks: the folder {masks} does not exist.")
-    pictures = (file for file in images.rglob("*") if file.suffix.lower() in EXTENSIONS)
-    files = sorted(file for file in pictures if not file.name.startswith("."))
-    mask_files = sorted(file for file in masks.rglob("*") if file.suffix.lower() in MASK_EXTENSIONS)
+    files = sorted(map(Path, find_files(str(images), EXTENSIONS)))
+    mask_files = sorted(map(Path, find_files(str(masks), MASK_EXTENSIONS)))
     by_name = {file.relative_to(masks).with_suffix(""): file for file in mask_files}
     names = [file.relative_to(images).with_suffix("") for file in files]
     missing = [file for file, name in zip(files, names, strict=True) if name not in by_name]
@@ -174,19 +174,19 @@ def _cityscapes(root: Path) -> tuple[Source, Source, Classes]:
     """Open the splits and the 19 evaluated classes of Cityscapes."""
     parts = []
     for split in ("train", "val"):
-        try:
-            found = Cityscapes(str(root), split, mode="fine", target_type="semantic")
-        except (RuntimeError, OSError) as error:
+        images, masks = (root / kind / split for kind in ("leftImg8bit", "gtFine"))
+        if not (images.is_dir() and masks.is_dir()):
             raise UserError(
                 f"--data {root} is not all of Cityscapes: it needs leftImg8bit/{split}/ and gtFine/{split}/."
-            ) from error
-        # torchvision lists files in the order of the disk
-        pairs = sorted(zip(found.images, (targets[0] for targets in found.targets), strict=True))
-        if missing := [mask for _, mask in pairs if not Path(mask).is_file()]:
+            )
+        files = [Path(file) for file in find_files(str(images), EXTENSIONS)]
+        names = [file.relative_to(images) for file in files]
+        of = [masks / n.with_name(n.stem.removesuffix("_leftImg8bit") + "_gtFine_labelIds.png") for n in names]
+        if missing := [mask for mask in of if not mask.is_file()]:
             raise UserError(f"--data {root} lacks {missing[0]} and {len(missing) - 1} more masks: unpack gtFine too.")
-        parts.append(_source(root / split, [image for image, _ in pairs], [mask for _, mask in pairs]))
-        if not parts[-1].length:
+        if not files:
             raise UserError(f"--data {root} has no images in leftImg8bit/{split}/: unpack that archive too.")
+        parts.append(_source(root / split, files, of))
     evaluated = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE), key=lambda c: c.train_id)
     ignored = tuple(c.id for c in Cityscapes.classes if c not in evaluated and c.id >= 0)
     return parts[0], parts[1], Classes([c.name for c in evaluated], [c.id for c in evaluated], ignored)
@@ -260,9 +260,9 @@ def check_masks(train: Source, classes: Classes) -> None:
     remedy = f" {IGNORE} means 'ignore': if it is a class, pass --mask-values {numbers}."
     if absent:
         some = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if absent[3:] else "")
-        warn(f"{train.name}: {looked} hold no pixel of class {some}.{remedy if lone else ''}")
+        tell(f"warning: {train.name}: {looked} hold no pixel of class {some}.{remedy if lone else ''}")
     elif 2 * lone > len(sample):
-        warn(f"{train.name}: {lone} of {len(sample)} training masks hold only one class and {IGNORE}.{remedy}")
+        tell(f"warning: {train.name}: {lone} of {len(sample)} training masks hold only one class and {IGNORE}.{remedy}")
 
 
 def _numbers_in(cell: dict[str, Any] | None) -> set[int]:

@@ -4,9 +4,7 @@ Tables are read through the `datasets` library. It takes long to import, so this
 """
 
 import dataclasses
-import glob
 import os
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +14,9 @@ from typing import Any
 import numpy as np
 
 from mimkit.data.decode import EXTENSIONS
+from mimkit.data.read_errors import explain, reading
+from mimkit.data.tars import open_tars
+from mimkit.data.walk import ending_of, find_files
 from mimkit.errors import UserError, did_you_mean
 
 TRAIN, TEST = ("train", "training"), ("test", "val", "validation", "valid", "eval")  # names of splits
@@ -67,7 +68,7 @@ def open_source(data: str, train: bool = True, streaming: bool = False) -> Sourc
     Args:
         data: one of: 'sample' (Fashion-MNIST, included in the package); an image file, a parquet file or a .tar file
             (webdataset); a folder or a glob of such files, all of one kind, where images may lie in class folders;
-            the name of a data set on the Hugging Face hub.
+            the name of a data set on the Hugging Face hub. See `find_files` about globs.
         train: whether to open the training split or the test split. Files and folders named train, test, val or
             validation are splits. A data set without splits is all training data.
         streaming: whether to read rows in order, instead of preparing the whole data set first.
@@ -78,12 +79,11 @@ def open_source(data: str, train: bool = True, streaming: bool = False) -> Sourc
     """
     import datasets
 
-    path = Path(str(resources.files("mimkit.sample"))) if data == "sample" else Path(data).expanduser()
-    matches = [str(path)] if path.exists() else sorted(glob.glob(str(path)))
-    files = [file for match in matches for file in _files_below(Path(match))]
+    path = Path(f"{resources.files('mimkit.sample')}/*.parquet" if data == "sample" else data).expanduser()
+    files = find_files(str(path), READERS)
     if not files and not path.exists():
         return _open_hub(data, train, streaming)
-    readers = {READERS[Path(file).suffix.lower()] for file in files if Path(file).suffix.lower() in READERS}
+    readers = {READERS[ending_of(file)] for file in files}
     if not readers:
         raise UserError(f"--data {data} has no images: pass a folder with image files, such as .jpg or .png.")
     if len(readers) > 1:
@@ -91,7 +91,6 @@ def open_source(data: str, train: bool = True, streaming: bool = False) -> Sourc
             f"--data {data} holds {' and '.join(sorted(readers))} files: pass files of one kind, for example by a glob."
         )
     reader = readers.pop()
-    files = [file for file in files if READERS.get(Path(file).suffix.lower()) == reader]
     root = path if path.is_dir() else Path(os.path.commonpath([str(Path(file).parent) for file in files]))
     inside = [Path(file).relative_to(root).parts for file in files]
     if reader == "images":
@@ -100,13 +99,13 @@ def open_source(data: str, train: bool = True, streaming: bool = False) -> Sourc
     if not chosen:
         raise NoSplitError(f"--data {data} has no {'training' if train else 'test'} split among its files.")
     files = [files[i] for i in chosen]
-    try:
-        rows = datasets.load_dataset(reader, data_files=files, split="train", streaming=streaming)
-        length = sum(map(_count_rows, files)) if streaming else len(rows)
-    except Exception as error:  # pyarrow, tarfile and the system raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--data {data} cannot be read ({reason}): check that its files are complete.") from error
-    return _source(data, rows, length, train)
+    with reading(data, files):
+        if reader == "webdataset":
+            rows, length = open_tars(data, files, streaming)
+        else:
+            rows = datasets.load_dataset(reader, data_files=files, split="train", streaming=streaming)
+            length = sum(map(_count_rows, files)) if streaming else len(rows)
+        return _source(data, rows, length, train)
 
 
 def open_all(data: str) -> list[Source]:
@@ -127,22 +126,6 @@ def open_all(data: str) -> list[Source]:
         return parts
 
 
-def _files_below(place: Path) -> list[str]:
-    """Return the file itself, or all files in a folder and its subfolders, sorted. Skip hidden ones, follow links."""
-    if place.is_file():
-        return [str(place)]
-    files, visited = [], set()
-    for folder, subfolders, names in os.walk(place, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link that forms a loop
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [f"{folder}/{name}" for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
 def _split_of(name: str) -> bool | None:
     """Return whether a path names the training split (train-00.parquet, train/x.tar); None if it names no split."""
     words = set("".join(c if c.isalpha() else " " for c in name.lower()).split())
@@ -161,14 +144,10 @@ def _select_split(splits: Sequence[bool | None], train: bool) -> list[int]:
 
 
 def _count_rows(file: str) -> int:
-    """Count the rows of a parquet file or the samples of a tar file."""
-    if file.endswith(".parquet"):
-        from pyarrow import parquet
+    """Count the rows of a parquet file."""
+    from pyarrow import parquet
 
-        return parquet.read_metadata(file).num_rows
-    with tarfile.open(file) as tar:
-        names = [Path(member.name) for member in tar if member.isfile()]
-    return len({(name.parent, name.name.split(".")[0]) for name in names})
+    return parquet.read_metadata(file).num_rows
 
 
 def _open_images(data: str, files: list[str], inside: list[tuple[str, ...]], train: bool, streaming: bool) -> Source:
@@ -214,10 +193,10 @@ def _open_hub(data: str, train: bool, streaming: bool) -> Source:
         found = [split for split in (TRAIN if train else TEST) if split in splits]
         rows = datasets.load_dataset(data, split=found[0], streaming=streaming) if found else None
     except Exception as error:  # the hub, the network and the system raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason, hint = explain(error)
+        hint = hint or "check the path, or without a network pass 'sample', or files: images, parquet or .tar"
         raise UserError(
-            f"--data {data} is no file or folder here, and could not be fetched from the hub ({reason}): check the "
-            "path, or without a network pass 'sample', a folder of images, or parquet or .tar files."
+            f"--data {data} is no file or folder here, and could not be fetched from the hub ({reason}): {hint}."
         ) from error
     if rows is None:
         wanted = "training" if train else "testing"

@@ -303,12 +303,12 @@ def test_masks_of_0_and_255_are_a_warning_that_names_the_remedy(named, tmp_path,
     if named:
         (folder / "classes.txt").write_text("background\nobject\n")
     train, _, classes = open_masked(str(folder), classes=None if named else 2)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert f": 4 of 4 training masks hold no pixel of class {'object' if named else '1'}. 255 means 'ignore'" in said
     assert "pass --mask-values 0,255." in said
     assert set(classes(train.rows[0]["mask"]).unique().tolist()) == {0, 255}
     train, _, classes = open_masked(str(folder), mask_values=[0, 255])
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     assert set(classes(train.rows[0]["mask"]).unique().tolist()) == {0, 1}
     assert classes.names == (["background", "object"] if named else ["0", "255"])
 
@@ -335,16 +335,16 @@ def test_numbers_with_gaps_are_refused_or_mapped(tmp_path):
 
 def test_masks_are_compared_with_the_classes(data, capsys):
     open_masked(str(data))
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     (data / "classes.txt").write_text("".join(f"name {i}\n" for i in range(8)))
     open_masked(str(data))
-    assert "16 of 16 training masks" in (said := capsys.readouterr().out)
+    assert "16 of 16 training masks" in (said := capsys.readouterr().err)
     assert said.endswith("hold no pixel of class name 3, name 4, name 5 and 2 more.\n")
     for file in sorted((data / "train" / "masks").iterdir())[:9]:  # most masks, but not all
         Image.fromarray(np.where(np.array(Image.open(file)) > 0, 255, 0).astype(np.uint8)).save(file)
     (data / "classes.txt").unlink()
     open_masked(str(data))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "9 of 16 training masks hold only one class and 255. 255 means 'ignore'" in said
     assert said.endswith("if it is a class, pass --mask-values A,B,...,255.\n")
 
