@@ -7,9 +7,9 @@ accelerate launch recipes/mae.py --config mae_vit_small
     a small ViT on the same images: under 2 minutes, kNN accuracy from 53 % to 69 %
 accelerate launch recipes/mae.py --config mae_svit_small
     svit_nano on the same images for one epoch: 2 min 29 s, kNN accuracy 71.9 %
-accelerate launch recipes/mae.py --model hivit_b --data /path/to/imagenet --grad-accum-steps 8
+accelerate launch recipes/mae.py --model hivit_b --data /path/to/imagenet --parts train --grad-accum-steps 8
     the published pre-training of HiViT-B: 1600 epochs, batch 4096; not run
-accelerate launch recipes/mae.py --model vit_base_patch16_224 --data /path/to/imagenet --grad-accum-steps 8
+accelerate launch recipes/mae.py --model vit_base_patch16_224 --data /data/imagenet --parts train --grad-accum-steps 8
     the published pre-training of MAE's ViT-B: 800 epochs, batch 4096; not run
 
 The method is in `mimkit/methods/mae.py`. How an SViT skips units: `Places` in `mimkit/models/svit.py`.

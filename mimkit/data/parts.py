@@ -43,15 +43,15 @@ def wanted_parts(data: str, found: Iterable[str], parts: str | None) -> list[str
     """
     if parts is None:
         return None
-    by_name = {name.lower(): name for name in found}
-    wanted = list(dict.fromkeys(name.strip() for name in parts.split(",") if name.strip()))
-    if unknown := [name for name in wanted if name.lower() not in by_name]:
+    by_name = {("train" if name.lower() in TRAIN else name.lower()): name for name in found}
+    by_name |= {name.lower(): name for name in found}
+    wanted = list(dict.fromkeys(name.strip().lower() for name in parts.split(",")))
+    if unknown := [name for name in wanted if name not in by_name]:
         raise UserError(
-            f"--parts {parts}: {data} has no part {unknown[0]}. Choose from {shorten(', '.join(by_name.values()))}."
+            f"--parts {shorten(parts)}: {data} has no part {shorten(unknown[0]) or 'without a name'}. Choose from "
+            f"{shorten(', '.join(found))}."
         )
-    if not wanted:
-        raise UserError(f"--parts {parts} names no part of {data}. Choose from {shorten(', '.join(by_name.values()))}.")
-    return [by_name[name.lower()] for name in wanted]
+    return list(dict.fromkeys(by_name[name] for name in wanted))
 
 
 def no_columns(data: str, image_column: str | None, label_column: str | None) -> None:

@@ -180,7 +180,10 @@ def join(sources: list[Source], *kept: str) -> Source:
     first, rows = sources[0], []
     for source in sources:
         columns = {getattr(source, kind): getattr(first, kind) for kind in ("image", *kept)}
-        rows.append(source.rows.select_columns(list(columns)).rename_columns(columns))
+        part = source.rows.select_columns(list(columns))
+        for own, name in columns.items():
+            part = part if own == name else part.rename_column(own, name)
+        rows.append(part)
     if first.streaming:
         shards = [part.shard(part.num_shards, i) for part in rows for i in range(part.num_shards)]
         features = datasets.Features({first.image: datasets.Image(decode=False)})
