@@ -52,9 +52,14 @@ def models(img_size: int | str = 224) -> None:
 
 
 def _features(
-    model: str, data: str, img_size: int | str | None, images: int | None, max_bad: float
+    model: str,
+    data: str,
+    img_size: int | str | None,
+    images: int | None,
+    max_bad: float,
+    chosen: tuple[str | None, str | None, str | None],
 ) -> "list[Features]":
-    """Compute a model's features of the training and the test part of a data set."""
+    """Compute a model's features of the training and the test part of a data set, by the chosen parts and columns."""
     import torch
 
     from mimkit.conversion.family import check_model
@@ -65,7 +70,8 @@ def _features(
     from mimkit.models.factory import create_network, has_weights, input_of
 
     check_model(model)
-    parts = open_labeled(data)
+    parts = open_labeled(data, *chosen)
+    print(parts[0].about)
     options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
     network = create_network(model, **options)
     if not has_weights(model):
@@ -84,6 +90,9 @@ def knn(
     img_size: int | str | None = None,
     images: PositiveInt | None = None,
     max_bad: float = 0.01,
+    parts: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> None:
     """Compute the accuracy of nearest-neighbor classification on a model's features, as DINO does.
 
@@ -93,10 +102,14 @@ def knn(
         img_size: Input size in pixels: 224 or HEIGHTxWIDTH. Default: the model's own.
         images: Number of training images to use. Default: all.
         max_bad: Fraction of images that may be impossible to decode.
+        parts: Parts of the data to use, separated by commas, such as train,unlabeled. Default: train, and val (else
+            test) to evaluate on.
+        image_column: Column of the images in tables. Default: the first one with image files.
+        label_column: Column of the labels in tables. Default: found by its type and name.
     """
     from mimkit.evaluation.knn import knn as knn_accuracy
 
-    train, test = _features(model, data, img_size, images, max_bad)
+    train, test = _features(model, data, img_size, images, max_bad, (parts, image_column, label_column))
     for k, accuracy in knn_accuracy(train, test).items():
         print(f"kNN {accuracy:.2f} % (k = {k}, {len(train.y)} training and {len(test.y)} test images)")
 
@@ -107,6 +120,9 @@ def probe(
     img_size: int | str | None = None,
     images: PositiveInt | None = None,
     max_bad: float = 0.01,
+    parts: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> None:
     """Compute the accuracy of a linear classifier on a model's frozen features.
 
@@ -118,10 +134,14 @@ def probe(
         img_size: Input size in pixels: 224 or HEIGHTxWIDTH. Default: the model's own.
         images: Number of training images to use. Default: all.
         max_bad: Fraction of images that may be impossible to decode.
+        parts: Parts of the data to use, separated by commas, such as train,unlabeled. Default: train, and val (else
+            test) to evaluate on.
+        image_column: Column of the images in tables. Default: the first one with image files.
+        label_column: Column of the labels in tables. Default: found by its type and name.
     """
     from mimkit.evaluation.probes import linear_probe
 
-    train, test = _features(model, data, img_size, images, max_bad)
+    train, test = _features(model, data, img_size, images, max_bad, (parts, image_column, label_column))
     result = linear_probe(train, test)
     print(
         f"linear probe {result.accuracy:.2f} % ({len(train.y)} training and {len(test.y)} test images; "
@@ -129,7 +149,14 @@ def probe(
     )
 
 
-def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.png", count: PositiveInt = 8) -> None:
+def reconstruct(
+    run: str,
+    images: str = "sample",
+    out: str = "reconstructions.png",
+    count: PositiveInt = 8,
+    parts: str | None = None,
+    image_column: str | None = None,
+) -> None:
     """Draw images, the same images masked, and their reconstructions by a pre-training run.
 
     Args:
@@ -137,9 +164,11 @@ def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.pn
         images: Images: 'sample', an image, a folder of images, parquet or .tar files.
         out: Picture to write: .png, .pdf, .svg or .jpg.
         count: Number of images to show.
+        parts: Parts of the data to use, separated by commas, such as train,unlabeled. Default: all.
+        image_column: Column of the images in tables. Default: the first one with image files.
     """
     from mimkit.data.loader import load_preview
-    from mimkit.data.sources import open_source
+    from mimkit.data.sources import open_images
     from mimkit.data.transforms import Normalize
     from mimkit.methods.checkpoint import load_run
     from mimkit.methods.reconstruction import reconstructions
@@ -148,7 +177,7 @@ def reconstruct(run: str, images: str = "sample", out: str = "reconstructions.pn
     if Path(out).suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
         raise UserError(f"--out {out} is no picture: give a name that ends in .png, .pdf, .svg or .jpg.")
     in_chans, *size = config["input_size"]
-    batch = load_preview(open_source(images), (size[0], size[1]), in_chans, count)
+    batch = load_preview(open_images(images, parts, image_column=image_column), (size[0], size[1]), in_chans, count)
     if not len(batch.images):
         raise UserError(f"--images {images}: none can be decoded, such as {' ('.join(batch.bad[0])}).")
     for name, reason in batch.bad:
@@ -247,6 +276,8 @@ def predict(
     top: PositiveInt = 1,
     crop_pct: float | None = None,
     max_bad: float = 0.01,
+    parts: str | None = None,
+    image_column: str | None = None,
 ) -> None:
     """Predict labels with a classifier, masks with a segmenter, or objects with a detector.
 
@@ -262,6 +293,8 @@ def predict(
         top: Number of labels per image, the most likely ones first.
         crop_pct: Fraction of the resized image to crop. Default: the model's own.
         max_bad: Fraction of images that may be impossible to decode.
+        parts: Parts of the data to use, separated by commas, such as train,unlabeled. Default: all.
+        image_column: Column of the images in tables. Default: the first one with image files.
     """
     from mimkit.conversion.family import check_model
     from mimkit.tasks.dense_checkpoint import find_dense
@@ -271,19 +304,29 @@ def predict(
         from mimkit.tasks.segmentation import predict_masks
 
         out = out or "predictions"
-        print(f"wrote {out}/: {predict_masks(segmenter, images, out, max_bad)} masks")
+        print(f"wrote {out}/: {predict_masks(segmenter, images, out, max_bad, parts, image_column)} masks")
         return
     if detector := find_dense(model, "detector"):
         from mimkit.tasks.detection import predict_objects
 
         out = out or "predictions.json"
-        print(f"wrote {out}: {predict_objects(detector, images, out, max_bad)} images")
+        print(f"wrote {out}: {predict_objects(detector, images, out, max_bad, parts, image_column)} images")
         return
     out = out or "predictions.csv"
-    print(f"wrote {out}: {_predict_labels(model, images, out, top, crop_pct, max_bad)} images")
+    count = _predict_labels(model, images, out, top, crop_pct, max_bad, parts, image_column)
+    print(f"wrote {out}: {count} images")
 
 
-def _predict_labels(model: str, images: str, out: str, top: int, crop_pct: float | None, max_bad: float) -> int:
+def _predict_labels(
+    model: str,
+    images: str,
+    out: str,
+    top: int,
+    crop_pct: float | None,
+    max_bad: float,
+    parts: str | None,
+    image_column: str | None,
+) -> int:
     """Write a table of image, label and probability, and return the number of images."""
     import csv
 
@@ -305,7 +348,10 @@ def _predict_labels(model: str, images: str, out: str, top: int, crop_pct: float
         raise UserError(f"--top {top} is more than the {len(names)} classes of {model}: ask for fewer.")
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    for source in open_all(images):
+    sources = open_all(images, parts, image_column=image_column)
+    if sources[0].about:
+        print(sources[0].about)
+    for source in sources:
         loader = eval_loader(source, spec.size, spec.in_chans, batch_size=64, crop_pct=crop_pct or spec.crop_pct)
         for batch in limit_bad_images(loader, max_bad * source.length, print):
             if len(batch.images):

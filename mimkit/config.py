@@ -106,6 +106,10 @@ class DataOptions:
 
     Args:
         data: Images: see docs/data.md.
+        parts: Parts of the data to use, separated by commas, such as train,unlabeled. Default: where labels are needed,
+            train, and val (else test) to evaluate on; otherwise all images.
+        image_column: Column of the images in tables. Default: the first one with image files.
+        label_column: Column of the labels, or of the masks, in tables. Default: found by its type and name.
         batch_size: Images per step, over all processes and gradient accumulation steps.
         workers: Data loading processes per training process. Default: one core is left for training.
         img_size: Input size in pixels: 224 or HEIGHTxWIDTH.
@@ -113,6 +117,9 @@ class DataOptions:
     """
 
     data: str = "sample"
+    parts: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     batch_size: PositiveInt = 256
     workers: NonNegativeInt | None = None
     img_size: int | str | None = None

@@ -118,8 +118,10 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     if not 0 < options.scales[0] <= options.scales[1]:
         raise UserError(f"--scales {list(options.scales)} is not a range. Pass two numbers above 0, such as 0.6,1.")
     size = parse_size(options.img_size) if options.img_size else None
-    data, _, test, truth = open_boxes(options.data, options.masks)
+    chosen = options.parts, options.image_column, options.label_column
+    data, _, test, truth = open_boxes(options.data, options.masks, *chosen)
     run = Run("detect", **options_of(RunOptions, options), measure_every=options.eval_every, replay=replay)
+    run.print(data.about)
     network, start, normalize = build(options, truth)
     short, long = options.short_side, options.long_side = network.set_size(options.short_side, options.long_side)
     if options.grad_checkpointing:

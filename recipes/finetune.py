@@ -29,13 +29,13 @@ from mimkit.conversion.convert import read_released
 from mimkit.conversion.family import check_model
 from mimkit.data.loader import check_samples, default_workers, train_loader
 from mimkit.data.sample import SampleLoader
-from mimkit.data.sources import open_labeled
+from mimkit.data.sources import class_labels, open_labeled
 from mimkit.data.transforms import default_normalization, finetune_transform, parse_size
 from mimkit.errors import StoppedError, cli_entry
 from mimkit.files import resume_flags
 from mimkit.models.factory import has_weights, input_of
 from mimkit.models.pretrained import checkpoint_blocks, network_folder, start_from
-from mimkit.tasks.classification import Classification, check_classes, class_names, fit_head, mixup_function
+from mimkit.tasks.classification import Classification, check_classes, fit_head, mixup_function, write_classes
 from mimkit.training.optim import cosine, layer_groups, show_groups
 from mimkit.training.preemption import stopped
 from mimkit.training.run import Run
@@ -80,9 +80,10 @@ def train(options: Options, replay: Path | None = None) -> tuple[Run, float | No
     """Train or evaluate once. Return the run and its top-1 accuracy, which is None after a dry run."""
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
-    data, test = open_labeled(options.data)
-    names = class_names(data, test)
+    data, test = open_labeled(options.data, options.parts, options.image_column, options.label_column)
+    names = class_labels(data)
     run = Run("finetune", **options_of(RunOptions, options), measure_every=options.eval_every, replay=replay)
+    run.print(data.about)
 
     network, start, (mean, std) = start_from(
         options.model,
@@ -121,6 +122,7 @@ def train(options: Options, replay: Path | None = None) -> tuple[Run, float | No
         return run, None
     plan = run.make_plan(data.length, options.batch_size, options.epochs, options.aug_repeats)
     run.write_config(asdict(options))
+    write_classes(run, names)
     run.print(f"{start}; {data.length:,} images, lr {options.lr:.3g}")
 
     loader = train_loader(data, samples, plan, options.workers)

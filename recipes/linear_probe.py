@@ -32,14 +32,14 @@ from mimkit.config import (
 from mimkit.conversion.family import check_model
 from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader
-from mimkit.data.sources import open_labeled
+from mimkit.data.sources import class_labels, open_labeled
 from mimkit.data.transforms import Normalize, parse_size, train_transform
 from mimkit.errors import UserError, cli_entry
 from mimkit.evaluation.features import extract_parts
 from mimkit.evaluation.probes import FrozenProbe, linear_probe
 from mimkit.models.factory import input_of
 from mimkit.models.pretrained import read_network
-from mimkit.tasks.classification import Classification, class_names
+from mimkit.tasks.classification import Classification, write_classes
 from mimkit.training.optim import adamw, cosine
 from mimkit.training.run import Run
 from mimkit.training.validation import Evaluator
@@ -79,9 +79,10 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     options.blr = options.blr or (5e-4 if attentive else 0.1)
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
-    data, test = open_labeled(options.data)
-    names = class_names(data, test)
+    data, test = open_labeled(options.data, options.parts, options.image_column, options.label_column)
+    names = class_labels(data)
     run = Run("linear_probe", **options_of(RunOptions, options), measure_every=options.eval_every, replay=replay)
+    run.print(data.about)
 
     img_size: dict[str, Any] = {"img_size": parse_size(options.img_size)} if options.img_size else {}
     network, start = read_network(options.model, **img_size)
@@ -99,6 +100,7 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
 
     plan = run.make_plan(data.length, options.batch_size, options.epochs)
     run.write_config(asdict(options))
+    write_classes(run, names)
     probe = FrozenProbe(network, len(names), attentive)
     transform = train_transform(size, options.crop_scale)
     samples = SampleLoader(transform, spec.in_chans, 0, options.seed, (data.image, data.label), pixels=True)

@@ -7,9 +7,9 @@ accelerate launch recipes/mae.py --config mae_vit_small
     a small ViT on the same images: under 2 minutes, kNN accuracy from 53 % to 69 %
 accelerate launch recipes/mae.py --config mae_svit_small
     svit_nano on the same images for one epoch: 2 min 29 s, kNN accuracy 71.9 %
-accelerate launch recipes/mae.py --model hivit_b --data /path/to/imagenet --grad-accum-steps 8
+accelerate launch recipes/mae.py --model hivit_b --data /path/to/imagenet --parts train --grad-accum-steps 8
     the published pre-training of HiViT-B: 1600 epochs, batch 4096; not run
-accelerate launch recipes/mae.py --model vit_base_patch16_224 --data /path/to/imagenet --grad-accum-steps 8
+accelerate launch recipes/mae.py --model vit_base_patch16_224 --data /data/imagenet --parts train --grad-accum-steps 8
     the published pre-training of MAE's ViT-B: 800 epochs, batch 4096; not run
 
 The method is in `mimkit/methods/mae.py`. How an SViT skips units: `Places` in `mimkit/models/svit.py`.
@@ -31,7 +31,7 @@ from mimkit.config import (
 from mimkit.conversion.family import check_model
 from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader
-from mimkit.data.sources import open_source
+from mimkit.data.sources import open_images
 from mimkit.data.transforms import default_normalization, parse_size, train_transform
 from mimkit.doctor.preflight import Job, preflight
 from mimkit.doctor.summary import describe_method, summarize
@@ -85,12 +85,15 @@ def main(argv: list[str] | None = None, replay: Path | None = None, name: str = 
     options.mean, options.std = normalize.values
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
-    source = open_source(options.data, streaming=options.streaming)
+    columns = options.image_column, options.label_column
+    source = open_images(options.data, options.parts, options.streaming, *columns)
     run = Run(name, **options_of(RunOptions, options), measure_every=options.knn_every, replay=replay)
     options.precision = run.engine.precision
     normalize.to(run.engine.device)
     plan = run.make_plan(source.length, options.batch_size, options.epochs)
-    knn = OnlineKNN(run, source, size, normalize, options.workers, required=options.knn_every > 0)
+    if source.about:
+        run.print(source.about)
+    knn = OnlineKNN(run, source, size, normalize, options.workers, options.knn_every > 0, columns)
 
     encoder = unit_encoder(
         options.model,

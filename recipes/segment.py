@@ -122,8 +122,10 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     if not 0 < options.scales[0] <= options.scales[1]:
         raise UserError(f"--scales {list(options.scales)} is not a range. Pass two numbers above 0, such as 0.5,2.")
     size = parse_size(options.img_size)
-    data, test, classes = open_masked(options.data, options.classes, options.zero_ignored, options.mask_values)
+    chosen = options.parts, options.image_column, options.label_column
+    data, test, classes = open_masked(options.data, options.classes, options.zero_ignored, options.mask_values, *chosen)
     run = Run("segment", **options_of(RunOptions, options), measure_every=options.eval_every, replay=replay)
+    run.print(data.about)
     network, start, normalize, about = build(options, classes, size)
     if options.grad_checkpointing:
         checkpoint_blocks(network.pyramid.backbone)

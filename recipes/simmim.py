@@ -27,7 +27,7 @@ from mimkit.config import (
 from mimkit.conversion.family import check_model
 from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader
-from mimkit.data.sources import open_source
+from mimkit.data.sources import open_images
 from mimkit.data.transforms import default_normalization, parse_size, train_transform
 from mimkit.doctor.preflight import Job, preflight
 from mimkit.doctor.summary import describe_method, summarize
@@ -69,12 +69,15 @@ def main(argv: list[str] | None = None, replay: Path | None = None, name: str = 
     options.mean, options.std = normalize.values
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
-    source = open_source(options.data, streaming=options.streaming)
+    columns = options.image_column, options.label_column
+    source = open_images(options.data, options.parts, options.streaming, *columns)
     run = Run(name, **options_of(RunOptions, options), measure_every=options.knn_every, replay=replay)
     options.precision = run.engine.precision
     normalize.to(run.engine.device)
     plan = run.make_plan(source.length, options.batch_size, options.epochs)
-    knn = OnlineKNN(run, source, size, normalize, options.workers, required=options.knn_every > 0)
+    if source.about:
+        run.print(source.about)
+    knn = OnlineKNN(run, source, size, normalize, options.workers, options.knn_every > 0, columns)
 
     encoder = map_encoder(
         options.model,

@@ -140,6 +140,16 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
+def is_image_file(data: bytes) -> bool:
+    """Return whether bytes begin as an image file or an array does."""
+    if data.startswith((NPY, *TIFF)):
+        return True
+    try:
+        return bool(open_image(data))
+    except (OSError, ValueError, SyntaxError):  # what PIL raises for damaged headers
+        return False
+
+
 def to_tensor(array: np.ndarray[Any, Any], in_chans: int, value_range: ValueRange = UNIT) -> Tensor:
     """Convert an array (H W), (H W c) or (c H W) to a tensor (c H W), uint8 or float32.
 

@@ -4,8 +4,8 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from mimkit.data.sources import TRAIN, VAL, Source
+from mimkit.data.parts import TEST, TRAIN, VAL, choose_parts, describe, no_columns, wanted_parts
+from mimkit.data.sources import Source, count_images, unused
 from mimkit.data.transforms import Size, Transform, checked_size
 from mimkit.data.walk import find_files, first_of, is_utf8
 from mimkit.errors import UserError, tell
@@ -49,16 +50,25 @@ class CocoGroundTruth:
         return [category["id"] for category in self.coco["categories"]]
 
 
-def open_boxes(data: str, masks: bool) -> tuple[Source, CocoGroundTruth, Source, CocoGroundTruth]:
-    """Open the training split and the test split of a data set in COCO's layout, each with its annotations.
+def open_boxes(
+    data: str,
+    masks: bool,
+    parts: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> tuple[Source, CocoGroundTruth, Source, CocoGroundTruth]:
+    """Open the part of a data set in COCO's layout to train on, and the one to evaluate on, with their annotations.
 
-    If there is only one split, every fifth image is held out as the test split. All annotations are checked.
+    `choose_parts` says which they are. If there is none to evaluate on, every fifth image is held out. All annotations
+    are checked. `about` of the first source describes which parts were taken and which were left out.
 
     Args:
         data: a folder with annotations/instances_{train,val}*.json, whose images lie in the folder of the same name, in
             its images/, in images/NAME/ or in images/; or a folder with train/ and valid/ that hold an
             _annotations.coco.json each.
         masks: whether every object must have a mask.
+        parts: names of the parts to use, separated by commas.
+        image_column, label_column: refused, since the data set is not a table.
 
     Raises:
         UserError: there is no such data set, an image is missing, an annotation is invalid, or faster-coco-eval is not
@@ -69,35 +79,66 @@ def open_boxes(data: str, masks: bool) -> tuple[Source, CocoGroundTruth, Source,
     root = Path(data).expanduser()
     if not root.is_dir():
         raise UserError(f"--data {data} is no folder: pass one in COCO's layout (docs/data.md).")
-    found = [next(filter(None, (_find(root, name) for name in names)), None) for names in (TRAIN, VAL)]
-    if not found[0]:
+    no_columns(data, image_column, label_column)
+    found, older = _find(root)
+    wanted = wanted_parts(data, found, parts)
+    read = cache(lambda name: _read(*found[name], masks))
+    training, judge = choose_parts(found, wanted, lambda name: _has_objects(read(name)[0]))
+    if not training:
         raise UserError(
             f"--data {data} has neither annotations/instances_train*.json nor train/_annotations.coco.json: lay it out "
             "as COCO is (docs/data.md)."
         )
-    parts = [_read(file, folders, masks) for file, folders in filter(None, found)]
-    if len(parts) == 1:
-        coco, files = parts[0]
+    if len(training) > 1:
+        raise UserError(
+            f"--parts {parts}: detection trains on one part, and these are {', '.join(training)}. Name one."
+        )
+    splits = [read(name) for name in (*training, *([judge] if judge else []))]
+    if judge is None:
+        coco, files = splits[0]
         held_out = [i % 5 == 0 for i in range(len(files))]
-        parts = [_subset(coco, files, [h is test for h in held_out]) for test in (False, True)]
-    categories = [part[0]["categories"] for part in parts]
+        splits = [_subset(coco, files, [h is test for h in held_out]) for test in (False, True)]
+    categories = [split[0]["categories"] for split in splits]
     if [(c["id"], c["name"]) for c in categories[0]] != [(c["id"], c["name"]) for c in categories[1]]:
         raise UserError(f"--data {data}: its training and its test split have other categories: give both the same.")
-    if all(annotation["iscrowd"] for annotation in parts[1][0]["annotations"]):
+    if not _has_objects(splits[1][0]):
         raise UserError(f"--data {data} has no objects in its test split, so nothing can be evaluated: add some.")
-    train, test = (_source(str(root), *part) for part in parts)
-    return *train, *test
+    (train, truth), test = (_source(str(root), *split) for split in splits)
+    left_out = {name: folders for name, (_, folders) in found.items() if name not in (*training, judge)} | older
+    rest: dict[str, Any] = {name: _count(folders) for name, folders in left_out.items()}
+    rest |= unused(root, [folder for _, folders in found.values() for folder in folders])
+    evaluated = {judge or f"every fifth of {training[0]}": test[0].length}
+    trained = {training[0]: train.length}
+    about = describe(("Training images", trained), ("Validation images", evaluated), ("Left out", rest))
+    return replace(train, about=about), truth, *test
 
 
-def _find(root: Path, part: str) -> tuple[Path, list[Path]] | None:
-    """Return a split's file of annotations, and the folders that its images may lie in."""
-    if (own := root / part / "_annotations.coco.json").is_file():
-        return own, [own.parent]
-    files = sorted((root / "annotations").glob(f"instances_{part}*.json"))
-    if not files:
-        return None
-    name = files[-1].stem.removeprefix("instances_")  # the latest year, such as train2017
-    return files[-1], [root / name, root / name / "images", root / "images" / name, root / "images", root]
+Found = tuple[Path, list[Path]]  # a file of annotations, and the folders that its images may lie in
+
+
+def _find(root: Path) -> tuple[dict[str, Found], dict[str, list[Path]]]:
+    """Find the parts by name, such as train and val: of several years the latest. Also return the others' folders."""
+    found = {file.parent.name: (file, [file.parent]) for file in sorted(root.glob("*/_annotations.coco.json"))}
+    older: dict[str, list[Path]] = {}
+    years: dict[str, Found] = {}
+    for file in sorted((root / "annotations").glob("instances_*.json")):
+        name = file.stem.removeprefix("instances_")  # such as train2017
+        part = next((part for part in (*TRAIN, *VAL, *TEST) if name.lower().startswith(part)), name)
+        if part in years:
+            before, folders = years[part]
+            older[before.stem.removeprefix("instances_")] = folders
+        years[part] = file, [root / name, root / name / "images", root / "images" / name, root / "images", root]
+    return years | found, older
+
+
+def _count(folders: list[Path]) -> int | str:
+    """Return the number of images in the first of these folders that exists."""
+    return next((count_images(folder) for folder in folders[:3] if folder.is_dir()), "unknown")
+
+
+def _has_objects(coco: dict[str, Any]) -> bool:
+    """Return whether an image has an object besides crowds."""
+    return not all(annotation["iscrowd"] for annotation in coco["annotations"])
 
 
 def _read(file: Path, folders: list[Path], masks: bool) -> tuple[dict[str, Any], list[Path]]:

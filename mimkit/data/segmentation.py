@@ -1,7 +1,8 @@
 """Data sets for semantic segmentation: images with a mask that gives each pixel's class, and their transforms."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.data.decode import EXTENSIONS, open_image
 from mimkit.data.order import evenly_spaced
+from mimkit.data.parts import TEST, TRAIN, choose_parts, describe, no_columns, shorten, wanted_parts
 from mimkit.data.sample import read_bytes
-from mimkit.data.sources import TRAIN, VAL, Source, hold_out, open_all
+from mimkit.data.sources import Source, count_images, find_parts, folders_in, hold_out, join, open_part, unused
 from mimkit.data.transforms import Size, Transform, checked_size, resize_short
 from mimkit.data.walk import find_files
 from mimkit.errors import UserError, tell
@@ -93,11 +95,18 @@ def read_mask(cell: dict[str, Any] | None) -> np.ndarray[Any, Any]:
 
 
 def open_masked(
-    data: str, classes: int | None = None, zero_ignored: bool = False, mask_values: list[int] | None = None
+    data: str,
+    classes: int | None = None,
+    zero_ignored: bool = False,
+    mask_values: list[int] | None = None,
+    parts: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> tuple[Source, Source, Classes]:
-    """Open the training split, the test split and the classes of a data set with masks.
+    """Open the part of a data set with masks to train on, the one to evaluate on, and the classes.
 
-    If there is only one split, every fifth image is held out as the test split.
+    `choose_parts` says which they are. If there is none to evaluate on, every fifth image is held out. Images without
+    a mask in a table are left out. `about` of the first source describes all this.
 
     Args:
         data: one of: the official folders of Cityscapes (leftImg8bit/, gtFine/) or ADE20K (images/training/,
@@ -107,39 +116,91 @@ def open_masked(
             in the masks plus 1.
         zero_ignored: whether 0 stands for no class, so that the classes begin at 1.
         mask_values: the number that stands for each class in the masks; by default 0, 1, 2, ...
+        parts: names of the parts to use, separated by commas.
+        image_column, label_column: names of the columns of images and masks in a table.
 
     Raises:
         UserError: there is no such data set, masks are missing, or the classes cannot be determined.
     """
     root = Path(data).expanduser()
     if (root / "leftImg8bit").is_dir():
-        return _cityscapes(root)
-    parts: list[Source] = []
+        no_columns(data, image_column, label_column)
+        return _cityscapes(root, parts)
+    folders: dict[str, tuple[Path, Path]] = {}
     if (root / "images" / "training").is_dir() and (root / "annotations").is_dir():
         zero_ignored = True
-        parts = [_pair(root / "images" / part, root / "annotations" / part) for part in ("training", "validation")]
+        folders = {name: (root / "images" / name, root / "annotations" / name) for name in folders_in(root / "images")}
     elif root.is_dir():
-        for names in (TRAIN, VAL):
-            found = [root / name for name in names if (root / name / "images").is_dir()]
-            parts += [_pair(folder / "images", folder / "masks") for folder in found[:1]]
-        if not parts and (root / "images").is_dir():
-            parts = [_pair(root / "images", root / "masks")]
-    if not parts:
-        parts = open_all(data)
-    if len(parts) == 1:
-        parts = list(hold_out(parts[0]))
-    train, test = parts
-    for part in parts:
-        if part.mask is None:
+        holding = [name for name in folders_in(root) if (root / name / "images").is_dir()]
+        if any(name.lower() in TRAIN for name in holding):
+            folders = {name: (root / name / "images", root / name / "masks") for name in holding}
+        elif (root / "images").is_dir():
+            folders = {TRAIN[0]: (root / "images", root / "masks")}
+    if folders:
+        no_columns(data, image_column, label_column)
+    found = {} if folders else find_parts(data, parts)
+
+    @cache
+    def opened(name: str) -> Source:
+        if folders:
+            return replace(_pair(*folders[name]), parts=(name,))
+        return open_part(data, found, name, False, image_column, label_column, labeled=False)
+
+    def masked(name: str) -> bool:
+        return folders[name][1].is_dir() if folders else bool(_has_mask(opened(name)).any())
+
+    names = list(folders or found)
+    training, judge = choose_parts(names, wanted_parts(data, names, parts), masked)
+    if not training:
+        raise UserError(f"--data {data} has the splits {shorten(', '.join(names))}: none for training. Name one train.")
+    for name in (*training, *([judge] if judge else [])):
+        if opened(name).mask is None:
             raise UserError(
                 f"--data {data} has no masks: pass a folder with images/ and masks/, the folder of ADE20K or "
-                "Cityscapes, or parquet files with a column named mask."
+                "Cityscapes, or a table with a column of them, named mask or by --label-column."
             )
-    if not (train.length and test.length):
-        raise UserError(f"--data {data} has too few images to hold some back for validation: give it a val split.")
-    known = _classes(root, parts, classes, zero_ignored, mask_values)
+    kept = {name: _keep_masked(opened(name)) for name in (*training, *([judge] if judge else []))}
+    rest: dict[str, Any] = {
+        name: count_images(folders[name][0]) if folders else found[name].count() or "unknown"
+        for name in names
+        if name not in kept
+    }
+    rest |= {f"images of {name} without a mask": n for name in kept if (n := opened(name).length - kept[name].length)}
+    if folders:
+        rest |= unused(root, [place for pair in folders.values() for place in pair])
+    train, test = _split(data, kept, training, judge, rest)
+    known = _classes(root, [train, test], classes, zero_ignored, mask_values)
     check_masks(train, known)
     return train, test, known
+
+
+def _split(
+    data: str, kept: dict[str, Source], training: list[str], judge: str | None, rest: dict[str, Any]
+) -> tuple[Source, Source]:
+    """Return the images to train on, described, and those to evaluate on, given those of each part."""
+    train = kept[training[0]] if len(training) == 1 else join([kept[name] for name in training], "mask")
+    train, test = (train, kept[judge]) if judge else hold_out(train)
+    if not (train.length and test.length):
+        raise UserError(f"--data {data} has too few images to hold some back for validation: give it a val split.")
+    trained = {name: kept[name].length for name in training} if judge else {" and ".join(training): train.length}
+    evaluated = {judge or f"every fifth of {' and '.join(training)}": test.length}
+    about = describe(("Training images", trained), ("Validation images", evaluated), ("Left out", rest))
+    return replace(train, about=about), test
+
+
+def _has_mask(source: Source) -> np.ndarray[Any, Any]:
+    """Return which images of a table have a mask."""
+    if source.mask is None:
+        return np.zeros(source.length, bool)
+    return np.asarray(source.rows.data.column(source.mask).is_valid())
+
+
+def _keep_masked(source: Source) -> Source:
+    """Leave out the images without a mask."""
+    masked = _has_mask(source)
+    if masked.all():
+        return source
+    return replace(source, rows=source.rows.select(np.flatnonzero(masked)), length=int(masked.sum()))
 
 
 def _pair(images: Path, masks: Path) -> Source:
@@ -170,10 +231,14 @@ def _source(name: Path, images: list[Any], masks: list[Any]) -> Source:
     return Source(str(name), rows, "image", None, len(rows), "mask")
 
 
-def _cityscapes(root: Path) -> tuple[Source, Source, Classes]:
-    """Open the splits and the 19 evaluated classes of Cityscapes."""
-    parts = []
-    for split in ("train", "val"):
+def _cityscapes(root: Path, wanted: str | None) -> tuple[Source, Source, Classes]:
+    """Open the splits and the 19 evaluated classes of Cityscapes. The masks of its test split are empty."""
+    splits = folders_in(root / "leftImg8bit")
+    training, judge = choose_parts(splits, wanted_parts(str(root), splits, wanted), lambda name: name not in TEST)
+    if wanted is None:
+        training, judge = ["train"], "val"
+    parts: dict[str, Source] = {}
+    for split in (*training, *([judge] if judge else [])):
         images, masks = (root / kind / split for kind in ("leftImg8bit", "gtFine"))
         if not (images.is_dir() and masks.is_dir()):
             raise UserError(
@@ -186,10 +251,12 @@ def _cityscapes(root: Path) -> tuple[Source, Source, Classes]:
             raise UserError(f"--data {root} lacks {missing[0]} and {len(missing) - 1} more masks: unpack gtFine too.")
         if not files:
             raise UserError(f"--data {root} has no images in leftImg8bit/{split}/: unpack that archive too.")
-        parts.append(_source(root / split, files, of))
+        parts[split] = _source(root / split, files, of)
     evaluated = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE), key=lambda c: c.train_id)
     ignored = tuple(c.id for c in Cityscapes.classes if c not in evaluated and c.id >= 0)
-    return parts[0], parts[1], Classes([c.name for c in evaluated], [c.id for c in evaluated], ignored)
+    rest = {name: count_images(root / "leftImg8bit" / name) for name in splits if name not in parts}
+    train, test = _split(str(root), parts, training, judge, rest)
+    return train, test, Classes([c.name for c in evaluated], [c.id for c in evaluated], ignored)
 
 
 def _classes(

@@ -5,22 +5,34 @@ Tables are read through the `datasets` library. It takes long to import, so this
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mimkit.data.columns import holds_files, number_classes, set_labels, to_cell
 from mimkit.data.decode import EXTENSIONS
+from mimkit.data.parts import (
+    OTHER,
+    TEST,
+    TRAIN,
+    UNLABELED,
+    VAL,
+    choose_parts,
+    describe,
+    part_of,
+    shorten,
+    wanted_parts,
+)
 from mimkit.data.read_errors import explain, reading
-from mimkit.data.tars import open_tars
+from mimkit.data.tars import open_tars, read_samples
 from mimkit.data.walk import ending_of, find_files
 from mimkit.errors import UserError, did_you_mean
 
-TRAIN, TEST = ("train", "training"), ("test", "val", "validation", "valid", "eval")  # names of splits
-VAL = ("val", "validation", "valid", "test", "eval")  # for dense prediction, where test splits often lack masks
 LABELS = ("label", "labels", "cls", "class")
 MASKS = ("mask", "masks", "annotation", "annotations", "segmentation", "segmentation_mask", "label", "labels")
 READERS = {".parquet": "parquet", ".tar": "webdataset"} | dict.fromkeys(EXTENSIONS, "images")
@@ -39,11 +51,14 @@ class Source:
         rows: a `datasets.Dataset`, or a `datasets.IterableDataset` if the source is streaming. Cells of the image and
             the mask column are {"bytes", "path"}; images are not decoded yet.
         image: name of the image column.
-        label: name of the label column, or None.
+        label: name of the label column, or None. Of a table that is not streaming, it holds class indices, and -1 for
+            images without a label.
         length: number of rows.
         mask: name of the column with segmentation masks, or None.
         part: name of the split if it is not a training split, such as "test" or "held-out". Names of images without a
             file begin with it.
+        parts: names of the parts of the data set that the rows come from.
+        about: which parts were taken and which were left out, as sentences to print.
     """
 
     name: str
@@ -53,6 +68,8 @@ class Source:
     length: int
     mask: str | None = None
     part: str = ""
+    parts: tuple[str, ...] = ()
+    about: str = ""
 
     @property
     def streaming(self) -> bool:
@@ -62,27 +79,144 @@ class Source:
         return isinstance(self.rows, datasets.IterableDataset)
 
 
-def open_source(data: str, train: bool = True, streaming: bool = False) -> Source:
+@dataclass(frozen=True)
+class Part:
+    """A part (split) of a data set, such as its validation images, which is not opened yet.
+
+    Args:
+        count: returns the number of images.
+        load: returns the rows and their number. Its argument is whether to stream them.
+        files: files of the part.
+    """
+
+    count: Callable[[], int]
+    load: Callable[[bool], tuple[Any, int]]
+    files: Sequence[str] = ()
+
+
+def open_source(
+    data: str,
+    train: bool = True,
+    streaming: bool = False,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Source:
     """Open one split of a data set.
 
     Args:
         data: one of: 'sample' (Fashion-MNIST, included in the package); an image file, a parquet file or a .tar file
             (webdataset); a folder or a glob of such files, all of one kind, where images may lie in class folders;
             the name of a data set on the Hugging Face hub. See `find_files` about globs.
-        train: whether to open the training split or the test split. Files and folders named train, test, val or
-            validation are splits. A data set without splits is all training data.
+        train: whether to open the training split or the split to evaluate on, see `choose_parts`. Files and folders
+            named train, val, test or the like are splits. A data set without splits is all training data.
         streaming: whether to read rows in order, instead of preparing the whole data set first.
+        image_column, label_column: names of columns, where the data set is a table. By default they are found by their
+            types and names.
 
     Raises:
         NoSplitError: the data set has no such split.
         UserError: there is no such data set, or it cannot be read.
     """
+    found = find_parts(data)
+    training, judge = choose_parts(found)
+    names = training if train else [judge] if judge else []
+    if not names:
+        raise NoSplitError(
+            f"--data {data} has no {'training' if train else 'test'} split. It has the splits {', '.join(found)}: none "
+            f"for {'training' if train else 'testing'}."
+        )
+    return open_part(data, found, names[0], streaming, image_column, label_column)
+
+
+def open_all(
+    data: str,
+    parts: str | None = None,
+    streaming: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> list[Source]:
+    """Open all parts that a data set has, without their labels. Masks are kept.
+
+    Args:
+        parts: names of the parts to open, separated by commas. Default: all, also those that have another name than
+            train, val or test.
+        data, streaming, image_column, label_column: see `open_source`.
+
+    Raises:
+        UserError: there is no such data set or part, or it cannot be read.
+    """
+    found = find_parts(data, parts)
+    names = wanted_parts(data, found, parts) or sorted(found, key=lambda name: name.lower() not in TRAIN)
+    options = streaming, image_column, label_column
+    opened = [open_part(data, found, name, *options, labeled=False) for name in names]
+    used = {name: source.length for name, source in zip(names, opened, strict=True)}
+    rest = {name: part.count() or "unknown" for name, part in found.items() if name not in used}
+    about = describe(("Images", used), ("Left out", rest)) if len(found) > 1 else ""
+    return [dataclasses.replace(source, about=about) for source in opened]
+
+
+def open_images(
+    data: str,
+    parts: str | None = None,
+    streaming: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Source:
+    """Open the images of all parts of a data set as one source, without labels and masks.
+
+    See `open_all` for the arguments. Of the included 'sample', the training images are the default: its published
+    accuracies are measured on images that no network was pre-trained on.
+    """
+    opened = open_all(data, parts or ("train" if data == "sample" else None), streaming, image_column, label_column)
+    return join(opened) if len(opened) > 1 else dataclasses.replace(opened[0], mask=None)
+
+
+def join(sources: list[Source], *kept: str) -> Source:
+    """Join sources to one with the rows of all, one after the other.
+
+    Args:
+        kept: which columns to keep besides the images: "label", "mask".
+    """
     import datasets
 
+    first, rows = sources[0], []
+    for source in sources:
+        columns = {getattr(source, kind): getattr(first, kind) for kind in ("image", *kept)}
+        part = source.rows.select_columns(list(columns))
+        for own, name in columns.items():
+            part = part if own == name else part.rename_column(own, name)
+        rows.append(part)
+    if first.streaming:
+        shards = [part.shard(part.num_shards, i) for part in rows for i in range(part.num_shards)]
+        features = datasets.Features({first.image: datasets.Image(decode=False)})
+        joined = datasets.IterableDataset.from_generator(_chain, features=features, gen_kwargs={"shards": shards})
+    else:
+        joined = datasets.concatenate_datasets(rows)
+    length, parts = sum(source.length for source in sources), tuple(name for s in sources for name in s.parts)
+    dropped: dict[str, Any] = {kind: None for kind in ("label", "mask") if kind not in kept}
+    return dataclasses.replace(first, rows=joined, length=length, part="", parts=parts, **dropped)
+
+
+def _chain(shards: list[Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of shards. `datasets` gives each worker some of the list."""
+    for shard in shards:
+        yield from shard
+
+
+# Files and the hub ---------------------------------------------------------------------------------------------------
+
+
+def find_parts(data: str, parts: str | None = None) -> dict[str, Part]:
+    """Find the parts of a data set by name. A data set without parts is one, named train.
+
+    Args:
+        parts: what `--parts` names. Folders that are named there are parts in any case.
+    """
     path = Path(f"{resources.files('mimkit.sample')}/*.parquet" if data == "sample" else data).expanduser()
     files = find_files(str(path), READERS)
     if not files and not path.exists():
-        return _open_hub(data, train, streaming)
+        return _find_hub_parts(data)
     readers = {READERS[ending_of(file)] for file in files}
     if not readers:
         raise UserError(f"--data {data} has no images: pass a folder with image files, such as .jpg or .png.")
@@ -94,80 +228,89 @@ def open_source(data: str, train: bool = True, streaming: bool = False) -> Sourc
     root = path if path.is_dir() else Path(os.path.commonpath([str(Path(file).parent) for file in files]))
     inside = [Path(file).relative_to(root).parts for file in files]
     if reader == "images":
-        return _open_images(data, files, inside, train, streaming)
-    chosen = _select_split([_split_of("/".join(parts)) for parts in inside], train)
-    if not chosen:
-        raise NoSplitError(f"--data {data} has no {'training' if train else 'test'} split among its files.")
-    files = [files[i] for i in chosen]
-    with reading(data, files):
-        if reader == "webdataset":
-            rows, length = open_tars(data, files, streaming)
-        else:
-            rows = datasets.load_dataset(reader, data_files=files, split="train", streaming=streaming)
-            length = sum(map(_count_rows, files)) if streaming else len(rows)
-        return _source(data, rows, length, train)
+        return _find_image_parts(files, inside, parts)
+    names = [part_of("/".join(parts)) for parts in inside]
+    if len(files) == 1 or not any(names):
+        names = [TRAIN[0]] * len(files)
+    groups: dict[str, list[str]] = {}
+    for file, name in zip(files, names, strict=True):
+        groups.setdefault(name or (OTHER if TRAIN[0] in names else TRAIN[0]), []).append(file)
+    return {
+        name: Part(partial(_count_all, chosen), partial(_load_tables, data, reader, chosen), chosen)
+        for name, chosen in groups.items()
+    }
 
 
-def open_all(data: str) -> list[Source]:
-    """Open all splits that a data set has: the training split, the test split, or both.
+def _load_tables(data: str, reader: str, files: list[str], streaming: bool) -> tuple[Any, int]:
+    """Return the rows of parquet or tar files, and their number."""
+    import datasets
 
-    Raises:
-        UserError: there is no such data set, or it cannot be read.
-    """
-    try:
-        parts = [open_source(data)]
-    except NoSplitError:
-        parts = []
-    try:
-        return [*parts, open_source(data, train=False)]
-    except NoSplitError:
-        if not parts:
-            raise
-        return parts
+    if reader == "webdataset":
+        return open_tars(data, files, streaming)
+    rows = datasets.load_dataset(reader, data_files=files, split="train", streaming=streaming)
+    return rows, _count_all(files) if streaming else len(rows)
 
 
-def _split_of(name: str) -> bool | None:
-    """Return whether a path names the training split (train-00.parquet, train/x.tar); None if it names no split."""
-    words = set("".join(c if c.isalpha() else " " for c in name.lower()).split())
-    return True if words & set(TRAIN) else False if words & set(TEST) else None
+def count_images(folder: Path) -> int:
+    """Count the images in a folder and its subfolders."""
+    return sum(ending_of(file) in EXTENSIONS for file in find_files(str(folder)))
 
 
-def _select_split(splits: Sequence[bool | None], train: bool) -> list[int]:
-    """Return the indices of the files of one split, given the split that each file names.
+def folders_in(place: Path) -> list[str]:
+    """Return the names of the folders in a folder."""
+    return sorted(folder.name for folder in place.iterdir() if folder.is_dir() and not folder.name.startswith("."))
 
-    A single file is training data, and so are all files if none names a split. A file that names no split is training
-    data if no other file names the training split.
-    """
-    if len(splits) == 1 or not any(split is not None for split in splits):
-        return list(range(len(splits))) if train else []
-    return [i for i, split in enumerate(splits) if split is train or (train and split is None and True not in splits)]
+
+def unused(root: Path, used: Iterable[Path]) -> dict[str, int]:
+    """Return the folders in `root` that hold images and none of the places in `used`, with their numbers of images."""
+    taken = {place.relative_to(root).parts[0] for place in used if place.is_relative_to(root) and place != root}
+    counts = {name: count_images(root / name) for name in folders_in(root) if name not in taken}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _count_all(files: list[str]) -> int:
+    """Count the rows of parquet files or the samples of tar files."""
+    return sum(map(_count_rows, files))
 
 
 def _count_rows(file: str) -> int:
-    """Count the rows of a parquet file."""
+    """Count the rows of a parquet file or the samples of a tar file."""
     from pyarrow import parquet
 
-    return parquet.read_metadata(file).num_rows
+    if file.endswith(".parquet"):
+        return parquet.read_metadata(file).num_rows
+    return sum(1 for _ in read_samples(file, content=False))
 
 
-def _open_images(data: str, files: list[str], inside: list[tuple[str, ...]], train: bool, streaming: bool) -> Source:
-    """Open image files, given their paths and the parts of these paths below the root.
+def _find_image_parts(files: list[str], inside: list[tuple[str, ...]], wanted: str | None) -> dict[str, Part]:
+    """Find the parts of image files, given their paths and the parts of these paths below the root.
 
-    Top-level folders named like splits are splits if there are no others, or if both splits are there. Otherwise, and
-    below the splits, top-level folders are classes, provided that all images lie in one.
+    Top-level folders named like parts are parts if there are no others, if both a training part and one to evaluate on
+    are there, or if the training folder holds class folders and another does not. Otherwise, and below the parts,
+    top-level folders are classes, provided that all images lie in one.
     """
+    tops: dict[str, bool] = {}  # whether all images of a folder lie in folders below it
+    for path in inside:
+        if len(path) > 1:
+            tops[path[0]] = tops.get(path[0], True) and len(path) > 2
+    training, others = ({top for top in tops if top.lower() in names} for names in (TRAIN, (*VAL, *TEST, *UNLABELED)))
+    complete = training | others == tops.keys() or (training and any(top.lower() not in UNLABELED for top in others))
+    nested = any(tops[top] for top in training) and not all(tops.values())
+    asked = {name.strip().lower() for name in wanted.split(",")} if wanted else {""}
+    has_parts = complete or nested or asked <= {top.lower() for top in tops}
+    names = [(path[0] if len(path) > 1 else OTHER) if has_parts and tops else TRAIN[0] for path in inside]
+    parts = {}
+    for name in sorted(set(names)):
+        chosen = [i for i, other in enumerate(names) if other == name]
+        below = [inside[i][1:] if has_parts and len(inside[i]) > 1 else inside[i] for i in chosen]
+        parts[name] = Part(partial(len, chosen), partial(_load_images, [files[i] for i in chosen], below))
+    return parts
+
+
+def _load_images(files: list[str], inside: list[tuple[str, ...]], streaming: bool) -> tuple[Any, int]:
+    """Return rows of image files with their classes, if they lie in class folders, and their number."""
     import datasets
 
-    tops = {parts[0] for parts in inside if len(parts) > 1}
-    splits = {top: top.lower() in TRAIN for top in tops if top.lower() in (*TRAIN, *TEST)}
-    if splits and (splits.keys() == tops or len(set(splits.values())) == 2):
-        chosen = [i for i, parts in enumerate(inside) if len(parts) > 1 and splits.get(parts[0]) is train]
-        files, inside = [files[i] for i in chosen], [inside[i][1:] for i in chosen]
-    elif not train:
-        files = []
-    if not files:
-        which = "training split (a folder named train)" if train else "test split (a folder named test or val)"
-        raise NoSplitError(f"--data {data} has no {which} with images.")
     columns: dict[str, list[Any]] = {"image": files}
     features: dict[str, Any] = {"image": datasets.Image(decode=False)}
     if all(len(parts) > 1 for parts in inside):
@@ -175,12 +318,11 @@ def _open_images(data: str, files: list[str], inside: list[tuple[str, ...]], tra
         columns["label"] = [classes[parts[0]] for parts in inside]
         features["label"] = datasets.ClassLabel(names=list(classes))
     rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    shards = min(64, len(files))
-    return _source(data, rows.to_iterable_dataset(num_shards=shards) if streaming else rows, len(files), train)
+    return rows.to_iterable_dataset(num_shards=min(64, len(files))) if streaming else rows, len(files)
 
 
-def _open_hub(data: str, train: bool, streaming: bool) -> Source:
-    """Open a data set on the Hugging Face hub."""
+def _find_hub_parts(data: str) -> dict[str, Part]:
+    """Find the splits of a data set on the Hugging Face hub."""
     import datasets
 
     path = Path(data).expanduser()
@@ -188,32 +330,75 @@ def _open_hub(data: str, train: bool, streaming: bool) -> Source:
     if local or data.startswith((".", "/", "~")) or data.count("/") > 1 or path.suffix.lower() in READERS:
         near = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
         raise UserError(f"--data {data}: there is no such file or folder; check the path.{near}")
+    counts: dict[str, int] = {}  # known once a split is loaded
+    splits = _from_hub(data, partial(datasets.get_dataset_split_names, data))
+    return {name: Part(partial(_known, counts, name), partial(_load_split, data, name, counts)) for name in splits}
+
+
+def _known(counts: dict[str, int], split: str) -> int:
+    """Return the number of rows of a split, or 0 if it is not known."""
+    return counts.get(split, 0)
+
+
+def _load_split(data: str, split: str, counts: dict[str, int], streaming: bool) -> tuple[Any, int]:
+    """Return the rows of a split, and their number. Note the numbers of all splits in `counts`."""
+    import datasets
+
+    rows = _from_hub(data, partial(datasets.load_dataset, data, split=split, streaming=streaming))
+    counts |= {name: info.num_examples or 0 for name, info in (rows.info.splits or {}).items()}
+    length = counts.get(split, 0) if streaming else len(rows)
+    if streaming and not length:
+        raise UserError(
+            f"--data {data} does not declare its number of rows, which a stream needs: pass --streaming false."
+        )
+    return rows, length
+
+
+def _from_hub(data: str, fetch: Callable[[], Any]) -> Any:
+    """Return what `fetch` gets from the hub."""
     try:
-        splits = datasets.get_dataset_split_names(data)
-        found = [split for split in (TRAIN if train else TEST) if split in splits]
-        rows = datasets.load_dataset(data, split=found[0], streaming=streaming) if found else None
+        return fetch()
     except Exception as error:  # the hub, the network and the system raise many kinds
         reason, hint = explain(error)
         hint = hint or "check the path, or without a network pass 'sample', or files: images, parquet or .tar"
         raise UserError(
             f"--data {data} is no file or folder here, and could not be fetched from the hub ({reason}): {hint}."
         ) from error
-    if rows is None:
-        wanted = "training" if train else "testing"
-        raise NoSplitError(f"--data {data} has the splits {', '.join(splits)}: none for {wanted}.")
-    length = rows.info.splits[found[0]].num_examples if streaming and rows.info.splits else 0
-    if streaming and not length:
-        raise UserError(
-            f"--data {data} does not declare its number of rows, which a stream needs: pass --streaming false."
-        )
-    return _source(data, rows, length if streaming else len(rows), train)
 
 
-def _source(name: str, rows: Any, length: int, train: bool) -> Source:
-    """Find the columns: the first one with images (or with their bytes), and those with labels and masks."""
+# Columns -------------------------------------------------------------------------------------------------------------
+
+
+def open_part(
+    data: str,
+    found: dict[str, Part],
+    part: str,
+    streaming: bool,
+    image_column: str | None,
+    label_column: str | None,
+    labeled: bool = True,
+) -> Source:
+    """Open a part of a data set, with or without its labels."""
+    with reading(data, found[part].files):
+        rows, length = found[part].load(streaming)
+        source = _source(data, rows, length, image_column, label_column, labeled)
+    return dataclasses.replace(source, part="" if part.lower() in TRAIN else part, parts=(part,))
+
+
+def _source(
+    name: str, rows: Any, length: int, image_column: str | None, label_column: str | None, labeled: bool = True
+) -> Source:
+    """Find the columns: the first one with images (or with their bytes), and those with labels and masks.
+
+    Args:
+        labeled: whether to keep the labels, as class indices.
+    """
     import datasets
 
     features = rows.features or {}
+    for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
+        if column is not None and column not in features:
+            raise UserError(f"{flag} {column}: --data {name} has the columns {shorten(', '.join(features))}. Name one.")
 
     def holds_images(feature: Any) -> bool:
         return isinstance(feature, datasets.Image) or (
@@ -221,29 +406,54 @@ def _source(name: str, rows: Any, length: int, train: bool) -> Source:
         )
 
     pictures = [column for column, feature in features.items() if holds_images(feature)]
-    masks = [column for column in pictures if column.lower() in MASKS][:1] if len(pictures) > 1 else []
-    images = [column for column in pictures if column not in masks]
+    candidates = list(filter(None, (image_column, label_column))) if image_column or pictures else [*features]
+    pictures += [column for column in candidates if column not in pictures and holds_files(rows, column)]
+    if image_column and image_column not in pictures:
+        raise UserError(
+            f"--image-column {image_column}: the column holds {shorten(str(features[image_column]))}, not image files. "
+            f"Choose from {shorten(', '.join(features))}."
+        )
+    masks = [c for c in pictures if c == label_column or (c.lower() in MASKS and label_column not in pictures)]
+    masks = [column for column in masks if column != image_column][:1] if len(pictures) > 1 else []
+    images = [image_column] if image_column else [column for column in pictures if column not in masks]
     if not images:
-        raise UserError(f"--data {name} has no column of images among {', '.join(features) or 'none'}: add one.")
+        raise UserError(
+            f"--data {name} has no column of images among {shorten(', '.join(features)) or 'none'}: add one, or name "
+            "it with --image-column."
+        )
     if not length:
         raise UserError(f"--data {name} has no images: it is empty.")
     labels = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel) or (c in LABELS and _is_label(f))]
-    labels = labels[:1]
+    if label_column and label_column not in masks:
+        labels = [label_column] if _is_label(features[label_column]) else []
+        if not labels:
+            raise UserError(
+                f"--label-column {label_column}: the column holds {shorten(str(features[label_column]))}, where one "
+                "number or name for each image is needed. Choose another column."
+            )
+    labels = [column for column in labels if labeled and column not in (*images[:1], *masks)][:1]
     rows = rows.select_columns([images[0], *labels, *masks])
     for column in (images[0], *masks):
+        if isinstance(features[column], datasets.List | datasets.LargeList):
+            changed = datasets.Features(rows.features | {column: datasets.Image(decode=False)})
+            rows = rows.map(partial(to_cell, column), features=changed)
         rows = rows.cast_column(column, datasets.Image(decode=False))
-    if labels and "string" in features[labels[0]].dtype:  # class names, which only a table can be searched for
-        if isinstance(rows, datasets.IterableDataset):
+    if labels and isinstance(rows, datasets.IterableDataset):
+        if "string" in features[labels[0]].dtype:  # class names, which only a table can be searched for
             labels = []
-        else:
-            rows = rows.class_encode_column(labels[0])
+    elif labels and not isinstance(features[labels[0]], datasets.ClassLabel):
+        rows = number_classes(name, rows, labels[0])
     label, mask = (columns[0] if columns else None for columns in (labels, masks))
-    return Source(name, rows, images[0], label, length, mask, "" if train else "test")
+    return Source(name, rows, images[0], label, length, mask)
 
 
 def _is_label(feature: Any) -> bool:
     """Return whether a column holds one number or name for each image, and not lists (such as boxes) or nothing."""
-    return str(getattr(feature, "dtype", "")).rstrip("0123456789") in ("int", "uint", "bool", "string", "large_string")
+    kind = str(getattr(feature, "dtype", "")).rstrip("0123456789")
+    return kind in ("int", "uint", "bool", "float", "string", "large_string")
+
+
+# Sets with labels ----------------------------------------------------------------------------------------------------
 
 
 def hold_out(source: Source) -> tuple[Source, Source]:
@@ -257,36 +467,90 @@ def hold_out(source: Source) -> tuple[Source, Source]:
     return train, test
 
 
-def open_labeled(data: str) -> tuple[Source, Source]:
-    """Open the training split and the test split of a data set with labels.
+def open_labeled(
+    data: str, parts: str | None = None, image_column: str | None = None, label_column: str | None = None
+) -> tuple[Source, Source]:
+    """Open the part of a data set with labels to train on, and the one to evaluate on, see `choose_parts`.
 
-    If there is no test split, every fifth image is held out as one. The label columns of both give the same class
-    the same index.
+    If there is none to evaluate on, every fifth image is held out. Images without a label are left out. The label
+    columns of both give the same class the same index. `about` of the first source describes all this.
+
+    Args:
+        parts: names of the parts to use, separated by commas. Default: train, and val or test.
+        data, image_column, label_column: see `open_source`.
 
     Raises:
-        UserError: an image has no label, there is one class only, or the test split has classes that the training
+        UserError: no image has a label, there is one class only, or the test split has classes that the training
             split lacks; or there is no such data set.
     """
-    train = open_source(data)
-    if train.label is None:
-        raise UserError(f"--data {data} has no labels, and this needs them: pass class folders, or a label column.")
-    try:
-        test = open_source(data, train=False)
-    except NoSplitError:
-        train, test = hold_out(train)
-    for which, part in (("training", train), ("test", test)):
-        if part.label is None or any(label is None or label < 0 for label in part.rows[part.label]):
-            raise UserError(
-                f"--data {data} has a {which} split without labels, and this needs one for each image: add them."
-            )
+    found, unlabeled = find_parts(data, parts), dict[str, str]()
+    opened = cache(lambda name: open_part(data, found, name, False, image_column, label_column))
+
+    def labeled(name: str) -> bool:
+        if (labels_of(opened(name)) >= 0).any():
+            return True
+        unlabeled[name] = f"{opened(name).length:,}, without labels"
+        return False
+
+    training, judge = choose_parts(found, wanted_parts(data, found, parts), labeled)
+    if not training:
+        raise NoSplitError(
+            f"--data {data} has the splits {shorten(', '.join(found))}: none for training. Name one train."
+        )
+    for name in (*training, *([judge] if judge else [])):
+        if name in training and opened(name).label is None:
+            raise UserError(f"--data {data} has no labels, and this needs them: pass class folders, or a label column.")
+        if not labeled(name):
+            which = "training" if name in training else "test"
+            raise UserError(f"--data {data} has a {which} split without labels, and this needs them: add them.")
+    names = list(dict.fromkeys(label for name in training for label in class_labels(opened(name))))
+    kept = {name: _keep_labeled(_renumber(opened(name), names)) for name in training}
+    train = kept[training[0]] if len(training) == 1 else join(list(kept.values()), "label")
     if len(set(train.rows[train.label])) < 2:
         raise UserError(f"--data {data} has one class only: classification needs at least 2.")
-    names, others = (getattr(part.rows.features[part.label], "names", None) for part in (train, test))
-    if names and others and names != others:
-        unknown = sorted(set(others) - set(names))
-        if unknown:
+    if judge is None:
+        train, test = hold_out(train)
+        evaluated = {f"every fifth of {' and '.join(training)}": test.length}
+    else:
+        if unknown := sorted(set(class_labels(opened(judge))) - set(names)):
             raise UserError(
-                f"--data {data}: the test split has classes that the training split lacks: {', '.join(unknown)}."
+                f"--data {data}: the test split has classes that the training split lacks: "
+                f"{shorten(', '.join(unknown))}."
             )
-        test.rows = test.rows.align_labels_with_mapping({name: i for i, name in enumerate(names)}, test.label)
-    return train, test
+        kept[judge] = test = _keep_labeled(_renumber(opened(judge), names))
+        evaluated = {judge: test.length}
+    missing = {f"images of {name} without a label": opened(name).length - kept[name].length for name in kept}
+    rest = {name: unlabeled.get(name) or part.count() or "unknown" for name, part in found.items() if name not in kept}
+    rest |= {name: count for name, count in missing.items() if count}
+    counts = {name: kept[name].length for name in training} if judge else {" and ".join(training): train.length}
+    about = describe(("Training images", counts), ("Validation images", evaluated), ("Left out", rest))
+    return dataclasses.replace(train, about=about), test
+
+
+def labels_of(source: Source) -> np.ndarray[Any, Any]:
+    """Return the class index of each image of a table, -1 for none."""
+    if source.label is None:
+        return np.full(source.length, -1)
+    return np.array([-1 if label is None else label for label in source.rows[source.label][:]], np.int64)
+
+
+def class_labels(source: Source) -> list[str]:
+    """Return the names of the classes of a source with labels."""
+    return list(source.rows.features[source.label].names)
+
+
+def _keep_labeled(source: Source) -> Source:
+    """Leave out the images without a label."""
+    labeled = labels_of(source) >= 0
+    if labeled.all():
+        return source
+    return dataclasses.replace(source, rows=source.rows.select(np.flatnonzero(labeled)), length=int(labeled.sum()))
+
+
+def _renumber(source: Source, names: list[str]) -> Source:
+    """Give the classes the indices that they have in `names`."""
+    own = class_labels(source)
+    if own == names or source.label is None:
+        return source
+    table = np.array([*(names.index(name) for name in own), -1])  # the last one is for images without a label, -1
+    return dataclasses.replace(source, rows=set_labels(source.rows, source.label, table[labels_of(source)], names))

@@ -1,5 +1,6 @@
 """Classification: the classes of a data set, mixup, and top-1 and top-5 accuracy on validation images."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from mimkit.data.sources import Source
 from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
 from mimkit.evaluation.features import NoImagesError, map_batches
+from mimkit.files import replacing_file
 from mimkit.io.weights import write_model
 from mimkit.models.factory import create_network, has_weights
 from mimkit.models.pretrained import network_folder, new_head
@@ -104,11 +106,11 @@ def fit_head(network: Any, names: list[str], std: float | None, random: bool = F
     )
 
 
-def class_names(train: Source, test: Source) -> list[str]:
-    """Return the names of the classes, or their numbers if they have no names."""
-    column = train.label or ""
-    names = getattr(train.rows.features[column], "names", None)
-    return list(names or map(str, range(1 + max(*train.rows[column], *test.rows[test.label]))))
+def write_classes(run: Run, names: list[str]) -> None:
+    """Write the names of the classes, in the order of the network's outputs, to classes.json of a run."""
+    if run.engine.is_main:
+        with replacing_file(run.folder / "classes.json") as file:
+            file.write_text(json.dumps(names, indent=1))
 
 
 def check_classes(network: Any, names: list[str], model: str, data: str) -> None:

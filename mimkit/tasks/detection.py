@@ -397,12 +397,14 @@ class Detection:
         return names
 
 
-def predict_objects(folder: Path, images: str, out: str, max_bad: float) -> int:
+def predict_objects(
+    folder: Path, images: str, out: str, max_bad: float, parts: str | None = None, image_column: str | None = None
+) -> int:
     """Write the detections in all images as a file in COCO's format, whose annotations have scores.
 
     Args:
         folder: folder of the network.
-        images: images, see `open_all`.
+        images, parts, image_column: the images, see `open_all`.
         out: file to write, which must not exist.
         max_bad: fraction of images that may be impossible to decode.
 
@@ -422,10 +424,13 @@ def predict_objects(folder: Path, images: str, out: str, max_bad: float) -> int:
         checked_size(image)
         return image
 
+    sources = open_all(images, parts, image_column=image_column)
+    if sources[0].about:
+        print(sources[0].about)
     pictures: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for source in open_all(images):
+        for source in sources:
             fields = (source.image, None)
             samples = SampleLoader(transform, description["in_chans"], 0, 0, fields, part=source.part)
             loader = single_image_loader(source, samples, range(source.length), collate=collate_list)

@@ -307,12 +307,14 @@ class Segmentation:
         return names
 
 
-def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
+def predict_masks(
+    folder: Path, images: str, out: str, max_bad: float, parts: str | None = None, image_column: str | None = None
+) -> int:
     """Write a mask for each image, in the image's size. The numbers stand for classes as in the training masks.
 
     Args:
         folder: folder of the network.
-        images: images, see `open_all`.
+        images, parts, image_column: the images, see `open_all`.
         out: folder to write, which must be new or empty.
         max_bad: fraction of images that may be impossible to decode.
 
@@ -333,7 +335,9 @@ def predict_masks(folder: Path, images: str, out: str, max_bad: float) -> int:
         size = checked_size(image)
         return resize_short(image, size, description["short"]), torch.tensor(size)
 
-    sources = open_all(images)
+    sources = open_all(images, parts, image_column=image_column)
+    if sources[0].about:
+        print(sources[0].about)
     written: set[Path] = set()
     with replacing(out) as temporary, torch.inference_mode():
         for part, source in enumerate(sources):

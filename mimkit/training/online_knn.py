@@ -20,28 +20,37 @@ class OnlineKNN:
 
     Args:
         run: the run, which prints and logs the accuracy.
-        source: the images of pre-training. Their labels are used if there are any.
+        source: the images of pre-training. If the data set has labels, its training part and the part to evaluate on
+            are used, whichever parts are pre-trained on.
         size, normalize: the encoder's input.
         workers: number of data loading processes.
         required: whether to raise a UserError if kNN is impossible, instead of printing why.
+        columns: names of the image column and the label column, see `open_source`.
     """
 
     def __init__(
-        self, run: Run, source: Source, size: tuple[int, int], normalize: Normalize, workers: int, required: bool
+        self,
+        run: Run,
+        source: Source,
+        size: tuple[int, int],
+        normalize: Normalize,
+        workers: int,
+        required: bool,
+        columns: tuple[str | None, str | None] = (None, None),
     ):
         self.run, self.size, self.normalize, self.workers = run, size, normalize, workers
         self.parts: tuple[Source, Source] | None = None
         try:
             if source.streaming:
                 raise UserError("kNN needs random access to images, which a stream lacks. Pass --streaming false.")
-            run.engine.on_main(self._open, source.name)
+            run.engine.on_main(self._open, source, columns)
         except UserError as error:
             if required:
                 raise
             run.print(f"no kNN: {error}")
 
-    def _open(self, name: str) -> None:
-        train, test = open_labeled(name)
+    def _open(self, source: Source, columns: tuple[str | None, str | None]) -> None:
+        train, test = open_labeled(source.name, None, *columns)
         if train.length < 10:
             raise UserError(f"kNN needs at least 10 training images; there are {train.length}.")
         classes = len(set(train.rows[train.label]))
@@ -49,6 +58,10 @@ class OnlineKNN:
         per_class = min(self.images, train.length) / classes
         if per_class < PER_CLASS and train.length > TRAIN:
             self.run.print(f"kNN has {per_class:.0f} images per class, fewer than {PER_CLASS}: its accuracy is noisy.")
+        self.run.print(f"kNN: {train.about}")
+        if test.part != "held-out" and {*test.parts} & {*source.parts}:
+            others = ",".join(part for part in source.parts if part not in test.parts)
+            self.run.print(f"The validation images of kNN are pre-trained on too; --parts {others} keeps them apart.")
         self.parts = train, test
 
     def __call__(self, step: int, encoder: Any, when: str) -> None:

@@ -25,7 +25,7 @@ import mimkit
 from mimkit import cli
 from mimkit.data.decode import decode
 from mimkit.data.segmentation import read_mask
-from mimkit.data.sources import _open_hub, open_source
+from mimkit.data.sources import _find_hub_parts, open_source
 from mimkit.errors import UserError
 from mimkit.io.weights import read_weights
 from mimkit.training.checkpoint import digest, remove_old, verify_checkpoint
@@ -471,5 +471,5 @@ def test_the_script_of_a_data_set_is_not_executed(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="has no images"):
             open_source(data)
         with pytest.raises(UserError, match=r"could not be fetched|no such file"):
-            _open_hub(data, True, False)
+            _find_hub_parts(data)
     assert not (tmp_path / "canary").exists()

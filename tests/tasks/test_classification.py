@@ -333,7 +333,16 @@ def test_what_a_run_leaves(made, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "fresh head of 3 classes (head)" in said
     assert "on 12 test images" in said
-    names = {"config.yaml", "metrics.jsonl", "curves.png", "confusion.png", "checkpoints", "best", "last"}
+    names = {
+        "config.yaml",
+        "classes.json",
+        "metrics.jsonl",
+        "curves.png",
+        "confusion.png",
+        "checkpoints",
+        "best",
+        "last",
+    }
     assert {f.name for f in out.iterdir()} == names
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len([line for line in lines if "top1" in line]) == 4
