@@ -58,19 +58,20 @@ def _features(
     images: int | None,
     max_bad: float,
     chosen: tuple[str | None, str | None, str | None],
+    value_range: tuple[float, float],
 ) -> "list[Features]":
     """Compute a model's features of the training and the test part of a data set, by the chosen parts and columns."""
     import torch
 
     from mimkit.conversion.family import check_model
     from mimkit.data.loader import cpu_count
-    from mimkit.data.sources import open_labeled
+    from mimkit.data.sources import open_labeled, set_value_range
     from mimkit.data.transforms import Normalize, parse_size
     from mimkit.evaluation.features import extract_parts
     from mimkit.models.factory import create_network, has_weights, input_of
 
     check_model(model)
-    parts = open_labeled(data, *chosen)
+    parts = set_value_range(value_range, *open_labeled(data, *chosen))
     print(parts[0].about)
     options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
     network = create_network(model, **options)
@@ -92,6 +93,7 @@ def knn(
     max_bad: float = 0.01,
     parts: str | None = None,
     image_column: str | None = None,
+    value_range: tuple[float, float] = (0.0, 1.0),
     label_column: str | None = None,
 ) -> None:
     """Compute the accuracy of nearest-neighbor classification on a model's features, as DINO does.
@@ -105,11 +107,12 @@ def knn(
         parts: Parts of the data to use, separated by commas, such as train,unlabeled. Default: train, and val (else
             test) to evaluate on.
         image_column: Column of the images in tables. Default: the first one with image files.
+        value_range: Values of floating-point images that become 0 and 1.
         label_column: Column of the labels in tables. Default: found by its type and name.
     """
     from mimkit.evaluation.knn import knn as knn_accuracy
 
-    train, test = _features(model, data, img_size, images, max_bad, (parts, image_column, label_column))
+    train, test = _features(model, data, img_size, images, max_bad, (parts, image_column, label_column), value_range)
     for k, accuracy in knn_accuracy(train, test).items():
         print(f"kNN {accuracy:.2f} % (k = {k}, {len(train.y)} training and {len(test.y)} test images)")
 
@@ -122,6 +125,7 @@ def probe(
     max_bad: float = 0.01,
     parts: str | None = None,
     image_column: str | None = None,
+    value_range: tuple[float, float] = (0.0, 1.0),
     label_column: str | None = None,
 ) -> None:
     """Compute the accuracy of a linear classifier on a model's frozen features.
@@ -137,11 +141,12 @@ def probe(
         parts: Parts of the data to use, separated by commas, such as train,unlabeled. Default: train, and val (else
             test) to evaluate on.
         image_column: Column of the images in tables. Default: the first one with image files.
+        value_range: Values of floating-point images that become 0 and 1.
         label_column: Column of the labels in tables. Default: found by its type and name.
     """
     from mimkit.evaluation.probes import linear_probe
 
-    train, test = _features(model, data, img_size, images, max_bad, (parts, image_column, label_column))
+    train, test = _features(model, data, img_size, images, max_bad, (parts, image_column, label_column), value_range)
     result = linear_probe(train, test)
     print(
         f"linear probe {result.accuracy:.2f} % ({len(train.y)} training and {len(test.y)} test images; "
@@ -156,6 +161,7 @@ def reconstruct(
     count: PositiveInt = 8,
     parts: str | None = None,
     image_column: str | None = None,
+    value_range: tuple[float, float] = (0.0, 1.0),
 ) -> None:
     """Draw images, the same images masked, and their reconstructions by a pre-training run.
 
@@ -166,9 +172,10 @@ def reconstruct(
         count: Number of images to show.
         parts: Parts of the data to use, separated by commas, such as train,unlabeled. Default: all.
         image_column: Column of the images in tables. Default: the first one with image files.
+        value_range: Values of floating-point images that become 0 and 1.
     """
     from mimkit.data.loader import load_preview
-    from mimkit.data.sources import open_images
+    from mimkit.data.sources import open_images, set_value_range
     from mimkit.data.transforms import Normalize
     from mimkit.methods.checkpoint import load_run
     from mimkit.methods.reconstruction import reconstructions
@@ -177,7 +184,8 @@ def reconstruct(
     if Path(out).suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
         raise UserError(f"--out {out} is no picture: give a name that ends in .png, .pdf, .svg or .jpg.")
     in_chans, *size = config["input_size"]
-    batch = load_preview(open_images(images, parts, image_column=image_column), (size[0], size[1]), in_chans, count)
+    (source,) = set_value_range(value_range, open_images(images, parts, image_column=image_column))
+    batch = load_preview(source, (size[0], size[1]), in_chans, count)
     if not len(batch.images):
         raise UserError(f"--images {images}: none can be decoded, such as {' ('.join(batch.bad[0])}).")
     for name, reason in batch.bad:
@@ -278,6 +286,7 @@ def predict(
     max_bad: float = 0.01,
     parts: str | None = None,
     image_column: str | None = None,
+    value_range: tuple[float, float] = (0.0, 1.0),
 ) -> None:
     """Predict labels with a classifier, masks with a segmenter, or objects with a detector.
 
@@ -295,25 +304,27 @@ def predict(
         max_bad: Fraction of images that may be impossible to decode.
         parts: Parts of the data to use, separated by commas, such as train,unlabeled. Default: all.
         image_column: Column of the images in tables. Default: the first one with image files.
+        value_range: Values of floating-point images that become 0 and 1.
     """
     from mimkit.conversion.family import check_model
     from mimkit.tasks.dense_checkpoint import find_dense
 
     check_model(model)
+    reading = parts, image_column, value_range
     if segmenter := find_dense(model, "segmenter"):
         from mimkit.tasks.segmentation import predict_masks
 
         out = out or "predictions"
-        print(f"wrote {out}/: {predict_masks(segmenter, images, out, max_bad, parts, image_column)} masks")
+        print(f"wrote {out}/: {predict_masks(segmenter, images, out, max_bad, *reading)} masks")
         return
     if detector := find_dense(model, "detector"):
         from mimkit.tasks.detection import predict_objects
 
         out = out or "predictions.json"
-        print(f"wrote {out}: {predict_objects(detector, images, out, max_bad, parts, image_column)} images")
+        print(f"wrote {out}: {predict_objects(detector, images, out, max_bad, *reading)} images")
         return
     out = out or "predictions.csv"
-    count = _predict_labels(model, images, out, top, crop_pct, max_bad, parts, image_column)
+    count = _predict_labels(model, images, out, top, crop_pct, max_bad, *reading)
     print(f"wrote {out}: {count} images")
 
 
@@ -326,6 +337,7 @@ def _predict_labels(
     max_bad: float,
     parts: str | None,
     image_column: str | None,
+    value_range: tuple[float, float],
 ) -> int:
     """Write a table of image, label and probability, and return the number of images."""
     import csv
@@ -333,7 +345,7 @@ def _predict_labels(
     import torch
 
     from mimkit.data.loader import eval_loader, limit_bad_images
-    from mimkit.data.sources import open_all
+    from mimkit.data.sources import open_all, set_value_range
     from mimkit.data.transforms import Normalize
     from mimkit.evaluation.features import apply_to_images
     from mimkit.files import replacing_file
@@ -348,7 +360,7 @@ def _predict_labels(
         raise UserError(f"--top {top} is more than the {len(names)} classes of {model}: ask for fewer.")
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    sources = open_all(images, parts, image_column=image_column)
+    sources = set_value_range(value_range, *open_all(images, parts, image_column=image_column))
     if sources[0].about:
         print(sources[0].about)
     for source in sources:

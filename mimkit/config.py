@@ -110,6 +110,7 @@ class DataOptions:
             train, and val (else test) to evaluate on; otherwise all images.
         image_column: Column of the images in tables. Default: the first one with image files.
         label_column: Column of the labels, or of the masks, in tables. Default: found by its type and name.
+        value_range: Values of floating-point images that become 0 and 1.
         batch_size: Images per step, over all processes and gradient accumulation steps.
         workers: Data loading processes per training process. Default: one core is left for training.
         img_size: Input size in pixels: 224 or HEIGHTxWIDTH.
@@ -120,6 +121,7 @@ class DataOptions:
     parts: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    value_range: tuple[float, float] = (0.0, 1.0)
     batch_size: PositiveInt = 256
     workers: NonNegativeInt | None = None
     img_size: int | str | None = None

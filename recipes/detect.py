@@ -30,6 +30,7 @@ from mimkit.conversion.family import check_model
 from mimkit.data.detection import CocoGroundTruth, open_boxes, read_objects, train_objects
 from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader, collate_list
+from mimkit.data.sources import set_value_range
 from mimkit.data.transforms import Normalize, default_normalization, parse_size
 from mimkit.errors import UserError, cli_entry
 from mimkit.models.factory import ANY_SIZE
@@ -120,6 +121,7 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     size = parse_size(options.img_size) if options.img_size else None
     chosen = options.parts, options.image_column, options.label_column
     data, _, test, truth = open_boxes(options.data, options.masks, *chosen)
+    data, test = set_value_range(options.value_range, data, test)
     run = Run("detect", **options_of(RunOptions, options), measure_every=options.eval_every, replay=replay)
     run.print(data.about)
     network, start, normalize = build(options, truth)

@@ -29,7 +29,7 @@ from mimkit.conversion.convert import read_released
 from mimkit.conversion.family import check_model
 from mimkit.data.loader import check_samples, default_workers, train_loader
 from mimkit.data.sample import SampleLoader
-from mimkit.data.sources import class_labels, open_labeled
+from mimkit.data.sources import class_labels, open_labeled, set_value_range
 from mimkit.data.transforms import default_normalization, finetune_transform, parse_size
 from mimkit.errors import StoppedError, cli_entry
 from mimkit.files import resume_flags
@@ -80,7 +80,8 @@ def train(options: Options, replay: Path | None = None) -> tuple[Run, float | No
     """Train or evaluate once. Return the run and its top-1 accuracy, which is None after a dry run."""
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
-    data, test = open_labeled(options.data, options.parts, options.image_column, options.label_column)
+    chosen = options.parts, options.image_column, options.label_column
+    data, test = set_value_range(options.value_range, *open_labeled(options.data, *chosen))
     names = class_labels(data)
     run = Run("finetune", **options_of(RunOptions, options), measure_every=options.eval_every, replay=replay)
     run.print(data.about)

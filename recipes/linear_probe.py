@@ -32,7 +32,7 @@ from mimkit.config import (
 from mimkit.conversion.family import check_model
 from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader
-from mimkit.data.sources import class_labels, open_labeled
+from mimkit.data.sources import class_labels, open_labeled, set_value_range
 from mimkit.data.transforms import Normalize, parse_size, train_transform
 from mimkit.errors import UserError, cli_entry
 from mimkit.evaluation.features import extract_parts
@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     options.blr = options.blr or (5e-4 if attentive else 0.1)
     options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
-    data, test = open_labeled(options.data, options.parts, options.image_column, options.label_column)
+    chosen = options.parts, options.image_column, options.label_column
+    data, test = set_value_range(options.value_range, *open_labeled(options.data, *chosen))
     names = class_labels(data)
     run = Run("linear_probe", **options_of(RunOptions, options), measure_every=options.eval_every, replay=replay)
     run.print(data.about)

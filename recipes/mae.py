@@ -31,7 +31,7 @@ from mimkit.config import (
 from mimkit.conversion.family import check_model
 from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader
-from mimkit.data.sources import open_images
+from mimkit.data.sources import open_images, set_value_range
 from mimkit.data.transforms import default_normalization, parse_size, train_transform
 from mimkit.doctor.preflight import Job, preflight
 from mimkit.doctor.summary import describe_method, summarize
@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None, replay: Path | None = None, name: str = 
     options.workers = default_workers() if options.workers is None else options.workers
     columns = options.image_column, options.label_column
     source = open_images(options.data, options.parts, options.streaming, *columns)
+    (source,) = set_value_range(options.value_range, source)
     run = Run(name, **options_of(RunOptions, options), measure_every=options.knn_every, replay=replay)
     options.precision = run.engine.precision
     normalize.to(run.engine.device)

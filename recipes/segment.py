@@ -31,6 +31,7 @@ from mimkit.conversion.family import check_model
 from mimkit.data.loader import default_workers, train_loader
 from mimkit.data.sample import SampleLoader
 from mimkit.data.segmentation import Classes, open_masked, train_pairs
+from mimkit.data.sources import set_value_range
 from mimkit.data.transforms import Normalize, Size, default_normalization, parse_size
 from mimkit.errors import UserError, cli_entry
 from mimkit.models.factory import ANY_SIZE
@@ -124,6 +125,7 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
     size = parse_size(options.img_size)
     chosen = options.parts, options.image_column, options.label_column
     data, test, classes = open_masked(options.data, options.classes, options.zero_ignored, options.mask_values, *chosen)
+    data, test = set_value_range(options.value_range, data, test)
     run = Run("segment", **options_of(RunOptions, options), measure_every=options.eval_every, replay=replay)
     run.print(data.about)
     network, start, normalize, about = build(options, classes, size)

@@ -36,7 +36,8 @@ class Rows(Dataset[Sample]):
     """
 
     def __init__(self, source: Source, sample_loader: SampleLoader, replace_bad: bool = False):
-        self.source, self.sample_loader, self.replace_bad = source, sample_loader, replace_bad
+        self.source, self.replace_bad = source, replace_bad
+        self.sample_loader = replace(sample_loader, value_range=source.value_range)
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         epoch, index = place
@@ -227,6 +228,7 @@ def single_image_loader(
 def load_preview(source: Source, size: Size, in_chans: int, count: int) -> Batch:
     """Return one batch of `count` center-cropped images: evenly spaced ones, or the first ones of a stream."""
     sample_loader = SampleLoader(eval_transform(size), in_chans, 0, 0, (source.image, source.label))
+    sample_loader = replace(sample_loader, value_range=source.value_range)
     rows = (
         source.rows.take(count) if source.streaming else (source.rows[i] for i in evenly_spaced(source.length, count))
     )
@@ -239,6 +241,7 @@ def check_samples(source: Source, sample_loader: SampleLoader) -> list[Any]:
     Raises:
         UserError: one of them cannot be used.
     """
+    sample_loader = replace(sample_loader, value_range=source.value_range)
     samples = [sample_loader(source.rows[i], 0, i) for i in evenly_spaced(source.length, 50)]
     for sample in samples:
         if sample.bad:

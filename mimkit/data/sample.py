@@ -74,7 +74,7 @@ class SampleLoader:
         target: function that reads a cell of the label column, if the label is not a class index.
         part: name of the split, such as "test". It is part of a sample's name if the image has no path.
         pixels: whether to decode images to tensors (c H W) instead of PIL images.
-        value_range: floating-point values that become 0 and 1.
+        value_range: floating-point values that become 0 and 1. Data sets replace it by their source's.
     """
 
     transform: Transform

@@ -4,8 +4,10 @@ Tables are read through the `datasets` library. It takes long to import, so this
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import resources
@@ -15,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from mimkit.data.columns import holds_files, number_classes, set_labels, to_cell
-from mimkit.data.decode import EXTENSIONS
+from mimkit.data.decode import EXTENSIONS, UNIT, ValueRange, float_range
+from mimkit.data.order import evenly_spaced
 from mimkit.data.parts import (
     OTHER,
     TEST,
@@ -29,9 +32,10 @@ from mimkit.data.parts import (
     wanted_parts,
 )
 from mimkit.data.read_errors import explain, reading
+from mimkit.data.sample import read_bytes
 from mimkit.data.tars import open_tars, read_samples
 from mimkit.data.walk import ending_of, find_files
-from mimkit.errors import UserError, did_you_mean
+from mimkit.errors import UserError, did_you_mean, tell
 
 LABELS = ("label", "labels", "cls", "class")
 MASKS = ("mask", "masks", "annotation", "annotations", "segmentation", "segmentation_mask", "label", "labels")
@@ -59,6 +63,7 @@ class Source:
             file begin with it.
         parts: names of the parts of the data set that the rows come from.
         about: which parts were taken and which were left out, as sentences to print.
+        value_range: values of floating-point images that become 0 and 1.
     """
 
     name: str
@@ -70,6 +75,7 @@ class Source:
     part: str = ""
     parts: tuple[str, ...] = ()
     about: str = ""
+    value_range: ValueRange = UNIT
 
     @property
     def streaming(self) -> bool:
@@ -202,6 +208,44 @@ def _chain(shards: list[Any]) -> Iterator[dict[str, Any]]:
     """Yield the rows of shards. `datasets` gives each worker some of the list."""
     for shard in shards:
         yield from shard
+
+
+def set_value_range(value_range: ValueRange, *sources: Source) -> list[Source]:
+    """Set which values of floating-point images become 0 and 1. Warn of images whose values lie outside.
+
+    Such images would be decoded as black or white. A few images of each source are looked at.
+
+    Raises:
+        UserError: the range is empty.
+    """
+    low, high = value_range
+    if not low < high:
+        raise UserError(f"--value-range {low:g},{high:g} must be two numbers, of which the second one is larger.")
+    for source in sources:
+        rows = (
+            source.rows.take(8) if source.streaming else map(source.rows.__getitem__, evenly_spaced(source.length, 8))
+        )
+        ranges = []
+        for row in rows:
+            with suppress(OSError, ValueError):  # it counts as a bad image later
+                ranges.append(float_range(read_bytes(row[source.image] or {"bytes": None, "path": None})))
+        lows, highs = zip(*[found for found in ranges if found] or [value_range], strict=True)
+        if min(lows) < low or max(highs) > high:
+            tell(
+                f"warning: {source.name} has floating-point images of values from {min(lows):g} to {max(highs):g}, and "
+                f"{low:g} to {high:g} becomes 0 to 1: pass --value-range="
+                f"{_round_down(min(lows)):g},{-_round_down(-max(highs)):g}."
+            )
+    return [dataclasses.replace(source, value_range=value_range) for source in sources]
+
+
+def _round_down(value: float) -> float:
+    """Round a value down to two significant digits; a positive one to 0."""
+    if value >= 0:
+        return 0
+    value = float(f"{value:.5g}")  # float32 has no exact 0.001
+    unit = 10.0 ** (math.floor(math.log10(-value)) - 1)
+    return float(f"{math.floor(value / unit) * unit:g}")
 
 
 # Files and the hub ---------------------------------------------------------------------------------------------------

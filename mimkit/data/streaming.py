@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -25,7 +26,8 @@ class Stream(IterableDataset[Batch]):
     """
 
     def __init__(self, source: Source, sample_loader: SampleLoader, plan: Plan):
-        self.source, self.sample_loader, self.plan = source, sample_loader, plan
+        self.source, self.plan = source, plan
+        self.sample_loader = replace(sample_loader, value_range=source.value_range)
 
     def shuffled(self, epoch: int) -> Iterator[tuple[Index, dict[str, Any]]]:
         """Yield the ((shard, row), content) of all rows, in the order of an epoch."""

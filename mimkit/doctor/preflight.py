@@ -151,7 +151,9 @@ def check_images(job: Job, budget: Budget, findings: Findings) -> None:
     else:  # in random order, so that they are spread over the data set even if the time ends early
         indices = np.random.default_rng(0).permutation(evenly_spaced(source.length, budget.images)).tolist()
         rows = (source.rows[i] for i in indices)
-    load_whole = dataclasses.replace(job.sample_loader, transform=lambda image: image, units=0)
+    load_whole = dataclasses.replace(
+        job.sample_loader, transform=lambda image: image, units=0, value_range=job.source.value_range
+    )
     damaged: list[tuple[int, str]] = []
     names_by_hash: dict[bytes, list[tuple[int, str]]] = {}
     modes, sizes, moments, checked = Counter[str](), [], [], 0
@@ -228,7 +230,7 @@ def check_colors(moments: Tensor, job: Job, findings: Findings) -> None:
     if shift.abs().max() > MAX_SHIFT or scale.max() > MAX_SCALE or scale.min() < 1 / MAX_SCALE:
         findings.problems.append(
             f"The images have {measured}, far from the configured {configured}. Pass --mean [{_numbers(mean, ',')}] "
-            f"--std [{_numbers(std, ',')}], or scale arrays to 0-1."
+            f"--std [{_numbers(std, ',')}], or the --value-range of floating-point images."
         )
 
 

@@ -20,11 +20,12 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
 
+from mimkit.data.decode import UNIT, ValueRange
 from mimkit.data.detection import CocoGroundTruth, Objects, fitting, read_objects
 from mimkit.data.loader import check_samples, limit_bad_images, single_image_loader
 from mimkit.data.order import evenly_spaced
 from mimkit.data.sample import SampleLoader, collate_list
-from mimkit.data.sources import Source, open_all
+from mimkit.data.sources import Source, open_all, set_value_range
 from mimkit.data.transforms import Normalize, Size, checked_size, resize_short
 from mimkit.errors import UserError
 from mimkit.files import replacing_file
@@ -398,13 +399,20 @@ class Detection:
 
 
 def predict_objects(
-    folder: Path, images: str, out: str, max_bad: float, parts: str | None = None, image_column: str | None = None
+    folder: Path,
+    images: str,
+    out: str,
+    max_bad: float,
+    parts: str | None = None,
+    image_column: str | None = None,
+    value_range: ValueRange = UNIT,
 ) -> int:
     """Write the detections in all images as a file in COCO's format, whose annotations have scores.
 
     Args:
         folder: folder of the network.
         images, parts, image_column: the images, see `open_all`.
+        value_range: values of floating-point images that become 0 and 1.
         out: file to write, which must not exist.
         max_bad: fraction of images that may be impossible to decode.
 
@@ -424,7 +432,7 @@ def predict_objects(
         checked_size(image)
         return image
 
-    sources = open_all(images, parts, image_column=image_column)
+    sources = set_value_range(value_range, *open_all(images, parts, image_column=image_column))
     if sources[0].about:
         print(sources[0].about)
     pictures: list[dict[str, Any]] = []

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from mimkit.data.decode import UNIT, ValueRange
 from mimkit.data.loader import check_samples, limit_bad_images, single_image_loader
 from mimkit.data.order import evenly_spaced
 from mimkit.data.sample import Batch, SampleLoader, collate
 from mimkit.data.segmentation import IGNORE, Classes, eval_pairs
-from mimkit.data.sources import Source, open_all
+from mimkit.data.sources import Source, open_all, set_value_range
 from mimkit.data.transforms import Normalize, Size, checked_size, resize_short
 from mimkit.errors import UserError
 from mimkit.files import replacing, replacing_file
@@ -308,13 +309,20 @@ class Segmentation:
 
 
 def predict_masks(
-    folder: Path, images: str, out: str, max_bad: float, parts: str | None = None, image_column: str | None = None
+    folder: Path,
+    images: str,
+    out: str,
+    max_bad: float,
+    parts: str | None = None,
+    image_column: str | None = None,
+    value_range: ValueRange = UNIT,
 ) -> int:
     """Write a mask for each image, in the image's size. The numbers stand for classes as in the training masks.
 
     Args:
         folder: folder of the network.
         images, parts, image_column: the images, see `open_all`.
+        value_range: values of floating-point images that become 0 and 1.
         out: folder to write, which must be new or empty.
         max_bad: fraction of images that may be impossible to decode.
 
@@ -335,7 +343,7 @@ def predict_masks(
         size = checked_size(image)
         return resize_short(image, size, description["short"]), torch.tensor(size)
 
-    sources = open_all(images, parts, image_column=image_column)
+    sources = set_value_range(value_range, *open_all(images, parts, image_column=image_column))
     if sources[0].about:
         print(sources[0].about)
     written: set[Path] = set()

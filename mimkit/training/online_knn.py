@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mimkit.data.sources import Source, open_labeled
+from mimkit.data.sources import Source, open_labeled, set_value_range
 from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
 from mimkit.evaluation.features import extract_parts
@@ -50,7 +50,7 @@ class OnlineKNN:
             run.print(f"no kNN: {error}")
 
     def _open(self, source: Source, columns: tuple[str | None, str | None]) -> None:
-        train, test = open_labeled(source.name, None, *columns)
+        train, test = set_value_range(source.value_range, *open_labeled(source.name, None, *columns))
         if train.length < 10:
             raise UserError(f"kNN needs at least 10 training images; there are {train.length}.")
         classes = len(set(train.rows[train.label]))
