@@ -21,6 +21,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from mimkit.errors import shorten
 from mimkit.files import read_json
 
 if TYPE_CHECKING:
@@ -254,8 +255,16 @@ class HyphenParser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Exit with code 2 and one sentence, which points to --help."""
-        first = " ".join(str(message).split())
-        self.exit(2, f"{self.prog}: {first.rstrip('.')}; see --help.\n")
+        first = str(message).strip().rstrip(".")
+        self.exit(2, f"{shorten(f'{self.prog}: {first}; see --help.')}\n")
+
+
+class CommandParser(ArgumentParser):
+    """A parser of the word after `mimkit`."""
+
+    def error(self, message: str) -> Any:
+        """Exit with code 2 and one sentence, which points to --help."""
+        self.exit(2, f"{shorten(f'{self.prog}: {message}; see --help.')}\n")
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):
@@ -366,7 +375,7 @@ def run_command(functions: list[Callable[..., None]], description: str, version:
     summaries = {name: (function.__doc__ or "").splitlines()[0] for name, function in commands.items()}
     listing = "\n".join(f"  {name:12s} {summary}" for name, summary in summaries.items())
     text = f"{description}\n\n{listing}"
-    top = ArgumentParser(prog="mimkit", description=text, formatter_class=RawDescriptionHelpFormatter)
+    top = CommandParser(prog="mimkit", description=text, formatter_class=RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"mimkit {version}")
     top.add_argument("command", choices=list(commands), help="`mimkit COMMAND --help` describes its options.")
     name = top.parse_args(sys.argv[1:2] or ["--help"]).command
