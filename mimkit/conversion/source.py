@@ -264,8 +264,9 @@ def _grid_tokens(net: Any, found: State) -> int:
         if name == "pos_embed":
             if tensor.ndim != 3:
                 return tensor.shape[1] * tensor.shape[2] if tensor.ndim == 4 else 0
-            return tensor.shape[1] - (0 if getattr(net, "no_embed_class", False) else net.num_prefix_tokens)
-        if name.endswith("relative_position_bias_table"):  # (2 side - 1)^2 + 3 rows
+            return max(tensor.shape[1] - (0 if getattr(net, "no_embed_class", False) else net.num_prefix_tokens), 0)
+        if name.endswith("relative_position_bias_table") and tensor.ndim == 2 and len(tensor) > 3:
+            # (2 side - 1)^2 + 3 rows
             return ((math.isqrt(len(tensor) - 3) + 1) // 2) ** 2
     return 0
 

@@ -1,5 +1,6 @@
 """Create a network by its name or from its folder, and make an encoder for pre-training out of it."""
 
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,8 @@ def input_of(network: Any) -> InputSpec:
     try:
         channels, height, width = config["input_size"]
         mean, std = ([float(x) for x in config[name]] for name in ("mean", "std"))
+        if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise ValueError(f"mean {mean}, std {std}")
         return InputSpec(channels, (height, width), mean, std, config.get("crop_pct") or 1.0)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(

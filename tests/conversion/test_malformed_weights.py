@@ -16,7 +16,7 @@ from mimkit.io.weights import write_model
 from mimkit.methods.checkpoint import load_initial_weights, load_run, write_decoder
 from mimkit.methods.decoder import Decoder
 from mimkit.methods.mae import MAE
-from mimkit.models.factory import create_network, unit_encoder
+from mimkit.models.factory import create_network, input_of, unit_encoder
 from mimkit.models.pretrained import read_network
 from mimkit.tasks.classification import classifier
 from mimkit.tasks.dense_checkpoint import read_dense, write_dense
@@ -133,6 +133,9 @@ def test_weights_that_are_not_finite_are_refused_by_every_reader(odd, tmp_path, 
     write_decoder(Decoder(896, 16, 3, 24, 1, 4), run / "decoder", mask_ratio=0.75, norm_targets=True)
     write_dense(segmenter(), dense, "segmenter", ["a", "b"], [0, 1], Normalize([0.5] * 3, [0.5] * 3))
     method = MAE(unit_encoder(name, img_size=(32, 32)), Decoder(896, 16, 3, 24, 1, 4))
+    vit = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    write_model(timm.create_model("vit_tiny_patch16_224", num_classes=3, **vit), tmp_path / "vit")
+    vit_key = spoil(tmp_path / "vit/model.safetensors")
     key = spoil(folder / "model.safetensors")
     decoder_key = spoil(run / "decoder/model.safetensors")
     dense_key = spoil(dense / "model.safetensors")
@@ -142,6 +145,7 @@ def test_weights_that_are_not_finite_are_refused_by_every_reader(odd, tmp_path, 
         (key, lambda: create_network(str(folder), num_classes=0)),
         (key, lambda: classifier(str(folder))),
         (key, lambda: read_network(name, file, read_released=read_released)),
+        (vit_key, lambda: read_network("vit_tiny_patch16_224", str(tmp_path / "vit/model.safetensors"), **vit)),
         (key, lambda: convert(name, name, None, file, "hivit", dry_run=True)),
         (key, lambda: model_card(find_pushable(str(folder)), "OWNER/NAME")),
         (decoder_key, lambda: load_run(run)),
@@ -155,6 +159,13 @@ def test_weights_that_are_not_finite_are_refused_by_every_reader(odd, tmp_path, 
     code, out, err = command(capsys, monkeypatch, "knn", "--model", folder, "--data", "sample", "--images", "40")
     assert (code, "kNN" in out) == (2, False)
     assert f"has NaN or infinite values in {key}" in err
+
+
+@pytest.mark.parametrize(("mean", "std"), [([torch.nan] * 3, [0.5] * 3), ([0.5] * 3, [0.5, 0.5, 0.0])])
+def test_a_normalization_that_is_not_finite_is_refused(mean, std):
+    network = timm.create_model("hivit_nano", pretrained_cfg_overlay={"mean": mean, "std": std})
+    with pytest.raises(UserError, match=r"lacks a valid input_size, mean or std .*Get another copy of its config"):
+        input_of(network)
 
 
 def test_a_folder_with_a_pickle_of_plain_objects_is_read(tmp_path):
