@@ -21,7 +21,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
-from mimkit.errors import UserError, did_you_mean
+from mimkit.errors import UserError, did_you_mean, shorten
 from mimkit.files import read_json
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ class HyphenParser(jsonargparse.ArgumentParser):
                 sentence = f"{flag} {value}: expected {_in_words(flags[flag])}"
         elif unknown := re.match(r"unrecognized arguments: (--[^ =.]+)|Option '([^'.]+)' is not accepted", sentence):
             sentence += "." + did_you_mean("--" + (unknown[1] or unknown[2]).strip("-").replace("_", "-"), flags)
-        self.exit(2, f"{self.prog}: {sentence.rstrip('.?')}; see --help.\n")
+        self.exit(2, shorten(f"{self.prog}: {sentence.rstrip('.?')}; see --help.") + "\n")
 
 
 def _in_words(kind: Any) -> str:
@@ -335,6 +335,14 @@ class Switch(jsonargparse.ActionYesNo):
             return super()._check_type(value)
         except TypeError as error:
             raise TypeError(f'Parser key "{self.dest}": Got value: {value}') from error
+
+
+class CommandParser(ArgumentParser):
+    """A parser of the word after `mimkit`."""
+
+    def error(self, message: str) -> Any:
+        """Exit with code 2 and one sentence, which points to --help."""
+        self.exit(2, f"{shorten(f'{self.prog}: {message}; see --help.')}\n")
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):
@@ -447,7 +455,7 @@ def run_command(functions: list[Callable[..., None]], description: str, version:
     summaries = {name: (function.__doc__ or "").splitlines()[0] for name, function in commands.items()}
     listing = "\n".join(f"  {name:12s} {summary}" for name, summary in summaries.items())
     text = f"{description}\n\n{listing}"
-    top = ArgumentParser(prog="mimkit", description=text, formatter_class=RawDescriptionHelpFormatter)
+    top = CommandParser(prog="mimkit", description=text, formatter_class=RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"mimkit {version}")
     top.add_argument("command", help="`mimkit COMMAND --help` describes its options.")
     name = top.parse_args(sys.argv[1:2] or ["--help"]).command

@@ -33,6 +33,7 @@ TORCH_ERRORS = {  # torch raises these as RuntimeError from any line; they are k
     "out of memory": MEMORY,
     "can't allocate memory": MEMORY,
 }
+LONGEST = 290  # characters that an error has at most, which are about three lines of a terminal
 PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 WRONG_PATH = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.EBUSY)
 BROKEN_STORAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
@@ -67,6 +68,37 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
     longer = sorted((name for name in known if word and name.startswith(word)), key=len)
     near = [known[name] for name in (longer or difflib.get_close_matches(word, known, cutoff=0.7))[:3]]
     return f" Did you mean {', '.join(near[:-1])}{' or ' if near[1:] else ''}{near[-1]}?" if near else ""
+
+
+def some(names: Iterable[Any], limit: int = 3) -> str:
+    """Join the first names by commas, and count the others."""
+    listed = list(map(str, names))
+    others = f" and {len(listed) - limit:,} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + others
+
+
+def shorten(message: str) -> str:
+    """Put an error on one line of at most `LONGEST` characters.
+
+    If it is longer, the middle is cut out of its longest words, which are paths and values that a user gave, and then
+    out of the error itself.
+    """
+
+    def cut(text: str, width: int) -> str:
+        return text if len(text) <= width else f"{text[: width // 2 - 2]}...{text[1 - width // 2 :]}"
+
+    words = message.split()
+    for width in (120, 80, 40):
+        if len(" ".join(words)) > LONGEST:
+            words = [cut(word, width) for word in words]
+    return cut(" ".join(words), LONGEST)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what a library's error says, without a terminal's escape codes and torch's advice."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).rpartition("WeightsUnpickler error:")[2]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:160]
 
 
 def is_full(error: Exception) -> bool:
@@ -159,7 +191,7 @@ def cli_entry(main: Callable[P, R]) -> Callable[P, R]:
             trace = traceback.format_exc() if os.environ.get("MIMKIT_DEBUG") == "1" else ""
         message, code = explained
         # Names and reasons may contain line breaks. Several processes may write at once, so this is a single write.
-        sys.stderr.write(f"{trace}mimkit: {' '.join(message.split())}\n")
+        sys.stderr.write(f"{trace}mimkit: {shorten(message)}\n")
         sys.exit(code)
 
     return wrapped

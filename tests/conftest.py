@@ -29,6 +29,7 @@ from mimkit.data.order import Plan
 from mimkit.data.sample import SampleLoader
 from mimkit.data.transforms import train_transform
 from mimkit.doctor import preflight
+from mimkit.errors import LONGEST, UserError
 from mimkit.training import precision
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,16 @@ def _anew(monkeypatch):
     GradientState._reset_state()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _short_errors(monkeypatch):
+    """Fail a test that makes an error of more than `LONGEST` characters, where long words, such as paths, count 40."""
+    made = []
+    monkeypatch.setattr(UserError, "__init__", lambda error, *args: made.append(" ".join(map(str, args))))
+    yield
+    clipped = [" ".join(word[:40] for word in message.split()) for message in made]
+    assert not [message for message in clipped if len(message) > LONGEST]
 
 
 def backbone(name, **options):

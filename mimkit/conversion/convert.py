@@ -14,12 +14,22 @@ from timm.layers import to_2tuple
 
 from mimkit.conversion.family import OWN, families, own_family, own_names
 from mimkit.conversion.report import Report, Row, measure, sha256
-from mimkit.conversion.source import Origin, Plain, fetch_published, find_source, from_pyramid, read_family, read_plain
+from mimkit.conversion.source import (
+    Origin,
+    Plain,
+    fetch_published,
+    find_source,
+    from_pyramid,
+    known_shapes,
+    read_family,
+    read_plain,
+)
 from mimkit.conversion.verify import run_checks
 from mimkit.errors import UserError, did_you_mean
 from mimkit.files import read_json, replacing
 from mimkit.io.hub import local_path
-from mimkit.io.weights import State, assemble, disown, load_strictly, on_meta, read_weights, save_model
+from mimkit.io.weights import State, assemble, check_dims, disown, load_strictly, on_meta, read_weights, save_model
+from mimkit.models.factory import create_network
 from mimkit.models.hpvit import NAMED, PATCH, Pool, plain_vit
 from mimkit.models.layers.patch_embed import KERNEL, resize_kernel
 
@@ -84,8 +94,13 @@ def as_own(to: str, file: Path, which: str | None = None, img_size: Any = None, 
     layout = own_family(to)
     assert layout is not None
     remap, _, taken = read_family(file, layout, which, lambda state: set())
-    options = {"img_size": img_size or 224, **families()[layout].options(remap.found, {}), **given}
-    net = on_meta(timm.create_model, to, **options)
+    default = on_meta(timm.create_model, to)
+    check_dims(default.state_dict(), remap.found, file)
+    if (kernel := f"{default.pretrained_cfg['first_conv']}.weight") not in remap.found:
+        raise UserError(f"{file} has no {kernel}, so it is not a whole {layout}. Get a complete copy of it.")
+    with known_shapes(file, layout):
+        options = {"img_size": img_size or 224, **families()[layout].options(remap.found, {}), **given}
+    net = on_meta(create_network, to, False, **options)
     load_strictly(net, remap.found, file, assign=True)
     net.pretrained_cfg["input_size"] = (net.in_chans, *to_2tuple(options["img_size"]))
     return Target(net, remap.found, remap.rows, {}), taken

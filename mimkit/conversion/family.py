@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mimkit.conversion.report import Row
-from mimkit.errors import UserError
+from mimkit.errors import UserError, some
 from mimkit.io.hub import local_path
 from mimkit.io.weights import State
 from mimkit.models.factory import check_name
@@ -49,7 +49,7 @@ class Remap:
             UserError: another tensor already has this name.
         """
         if target in self.found:
-            raise UserError(f"{', '.join(origins)}: the file already has a {target}. Pass a file with one network.")
+            raise UserError(f"{some(origins)}: the file already has a {target}. Pass a file with one network.")
         self.found[target] = tensor
         self.rows.append(Row(action, origins, target, why))
 
@@ -58,7 +58,14 @@ class Remap:
         for match, tensor in self.take(pattern):
             target = match.expand(to)
             action = "copied" if target == match[0] and change is None else "renamed"
-            self.put(action, (match[0],), target, change(tensor) if change else tensor, why)
+            try:
+                changed = change(tensor) if change else tensor
+            except (RuntimeError, LookupError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{match[0]} has the shape {tuple(tensor.shape)}, which no network of this family has. Get another "
+                    "copy of the file."
+                ) from error
+            self.put(action, (match[0],), target, changed, why)
 
     def rename_all(self, table: Mapping[str, str]) -> None:
         """Apply several renames in order."""

@@ -2,23 +2,23 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-import torch
 from timm.models._hub import download_cached_file
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 
 from mimkit.conversion.family import Remap, families, own_family, own_names, plain_vits
 from mimkit.conversion.report import Row, sha256
-from mimkit.errors import UserError, did_you_mean
+from mimkit.errors import UserError, did_you_mean, reason_of, some
 from mimkit.files import read_json
 from mimkit.io.hub import local_path
-from mimkit.io.weights import State, assemble, misfits, on_meta, open_weights, read_weights
+from mimkit.io.weights import State, assemble, check_dims, check_values, misfits, on_meta, open_weights, read_weights
 from mimkit.models.hpvit import PATCH, plain_vit
 from mimkit.models.layers.patch_embed import KERNEL, resize_kernel, restore_kernel
 
@@ -85,10 +85,9 @@ def fetch_published(name: str) -> Path:
             return Path(huggingface_hub.hf_hub_download(cfg.hf_hub_id, "model.safetensors"))
         return Path(download_cached_file(str(cfg.url), progress=True))
     except Exception as error:  # requests, urllib and huggingface_hub raise dozens of types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(
-            f"The weights of {name} cannot be fetched ({type(error).__name__}: {reason}). On another machine, download "
-            f"{url} and pass it with --checkpoint FILE --layout timm."
+            f"{name} cannot be fetched ({type(error).__name__}). On another machine, download {url} and pass it with "
+            "--checkpoint FILE --layout timm."
         ) from error
 
 
@@ -120,6 +119,20 @@ class Plain:
         return assemble(net, self.state | {KERNEL: resized}).eval()
 
 
+@contextmanager
+def known_shapes(file: Path, layout: str) -> Iterator[None]:
+    """Report a tensor whose shape no function of a family can handle as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"{file} has a tensor of a shape that no network of the family {layout} has ({reason_of(error)[:90]}). "
+            "Get another copy of it."
+        ) from error
+
+
 class FamilyFile(NamedTuple):
     """The content of a file that belongs to a family."""
 
@@ -148,21 +161,14 @@ def read_family(file: Path, layout: str, which: str | None, wanted: Callable[[St
         hint = f"it looks like {' or '.join(others)}: pass --layout" if others else "no family matches: check the file"
         raise UserError(f"{file} does not have the layout {layout} ({family.title}); {hint}.")
     remap = Remap(raw, wanted(raw))
-    family.remap(remap)
+    with known_shapes(file, layout):
+        family.remap(remap)
     if remap.remaining:
-        names = ", ".join(sorted(remap.remaining))
+        names = some(sorted(remap.remaining))
         raise UserError(f"{file} has {len(remap.remaining)} tensors that {layout} does not explain: {names}.")
-    for key, tensor in remap.found.items():
-        if key.endswith(".num_batches_tracked"):
-            continue
-        if tensor.layout != torch.strided or not tensor.is_floating_point():
-            raise UserError(
-                f"{file}: {key} is {tensor.layout}, {tensor.dtype}, not a dense floating-point tensor. Check the file."
-            )
-        remap.found[key] = tensor.float().contiguous()
-    broken = [key for key, tensor in remap.found.items() if not tensor.isfinite().all()]
-    if broken:
-        raise UserError(f"{file} has NaN or infinite values in {', '.join(broken[:5])}. Get another copy of it.")
+    values = {key: tensor for key, tensor in remap.found.items() if not key.endswith(".num_batches_tracked")}
+    check_values(values, file)
+    remap.found |= {key: tensor.float().contiguous() for key, tensor in values.items()}
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in raw.values()} - {"float32", "int64"}
     notes = [taken, *(f"{dtype} converted to float32" for dtype in sorted(dtypes))]
     return FamilyFile(remap, raw, ", ".join(note for note in notes if note))
@@ -191,14 +197,15 @@ def read_plain(
         return set(on_meta(plain_vit, name, **given).state_dict())
 
     remap, raw, taken = read_family(file, layout, which, wanted)
-    arguments = fit_source_args(name, remap.found, given, file)
-    own = on_meta(plain_vit, name, **arguments).state_dict()
+    with known_shapes(file, layout):
+        arguments = fit_source_args(name, remap.found, given, file)
+        own = on_meta(plain_vit, name, **arguments).state_dict()
     missing, unexpected, misshapen = misfits(own, remap.found)
     problems = [f"{key} is missing" for key in missing] + [f"{key} is not in {name}" for key in unexpected]
     shapes = {key: (tuple(remap.found[key].shape), tuple(own[key].shape)) for key in misshapen}
     problems += [f"{key} is {theirs} instead of {ours}" for key, (theirs, ours) in shapes.items()]
     if problems:
-        raise UserError(f"{file} does not fit {name}: {'; '.join(problems)}. Check --from and --layout.")
+        raise UserError(f"{file} does not fit {name}: {some(problems, 2)}. Check --from and --layout.")
     raw = raw if family.reader == "timm" else {}
     return Plain(name, arguments, remap.found, remap.rows, {**family.data, **data}, raw, taken)
 
@@ -217,6 +224,7 @@ def fit_source_args(name: str, found: State, given: dict[str, Any], origin: Path
     """
     net = on_meta(plain_vit, name, **given)
     own = net.state_dict()
+    check_dims(own, found, origin)
     if KERNEL not in found or found[KERNEL].ndim != 4:
         raise UserError(f"{origin} has no patch embedding, so it is not a plain ViT. Check --checkpoint and --layout.")
     width, in_chans, side = found[KERNEL].shape[:3]
@@ -254,8 +262,9 @@ def _grid_tokens(net: Any, found: State) -> int:
         if name == "pos_embed":
             if tensor.ndim != 3:
                 return tensor.shape[1] * tensor.shape[2] if tensor.ndim == 4 else 0
-            return tensor.shape[1] - (0 if getattr(net, "no_embed_class", False) else net.num_prefix_tokens)
-        if name.endswith("relative_position_bias_table"):  # (2 side - 1)^2 + 3 rows
+            return max(tensor.shape[1] - (0 if getattr(net, "no_embed_class", False) else net.num_prefix_tokens), 0)
+        if name.endswith("relative_position_bias_table") and tensor.ndim == 2 and len(tensor) > 3:
+            # (2 side - 1)^2 + 3 rows
             return ((math.isqrt(len(tensor) - 3) + 1) // 2) ** 2
     return 0
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mimkit.errors import UserError
+from mimkit.errors import UserError, reason_of
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 CODE_KEYS = ("auto_map", "custom_pipelines")  # keys by which a configuration asks to run code of its repository
@@ -114,8 +114,7 @@ def _reason(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     known = {401: "401: not logged in, or there is no such repository", 403: "403: the token does not allow this"}
     known |= {404: "404: there is no such repository or revision"}
-    lines = str(error).strip().splitlines() or [""]
-    return known.get(status or 0) or f"{type(error).__name__}: {lines[0][:150]}"
+    return known.get(status or 0) or f"{type(error).__name__}: {reason_of(error)[:100]}"
 
 
 def upload(folder: Path, to: str, private: bool) -> str:

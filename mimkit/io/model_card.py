@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from safetensors import safe_open
 
 from mimkit.errors import UserError
 from mimkit.files import read_json, read_metrics, read_options
 from mimkit.io.hub import DENSE, WEIGHTS
-from mimkit.io.weights import without_repeated_classes
+from mimkit.io.weights import check_finite, read_weights, without_repeated_classes
 
 PARTS = ("encoder", "best", "last")  # folders of a run that hold a network
 SELECTED_BY = ("top1", "miou", "box_ap")  # metrics that decide which weights become best/
@@ -103,9 +102,9 @@ def model_card(found: Pushable, to: str) -> str:
     license = (config.get("pretrained_cfg") or {}).get("license")
     header = {"library_name": "mimkit" if dense else "timm", "pipeline_tag": pipeline, "tags": ["mimkit", pipeline]}
     header |= {"license": license} if license else {}
-    with safe_open(found.folder / WEIGHTS[0], "np") as file:
-        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118  it is not a dict
-    millions = sum(map(math.prod, shapes)) / 1e6
+    state = read_weights(found.folder)
+    check_finite(state, found.folder)
+    millions = sum(tensor.numel() for tensor in state.values()) / 1e6
     name = config.get("backbone") or config.get("architecture")
     origin = "made by mimkit"
     if (found.folder.parent / "decoder").is_dir() and found.task == "encoder" and found.run:

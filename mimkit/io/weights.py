@@ -2,17 +2,21 @@
 
 import argparse
 import json
+import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import Tensor, nn
 
-from mimkit.errors import UserError
+from mimkit.errors import UserError, reason_of, some
 from mimkit.files import read_json, replacing
 from mimkit.io.hub import local_path
 
@@ -27,6 +31,16 @@ WRAPPERS = {  # keys under which files store a state dict, for each value of --w
 DECODER = {"decoder_embed.": "embed.", "decoder_blocks.": "blocks.", "decoder_norm.": "norm.", "decoder_pred.": "pred."}
 COMPUTED = ("decoder_pos_embed", "relative_position_index")  # sin-cos positions and an index, which are recomputed
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
+NETWORK_PREFIXES = ("model.", "net.")  # Lightning's usual names of the network, which then start all names
+SCALAR = np.float64().__reduce__()[0]  # makes any scalar of numpy
+# What training scripts save beside the weights: their options, and figures such as the best accuracy
+PLAIN_OBJECTS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    SCALAR,
+    (SCALAR, "numpy.core.multiarray.scalar"),  # its name in numpy 1
+    *{type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"},
+]
 
 
 def split(state: State) -> tuple[State, State]:
@@ -51,7 +65,7 @@ def read_weights(path: str | Path, which: str | None = None) -> State:
     """Read the tensors of a .safetensors, .pth, .pt or .bin file, or of a folder that holds one of them or its shards.
 
     Pickles are read with `weights_only=True`. Wrappers (`model`, `state_dict`, ...) and prefixes (`module.`,
-    `backbone.`, `_orig_mod.`) are removed.
+    `backbone.`, `_orig_mod.`, and `model.` or `net.` if they start all names) are removed.
 
     Args:
         path: a local path, or hf-hub:OWNER/NAME.
@@ -74,11 +88,15 @@ def open_weights(path: str | Path, which: str | None = None) -> tuple[State, str
     except UserError:
         raise
     except Exception as error:  # torch, safetensors and pickle raise a dozen types
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         if "TorchScript" in str(error):
             raise UserError(f"{path} is a TorchScript archive, which holds code: save only its state_dict.") from error
+        if kind := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path} cannot be read as weights: it also holds a {kind[1]}, which could run code. In the program "
+                "that wrote it, save the weights alone: torch.save(model.state_dict(), FILE)."
+            ) from error
         raise UserError(
-            f"{path} cannot be read as weights ({reason}): pass an intact file that holds only tensors."
+            f"{path} cannot be read as weights ({reason_of(error)}): pass an intact file that holds only tensors."
         ) from error
     parts = [unwrap(content, which, path) for content in contents]
     state = {str(name): tensor for part, _ in parts for name, tensor in part.items() if isinstance(tensor, Tensor)}
@@ -109,7 +127,7 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     wrong = [name for name in names if name != Path(name).name or not (folder / name).is_file()]
     if wrong or not names:
         raise UserError(
-            f"{index} names {', '.join(wrong) or 'nothing'}, but files in its own folder are needed: get all shards."
+            f"{index} names {some(wrong) or 'nothing'}, but files in its own folder are needed: get all shards."
         )
     return [folder / name for name in names]
 
@@ -121,7 +139,7 @@ def _load(file: Path) -> Any:
         zipped = (
             opened.read(2) == b"PK"
         )  # only the zip format of torch.save, not the one before torch 1.6, can be mapped
-    with torch.serialization.safe_globals([argparse.Namespace]):  # many repositories store their options with weights
+    with torch.serialization.safe_globals(PLAIN_OBJECTS):
         return torch.load(file, "cpu", weights_only=True, mmap=zipped)
 
 
@@ -140,7 +158,7 @@ def unwrap(content: Any, which: str | None, path: Path) -> tuple[dict[str, Any],
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not names and tensors: pass a file of weights.")
     if which not in (None, "model") and not any(key.split(" ")[0] in WRAPPERS[which] for key in route):
-        raise UserError(f"{path} holds no {which} weights: it has {', '.join(map(str, list(content)[:5]))}, ...")
+        raise UserError(f"{path} holds no {which} weights: it has {some(content)}.")
     return content, ".".join(route)
 
 
@@ -152,13 +170,84 @@ def strip(state: State) -> State:
         while short.startswith(PREFIXES):
             short = short.split(".", 1)[1]
         stripped[short if short == name or short not in state else name] = tensor
+    for prefix in NETWORK_PREFIXES:
+        if stripped and all(name.startswith(prefix) for name in stripped):
+            return strip({name.removeprefix(prefix): tensor for name, tensor in stripped.items()})
     return stripped
 
 
 def misfits(own: State, state: State) -> tuple[list[str], list[str], list[str]]:
-    """Compare a state dict with a network's own, and return the names that are missing, unexpected, or misshapen."""
-    misshapen = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
-    return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()), misshapen
+    """Compare a state dict with a network's own, and return the names that are missing, unexpected, or misshapen.
+
+    Names with few parts come first, because those of the network itself tell more than those of its blocks.
+    """
+
+    def order(names: set[str]) -> list[str]:
+        return sorted(names, key=lambda name: (name.count("."), name))
+
+    misshapen = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
+    return order(own.keys() - state.keys()), order(state.keys() - own.keys()), order(misshapen)
+
+
+def other_size(own: State, state: State) -> str:
+    """Say in which width and depth a state dict differs from a network's own, or return "".
+
+    The width is the most frequent size of vectors, which are biases and scales. A depth is the number of modules in a
+    list, such as `blocks`.
+    """
+
+    def depths(names: State) -> dict[str, set[str]]:
+        lists = defaultdict(set)
+        for name in names:
+            for match in re.finditer(r"\.(\d+)(?=\.)", name):
+                lists[name[: match.start()]].add(match[1])
+        return lists
+
+    def width(tensors: State) -> int:
+        return mode([len(tensor) for tensor in tensors.values() if tensor.ndim == 1] or [0])
+
+    ours, theirs = depths(own), depths(state)
+    sizes = [("width", width(state), width(own))]
+    sizes += [(f"depth of {name}", len(theirs[name]), len(ours[name])) for name in sorted(ours.keys() & theirs.keys())]
+    return some([f"{name} {found} instead of {wanted}" for name, found, wanted in sizes if found != wanted], 2)
+
+
+def check_dims(own: State, state: State, origin: str | Path) -> None:
+    """Refuse tensors that have another number of dimensions than a network's own, which does not depend on its sizes.
+
+    Args:
+        origin: where the state dict is from, for the error.
+    """
+    odd = [
+        f"{name} {tuple(tensor.shape)} has {tensor.ndim} dimensions instead of {own[name].ndim}"
+        for name, tensor in sorted(state.items())
+        if name in own and own[name].ndim != tensor.ndim
+    ]
+    if odd:
+        raise UserError(f"{origin} is malformed: {some(odd)}. Get another copy of it.")
+
+
+def check_values(state: State, origin: str | Path) -> None:
+    """Refuse parameters that no network can compute with: sparse or integer tensors, and NaN or infinite values.
+
+    Args:
+        origin: where the state dict is from, for the error.
+    """
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise UserError(
+                f"{origin}: {name} is {tensor.layout}, {tensor.dtype}, not a dense floating-point tensor. Check the "
+                "file."
+            )
+    check_finite(state, origin)
+
+
+def check_finite(state: State, origin: str | Path) -> None:
+    """Refuse weights with NaN or infinite values. `origin` is where they are from, for the error."""
+    if broken := [name for name, tensor in state.items() if not tensor.float().isfinite().all()]:
+        raise UserError(
+            f"{origin} has NaN or infinite values in {some(broken)}. Pass another file, or an earlier checkpoint."
+        )
 
 
 def load_strictly(model: nn.Module, state: State, origin: str | Path, assign: bool = False) -> None:
@@ -169,15 +258,23 @@ def load_strictly(model: nn.Module, state: State, origin: str | Path, assign: bo
         assign: use the given tensors as the parameters instead of copying them.
 
     Raises:
-        UserError: it lists all names that are missing, unexpected or of another shape.
+        UserError: names are missing, unexpected or of another shape, or values are not finite.
     """
     own = model.state_dict()
     missing, unexpected, misshapen = misfits(own, state)
     shapes = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in misshapen]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if any(problems.values()):
-        lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-        raise UserError(f"{origin} does not fit {type(model).__name__} ({lists}): check the model's name and options.")
+    problems = {kind: names for kind, names in problems.items() if names}
+    if problems:
+        few = sum(map(len, problems.values())) <= 3
+        lists = [f"{kind}: {some(names, 3 if few else 3 // len(problems))}" for kind, names in problems.items()]
+        if shapes and (size := other_size(own, state)):
+            counts = ", ".join(f"{len(names)} {kind}" for kind, names in problems.items())
+            lists = [size, f"{counts}, such as {shapes[0]}"]
+        raise UserError(
+            f"{origin} does not fit {type(model).__name__} ({'; '.join(lists)}): check the model's name and options."
+        )
+    check_values({name: tensor for name, tensor in state.items() if own[name].is_floating_point()}, origin)
     model.load_state_dict(state, assign=assign)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from mimkit.errors import UserError
 from mimkit.files import read_json, replacing
 from mimkit.io.hub import local_path
-from mimkit.io.weights import NAMES, load_strictly, read_weights, split, write_model
+from mimkit.io.weights import NAMES, check_dims, load_strictly, read_weights, split, write_model
 from mimkit.methods.decoder import Decoder
 from mimkit.methods.mae import MAE
 from mimkit.methods.protocols import Method
@@ -54,13 +54,14 @@ def load_initial_weights(method: Method, source: str) -> str:
     else:
         encoder, decoder = split(read_weights(folder))
     model = timm_model(method.encoder)
+    check_dims(model.state_dict(), encoder, source)
     try:
         if (folder / "config.json").is_file():  # it has the input size that the position tables are for
             config = read_json(folder / "config.json")
             model.pretrained_cfg["input_size"] = config["pretrained_cfg"]["input_size"]
         encoder = adapt_to_input_size(encoder, model)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"--init {source} does not hold a {type(model).__name__} ({error}). Check --model.") from error
+    except (LookupError, TypeError, RuntimeError, AssertionError):
+        pass  # load_strictly names the tensors that are missing or misshapen
     load_strictly(model, encoder, source)
     if not decoder:
         return f"encoder from {source}, which has no decoder: the decoder starts at random"

@@ -1,19 +1,22 @@
 """Create a network by its name or from its folder, and make an encoder for pre-training out of it."""
 
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
+import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer import checkpoint_filter_fn as filter_swin
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as filter_vit
 from torch import nn
 
-from mimkit.errors import UserError, did_you_mean
+from mimkit.errors import UserError, did_you_mean, reason_of
 from mimkit.files import read_json
 from mimkit.io.hub import local_path
-from mimkit.io.weights import State, load_strictly, on_meta, read_weights
+from mimkit.io.weights import PLAIN_OBJECTS, State, check_dims, check_finite, load_strictly, on_meta, read_weights
 from mimkit.models.hivit import HiViT
 from mimkit.models.hivit import checkpoint_filter_fn as filter_hivit
 from mimkit.models.protocols import MapEncoder, UnitEncoder
@@ -44,6 +47,8 @@ def input_of(network: Any) -> InputSpec:
     try:
         channels, height, width = config["input_size"]
         mean, std = ([float(x) for x in config[name]] for name in ("mean", "std"))
+        if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise ValueError(f"mean {mean}, std {std}")
         return InputSpec(channels, (height, width), mean, std, config.get("crop_pct") or 1.0)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
@@ -81,7 +86,9 @@ def architecture_of(name: str) -> str:
     return str(read_json(config).get("architecture")) if config.is_file() else name.split(".")[0]
 
 
-def create_network(name: str, weights: bool | None = None, state: State | None = None, **options: Any) -> Any:
+def create_network(
+    name: str, weights: bool | None = None, state: State | None = None, origin: str | Path = "", **options: Any
+) -> Any:
     """Create a network as `timm.create_model` does, loading weights strictly.
 
     timm loads non-strictly if the number of classes differs from the checkpoint's, so the network is created with the
@@ -91,11 +98,13 @@ def create_network(name: str, weights: bool | None = None, state: State | None =
         name: a folder that timm can read, or a name in timm.
         weights: whether to load the weights of the folder or of the name's tag; by default if there are any.
         state: load these weights instead. Tables are adapted to the input size as in timm. Needs `num_classes`.
+        origin: where `state` is from, for errors.
         options: timm's own. `drop_path_rate`, `img_size` and those of `ANY_SIZE` are omitted if the network does not
             know them.
 
     Raises:
-        UserError: if the name is unknown, an option does not fit, or weights are missing, unexpected or misshapen.
+        UserError: if the name is unknown, an option does not fit, or weights are missing, unexpected, misshapen or not
+            finite.
     """
     check_name(name)
     place = local_path(name)
@@ -107,28 +116,34 @@ def create_network(name: str, weights: bool | None = None, state: State | None =
     overlay = {"source": "", "state_dict": state, "num_classes": options["num_classes"]} if state is not None else None
     classes = options.pop("num_classes", None) if load and state is None else None
     try:
-        model: Any = timm.create_model(known, pretrained=load, pretrained_cfg_overlay=overlay, **options)
+        with torch.serialization.safe_globals(PLAIN_OBJECTS):
+            model: Any = timm.create_model(known, pretrained=load, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # timm's, torch's, safetensors' and the system's errors, and any of a wrong config.json
         options = options if classes is None else options | {"num_classes": classes}
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = " ".join(" ".join(lines if lines[0].startswith("Error(s) in loading") else lines[:1]).split())
+        reason = reason_of(error)
         for unknown in ("drop_path_rate", "img_size", *ANY_SIZE):
             if unknown in options and f"unexpected keyword argument '{unknown}'" in reason:
-                return create_network(name, weights, state, **{k: v for k, v in options.items() if k != unknown})
+                return create_network(
+                    name, weights, state, origin, **{k: v for k, v in options.items() if k != unknown}
+                )
+        empty, given = None, state
+        if load and (folder or state):
+            form = {k: v for k, v in options.items() if k != "img_size"} if state else {}
+            with suppress(Exception):  # there is no such network
+                empty = on_meta(timm.create_model, known, **form)
+        if empty:
+            given = state or read_weights(name)
+            check_dims(empty.state_dict(), given, origin or name)
         if isinstance(error, UserError):
             raise
         if isinstance(error, TypeError | AssertionError):
             raise UserError(f"--model {name} does not take these options ({reason}). Choose another model.") from error
-        if load and (folder or state):  # name what is missing, unexpected or misshapen
-            form = {k: v for k, v in options.items() if k != "img_size"} if state else {}
-            try:
-                empty = on_meta(timm.create_model, known, **form)
-            except Exception:  # there is no such network
-                empty = None
-            if empty:
-                load_strictly(empty, state or read_weights(name), "the file" if state else name, assign=True)
+        if empty and given:  # name what is missing, unexpected or misshapen
+            load_strictly(empty, given, origin or name, assign=True)
         raise UserError(f"--model {name} cannot be loaded ({reason}). Check the name or the folder.") from error
     model.pretrained_cfg.pop("state_dict", None)
+    if load:
+        check_finite(model.state_dict(), origin or name)
     if classes is not None and classes != model.num_classes:
         model.reset_classifier(classes)
     return model

@@ -7,7 +7,7 @@ from typing import Any
 from timm.models._input import _get_global_pool
 from torch import nn
 
-from mimkit.errors import UserError
+from mimkit.errors import UserError, some
 from mimkit.io.hub import local_path
 from mimkit.io.weights import State, on_meta, read_weights, split
 from mimkit.models.factory import ANY_SIZE, create_network, has_weights, input_of
@@ -68,11 +68,11 @@ def _from_file(name: str, file: Path, read_released: ReadReleased | None, option
     else:
         state = split(read_weights(file))[0]
         heads = _head_names(on_meta(create_network, name, False))
-        counts = [len(state[f"{head}.weight"]) for head in heads if f"{head}.weight" in state]
+        counts = [(*state[f"{head}.weight"].shape, 1)[0] for head in heads if f"{head}.weight" in state]
         form = {"num_classes": counts[0] if counts else 0}
         if "fc_norm.weight" in state and "norm.weight" not in state:
             form["global_pool"] = "avg"
-    return create_network(name, state=state, **form | options)
+    return create_network(name, state=state, origin=file, **form | options)
 
 
 def _head_names(network: Any) -> list[str]:
@@ -112,7 +112,7 @@ def load_network(
     odd = [key for key in sorted(fresh) if not key.startswith(ends) and not key.endswith(BIAS_TABLE)]
     odd += [key for key in sorted(dropped) if not key.startswith((*ends, "attn_pool."))]
     if odd:
-        raise UserError(f"--global-pool {global_pool} does not fit {', '.join(odd)} of {name}. Leave it at {pool}.")
+        raise UserError(f"--global-pool {global_pool} does not fit {some(odd)} of {name}. Leave it at {pool}.")
     network.load_state_dict({key: weights.get(key, tensor) for key, tensor in state.items()})
     tables = [key for key in fresh if key.endswith(BIAS_TABLE)]
     news = sorted(fresh.difference(tables)) + ([f"{len(tables)} relative bias tables at 0"] if tables else [])

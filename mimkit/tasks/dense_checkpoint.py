@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from mimkit.data.transforms import Normalize, default_normalization
-from mimkit.errors import UserError
+from mimkit.errors import UserError, reason_of
 from mimkit.files import read_json, replacing
 from mimkit.io.hub import local_path
 from mimkit.io.weights import load_strictly
@@ -71,7 +71,7 @@ def read_dense(folder: Path, kind: str, build: Callable[..., Any]) -> tuple[Any,
     except UserError:
         raise
     except Exception as error:  # of safetensors, JSON and the system, and any that a changed description causes
-        raise UserError(f"{folder} is corrupt ({error}). Train again, or pass another run.") from error
+        raise UserError(f"{folder} is corrupt ({reason_of(error)}). Train again, or pass another run.") from error
     load_strictly(model, state, folder)
     return model, description
 

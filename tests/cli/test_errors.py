@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from mimkit.errors import REQUEUE, StoppedError, UserError, cli_entry
+from mimkit.errors import LONGEST, REQUEUE, StoppedError, UserError, cli_entry, reason_of, shorten, some
 
 
 def ending(capsys, error):
@@ -34,6 +34,10 @@ def multiply_wrong_shapes():
 
 KNOWN = {
     "user": (UserError("--seed x is no number: pass one."), 2, "--seed x is no number: pass one."),
+    "a long path": (UserError(f"{'x/' * 2000}a.pth is no file: pass one."), 2, "x/a.pth is no file: pass one."),
+    "a long list": (UserError(f"{'a, ' * 2000}are too many: pass fewer."), 2, "are too many: pass fewer."),
+    "a long name": (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000), 2, "xxx: File name too long: check"),
+    "long yaml": (yaml.YAMLError("tab " * 2000), 2, "correct it, or pass another one."),
     "line breaks": (UserError("a\nb\n\n c: pass d."), 2, "a b c: pass d."),
     "stopped": (StoppedError("Stopped by SIGTERM."), REQUEUE, "Stopped by SIGTERM."),
     "interrupt": (KeyboardInterrupt(), 130, "Interrupted."),
@@ -117,3 +121,30 @@ def test_other_errors_keep_their_traceback():
 
         with pytest.raises(type(error)):
             main()
+
+
+def test_some_names_and_a_count():
+    assert some([]) == ""
+    assert some("abc") == "a, b, c"
+    assert some(range(1200)) == "0, 1, 2 and 1,197 more"
+    assert some("abc", 2) == "a, b and 1 more"
+
+
+def test_errors_are_shortened_where_they_are_long():
+    short = "/a/path/that/is/not/short/" * 4 + " is wrong: pass another."
+    assert shorten(short) == short
+    for message in ("x" * 5000, "a b " * 2000, f"{'/long' * 99} is wrong: pass {'y' * 900}.", "x" * (LONGEST + 1)):
+        said = shorten(message)
+        assert len(said) <= LONGEST
+        assert said[:20] == message[:20]
+        assert said[-15:] == message.strip()[-15:]
+        assert "..." in said
+
+
+def test_the_reason_of_an_error_is_its_first_line_without_escape_codes():
+    assert reason_of(ValueError()) == "ValueError"
+    assert reason_of(RuntimeError("\n \x1b[1mbold\x1b[0m words\nmore")) == "bold words"
+    assert reason_of(RuntimeError("Error(s) in loading:\n\tMissing a\nb")) == "Error(s) in loading: Missing a"
+    assert reason_of(RuntimeError("Advice. WeightsUnpickler error: \n\nUnsupported operand 7\n\nSee")) == (
+        "Unsupported operand 7"
+    )

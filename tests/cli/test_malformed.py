@@ -162,6 +162,7 @@ def check(root, main, *argv):
         if code:
             assert code == 2
             assert ": " in lines[-1]
+            assert len(lines[-1]) <= 300
             if TRAINS not in lines[-1]:
                 assert files(root) == before
         assert not [
