@@ -15,7 +15,7 @@ from timm.layers import to_2tuple
 from mimkit.conversion.family import OWN, families, own_family, own_names
 from mimkit.conversion.report import Report, Row, measure, sha256
 from mimkit.conversion.source import Origin, Plain, fetch_published, find_source, from_pyramid, read_family, read_plain
-from mimkit.conversion.verify import run_checks
+from mimkit.conversion.verify import own_outputs, run_checks
 from mimkit.errors import UserError
 from mimkit.files import read_json, replacing
 from mimkit.io.hub import local_path
@@ -175,10 +175,12 @@ def convert(
     data_config = {key: known[key] for key in DATA if key in known}
     with tempfile.TemporaryDirectory() if dry_run else replacing(str(out)) as temporary:
         folder = Path(temporary)
-        save_model(assemble(target.net, target.state), folder, input_size=size, **data_config)
-        del target  # the checks read the written weights, which would be in memory twice
+        net = assemble(target.net, target.state)
+        save_model(net, folder, input_size=size, **data_config)
+        before = own_outputs(net) if checks and own_family(to) else []
+        del target, net  # the checks read the written weights, which would be in memory twice
         if checks:
-            report.checks = run_checks(folder, to, plain, file, families()[layout])
+            report.checks = run_checks(folder, to, plain, file, families()[layout], before)
         config = read_json(folder / "config.json")
         note = {"source": source, "file": str(file), "sha256": report.sha256, "written": sha256(folder)}
         config["mimkit"] = {**note, "checks": report.checks or "NOT CHECKED"}

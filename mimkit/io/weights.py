@@ -168,7 +168,7 @@ def load_strictly(model: nn.Module, state: State, origin: str | Path, assign: bo
         assign: use the given tensors as the parameters instead of copying them.
 
     Raises:
-        UserError: it lists all names that are missing, unexpected or of another shape.
+        UserError: it lists all names that are missing, unexpected or of another shape, or a variance is negative.
     """
     own = model.state_dict()
     missing, unexpected, misshapen = misfits(own, state)
@@ -177,7 +177,20 @@ def load_strictly(model: nn.Module, state: State, origin: str | Path, assign: bo
     if any(problems.values()):
         lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{origin} does not fit {type(model).__name__} ({lists}): check the model's name and options.")
+    check_variances(state, origin)
     model.load_state_dict(state, assign=assign)
+
+
+def check_variances(state: State, origin: str | Path) -> None:
+    """Refuse negative running variances, of which BatchNorm makes NaN.
+
+    Args:
+        origin: where the state dict is from, for the error.
+    """
+    broken = [name for name, tensor in state.items() if name.endswith("running_var") and (tensor < 0).any()]
+    if broken:
+        others = f" and {len(broken) - 1} more" if broken[1:] else ""
+        raise UserError(f"{origin} has negative variances in {broken[0]}{others}. Get another copy of it.")
 
 
 def on_meta(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
