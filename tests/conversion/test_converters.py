@@ -744,6 +744,23 @@ def test_mmpretrain_hivit(form, tmp_path):
     assert difference(tuned.double().eval().forward_features(x), expected) < 1e-12
 
 
+@torch.no_grad()
+def test_released_positions_at_another_size(tmp_path):
+    """A converted file, and the file itself as the start of a fine-tuning, resample positions as the authors do."""
+    net = fill(timm.create_model("hivit_nano", img_size=64, num_classes=0, unit_form=True)).eval()
+    torch.save({"model": net.state_dict()}, tmp_path / "hivit.pth")
+    convert("hivit_nano", "hivit_nano", tmp_path / "out", tmp_path / "hivit.pth", "hivit")
+    maps = rearrange(net.absolute_pos_embed, "1 (y x) d -> 1 d y x", y=4)
+    expected = F.interpolate(maps, scale_factor=6 / 4, mode="bicubic").flatten(2).mT
+    converted = load(tmp_path / "out")
+    assert torch.allclose(converted.positions((6, 6)), expected, atol=1e-6)
+    for name, init in ((str(tmp_path / "out"), None), ("hivit_nano", str(tmp_path / "hivit.pth"))):
+        tuned, _ = load_network(name, init, read_released=read_released, img_size=96)
+        assert not tuned.unit_form
+        assert torch.allclose(tuned.absolute_pos_embed, expected, atol=1e-6)
+        assert tuned._model_args["pos_antialias"] is False
+
+
 def test_other_layouts_are_not_taken_for_mmpretrain(tmp_path):
     state = dict(timm.create_model("hivit_nano", img_size=64, num_classes=7).state_dict())
     torch.save({key: tensor for key, tensor in state.items() if "fc_norm" not in key}, tmp_path / "cut.pth")
