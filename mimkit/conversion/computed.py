@@ -23,3 +23,15 @@ def is_relative_index(index: Tensor) -> bool:
 def is_range(index: Tensor) -> bool:
     """Return whether an index holds 0, 1, 2, ... ."""
     return torch.equal(index.flatten().long(), torch.arange(index.numel()))
+
+
+def is_key_mask(mask: Tensor) -> bool:
+    """Return whether the mask (3d) of a bias of q, k and v leaves out that of k."""
+    thirds = mask.new_tensor([1, 0, 1]).repeat_interleave(mask.numel() // 3)
+    return torch.equal(mask, thirds)
+
+
+def is_rope_periods(periods: Tensor) -> bool:
+    """Return whether RoPE's periods (n) are DINOv3's, 1 to 100 in geometric steps, in any precision."""
+    expected = 100 ** (torch.arange(periods.numel()) / max(periods.numel(), 1))
+    return periods.shape == expected.shape and torch.allclose(periods.float(), expected, rtol=2e-2)

@@ -229,7 +229,7 @@ def dinov3_file(folder):
         elif not key.endswith("v_bias"):
             key = key.replace("reg_token", "storage_tokens")
             state[key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")] = value
-    state |= {"mask_token": torch.randn(1, 48), "rope_embed.periods": torch.randn(4)}
+    state |= {"mask_token": torch.randn(1, 48), "rope_embed.periods": 100 ** (torch.arange(4) / 4).bfloat16()}
     torch.save(state, folder / "dinov3.pth")
     return net, "vit_small_patch16_dinov3_qkvb", folder / "dinov3.pth", "dinov3"
 
@@ -876,6 +876,15 @@ def test_computed_tensors_are_checked(family, state, name, change, tmp_path):
         convert(to, to, tmp_path / "out", tmp_path / "file.pth", family)
     assert len(str(refused.value)) < 300
     assert not (tmp_path / "out").exists()
+
+
+def test_periods_and_masks_of_dinov3_are_checked(write):
+    """A DINOv3 that was trained with other periods would be converted to those of the release."""
+    state = read_weights(write("dinov3").path)
+    for name in ("rope_embed.periods", "blocks.1.attn.qkv.bias_mask"):
+        for wrong in (state[name] + 0.5, state[name][:-1], state[name].sum()):
+            with pytest.raises(UserError, match=name):
+                families()["dinov3"].remap(Remap(state | {name: wrong}, set()))
 
 
 def test_other_indices_are_checked():
