@@ -3,12 +3,13 @@
 Pre-trained files end in a norm before the loss, fine-tuned ones in `fc_norm` and `head`. The names are timm's.
 """
 
+from mimkit.conversion.computed import is_relative_index
 from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:
     """Keep all names, and drop what only pre-training has."""
-    m.drop(r".*relative_position_index", "index buffer, recomputed")
+    m.drop(r".*relative_position_index", "index buffer, recomputed", is_relative_index)
     m.drop(r"mask_token|lm_head\..*|cls_pt_layers\..*", "used in masked pre-training only")
     m.rename(r"(cls_token|pos_embed|(?:patch_embed|blocks|norm|fc_norm|head|rel_pos_bias)\..*)", r"\1")
 

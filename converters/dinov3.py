@@ -7,6 +7,7 @@ target is timm's Eva.
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from mimkit.conversion.computed import is_key_mask, is_rope_periods
 from mimkit.conversion.family import Family, Remap
 from mimkit.errors import UserError
 
@@ -34,8 +35,9 @@ def biases(m: Remap) -> None:
 def remap(m: Remap) -> None:
     """Rename the tensors to those of timm's Eva."""
     m.drop(r"mask_token", "used in masked pre-training only")
-    m.drop(r"rope_embed\.periods", "RoPE periods, recomputed")
-    m.drop(r"blocks\.\d+\.attn\.qkv\.bias_mask", "mask of the key bias, which timm does not have")
+    m.drop(r"rope_embed\.periods", "RoPE periods, recomputed", is_rope_periods)
+    masks = r"blocks\.\d+\.attn\.qkv\.bias_mask"
+    m.drop(masks, "mask of the key bias, which timm does not have", is_key_mask)
     m.drop(r"local_cls_norm\..*", "used in pre-training only")
     m.rename(r"storage_tokens", "reg_token")
     biases(m)

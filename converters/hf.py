@@ -10,6 +10,7 @@ import torch
 from mimkit.converters.dinov2 import positions
 from torch import Tensor
 
+from mimkit.conversion.computed import is_range, is_relative_index
 from mimkit.conversion.family import Family, Remap
 from mimkit.errors import UserError
 
@@ -55,7 +56,8 @@ def attention(m: Remap) -> None:
 def remap(m: Remap) -> None:
     """Rename the tensors of all these networks: their names do not collide."""
     m.drop(r"(?:decoder\..*|.*mask_token|lm_head\..*)", "used in masked pre-training only")
-    m.drop(r".*(relative_position_index|position_ids)", "index buffer, recomputed")
+    m.drop(r".*relative_position_index", "index buffer, recomputed", is_relative_index)
+    m.drop(r".*position_ids", "index buffer, recomputed", is_range)
     m.drop(NET + r"pooler\.dense\..*", "pooler, not part of the backbone")
     m.drop(r"(text_model|text_projection|logit_scale)\b.*", "text tower")
     clip = r"vision_model\.embeddings\."

@@ -5,13 +5,14 @@ mmpretrain converted MAE, DeiT, DeiT III, DINOv2 and others to this layout.
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from mimkit.conversion.computed import is_relative_index
 from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:
     """Rename all tensors. The prefix `backbone.` was removed on reading, and the top-level `ln1` is the final norm."""
     m.drop(r"mask_token|(neck|target_generator|data_preprocessor)\..*", "used in pre-training only")
-    m.drop(r".*relative_position_index", "index buffer, recomputed")
+    m.drop(r".*relative_position_index", "index buffer, recomputed", is_relative_index)
     m.rename_all(
         {
             r"(cls_token|dist_token|pos_embed)": r"\1",

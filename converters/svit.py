@@ -8,6 +8,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
+from mimkit.conversion.computed import is_identity_kernel
 from mimkit.conversion.family import Family, Remap
 
 BLOCK = r"layers\.(\d)\.blocks\.(\d+)\."
@@ -26,7 +27,8 @@ def qkv(tensor: Tensor) -> Tensor:
 
 def remap(m: Remap) -> None:
     """Rename all tensors, and drop the fixed kernels that collect neighbors."""
-    m.drop(rf"{BLOCK}attn\.(?:unfold|fold)\.weights", "fixed kernel that collects neighbors; our code slices instead")
+    kernels = rf"{BLOCK}attn\.(?:unfold|fold)\.weights"
+    m.drop(kernels, "fixed kernel that collects neighbors; our code slices instead", is_identity_kernel)
     for i in range(4):
         m.rename(rf"patch_embed\.proj\.{3 * i}\.(.*)", rf"stem.convs.{i}.\1")
         m.rename(rf"patch_embed\.proj\.{3 * i + 2}\.(.*)", rf"stem.norms.{i}.\1")

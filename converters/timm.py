@@ -3,13 +3,14 @@
 SigLIP, EVA-02 and every other plain ViT in timm are read by this family.
 """
 
+from mimkit.conversion.computed import is_relative_index
 from mimkit.conversion.family import Family, Remap
 
 
 def remap(m: Remap) -> None:
     """Keep all names, and drop what only pre-training has."""
     m.drop(r"mask_token|lm_head\..*", "used in masked pre-training only")
-    m.drop(r".*relative_position_index", "index buffer, recomputed")
+    m.drop(r".*relative_position_index", "index buffer, recomputed", is_relative_index)
     m.rename(r"(.+)", r"\1")
 
 

@@ -24,7 +24,7 @@ from mimkit.conversion.source import (
     read_family,
     read_plain,
 )
-from mimkit.conversion.verify import run_checks
+from mimkit.conversion.verify import own_outputs, run_checks
 from mimkit.errors import UserError, did_you_mean
 from mimkit.files import read_json, replacing
 from mimkit.io.hub import local_path
@@ -191,10 +191,12 @@ def convert(
     data_config = {key: known[key] for key in DATA if key in known}
     with tempfile.TemporaryDirectory() if dry_run else replacing(str(out)) as temporary:
         folder = Path(temporary)
-        save_model(assemble(target.net, target.state), folder, input_size=size, **data_config)
-        del target  # the checks read the written weights, which would be in memory twice
+        net = assemble(target.net, target.state)
+        save_model(net, folder, input_size=size, **data_config)
+        before = own_outputs(net) if checks and own_family(to) else []
+        del target, net  # the checks read the written weights, which would be in memory twice
         if checks:
-            report.checks = run_checks(folder, to, plain, file, families()[layout])
+            report.checks = run_checks(folder, to, plain, file, families()[layout], before)
         config = read_json(folder / "config.json")
         note = {"source": source, "file": str(file), "sha256": report.sha256, "written": sha256(folder)}
         config["mimkit"] = {**note, "checks": report.checks or "NOT CHECKED"}

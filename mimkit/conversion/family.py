@@ -89,9 +89,22 @@ class Remap:
             names, tensors = zip(*(group[part] for part in parts), strict=True)
             self.put("renamed", names, target, torch.cat(tensors), f"{', '.join(parts)} fused")
 
-    def drop(self, pattern: str, why: str) -> None:
-        """Drop tensors that the target network does not have."""
-        self.rows.extend(Row("dropped", (match[0],), None, why) for match, _ in self.take(pattern))
+    def drop(self, pattern: str, why: str, known: Callable[[Tensor], bool] | None = None) -> None:
+        """Drop tensors that the target network does not have.
+
+        Args:
+            known: returns whether a tensor holds the values that the target network computes instead.
+
+        Raises:
+            UserError: a tensor holds other values, so the target network would not compute what the file's does.
+        """
+        for match, tensor in self.take(pattern):
+            if known and not known(tensor):
+                raise UserError(
+                    f"{match[0]} does not hold the values that our network computes instead ({why}). Get another copy "
+                    "of the file."
+                )
+            self.rows.append(Row("dropped", (match[0],), None, why))
 
     def skip(self, name: str, why: str) -> None:
         """Drop a tensor that `take` returned."""

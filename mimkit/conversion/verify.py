@@ -20,9 +20,11 @@ from torch import Tensor
 
 from mimkit.errors import UserError
 from mimkit.io.weights import State, assemble, materialize, on_meta, read_weights
-from mimkit.models.hpvit import PATCH, SIDE, HPViT, set_eps, unfold
+from mimkit.models.hpvit import PATCH, SIDE, HPViT, unfold
+from mimkit.models.layers.norm import set_eps
 from mimkit.models.layers.patch_embed import KERNEL, resize_kernel, resize_matrix
 from mimkit.sample import load_images
+from mimkit.units import serialize, unit_grid
 
 if TYPE_CHECKING:
     from mimkit.conversion.family import Family
@@ -41,7 +43,9 @@ PRETRAINING = r"(decoder|(dino|ibot)_head|lm_head|predictor)[._].*|head\.(mlp|la
 Check = dict[str, Any]  # name, result and text, and the figures by name
 
 
-def run_checks(folder: Path, to: str, plain: "Plain | None", file: Path, family: "Family") -> list[Check]:
+def run_checks(
+    folder: Path, to: str, plain: "Plain | None", file: Path, family: "Family", before: list[Tensor]
+) -> list[Check]:
     """Run all checks that apply to a conversion.
 
     Args:
@@ -50,12 +54,13 @@ def run_checks(folder: Path, to: str, plain: "Plain | None", file: Path, family:
         plain: the plain ViT that was read; None for a network of our own.
         file: the source checkpoint.
         family: the source checkpoint's family.
+        before: `own_outputs` of a network of our own before it was written.
 
     Raises:
         UserError: a check failed.
     """
     if plain is None:
-        return [no_reader(family, "no other library has this network")]
+        return [no_reader(family, "no other library has this network"), check_own(folder, before)]
     if plain.pyramid:  # the source file is an HPViT, which must equal the plain ViT too
         checks = [check_pyramid(file, plain) | {"name": "the pyramid that was read is the plain ViT"}]
     else:
@@ -409,3 +414,38 @@ def check_plain(folder: Path, plain: "Plain") -> Check:
             f"The written network differs from the plain ViT ({text}; limit {LIMIT:.0e}). Nothing was written."
         )
     return {"name": "the file as written", "result": "passed", "float32": error, "text": f"{text}."}
+
+
+# Networks of our own -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def own_outputs(net: Any) -> list[Tensor]:
+    """Compute the outputs of a HiViT or SViT at its input size, and at a wider one, which resamples its tables.
+
+    The network is changed to float64, because another norm epsilon would look like rounding in float32.
+    """
+    net.double().eval()
+    in_chans, height, width = net.pretrained_cfg["input_size"]
+    outputs = []
+    for columns in (width, width + net.unit_size):
+        x = sample_input((in_chans, height, columns), net.pretrained_cfg, count=1).double()
+        outputs.append(net(x))
+        if getattr(net, "unit_form", False):  # its last norm is on the output of `encode_units` alone
+            grid = unit_grid(height, columns, net.unit_size)
+            index = torch.arange(math.prod(grid))[None]
+            outputs.append(net.encode_units(serialize(x, net.unit_size), index, grid))
+    return outputs
+
+
+def check_own(folder: Path, before: list[Tensor]) -> Check:
+    """Check that a HiViT or SViT, read back by timm, computes what it computed before it was written."""
+    after = own_outputs(load_written(folder))
+    error = max(difference(ours, theirs) for ours, theirs in zip(after, before, strict=True))
+    text = (
+        "Relative difference between the written network's outputs at two input sizes, read back by timm, and those "
+        f"before writing, in float64: {error:.1e}"
+    )
+    if not error <= LIMIT64:
+        raise UserError(f"The written network differs ({text}; limit {LIMIT64:.0e}). Nothing was written.")
+    return {"name": "the file as written", "result": "passed", "float64": error, "text": f"{text}."}

@@ -243,11 +243,17 @@ def check_values(state: State, origin: str | Path) -> None:
 
 
 def check_finite(state: State, origin: str | Path) -> None:
-    """Refuse weights with NaN or infinite values. `origin` is where they are from, for the error."""
+    """Refuse weights with NaN or infinite values, or with negative variances, of which BatchNorm makes NaN.
+
+    Args:
+        origin: where the state dict is from, for the error.
+    """
     if broken := [name for name, tensor in state.items() if not tensor.float().isfinite().all()]:
         raise UserError(
             f"{origin} has NaN or infinite values in {some(broken)}. Pass another file, or an earlier checkpoint."
         )
+    if broken := [name for name, tensor in state.items() if name.endswith("running_var") and (tensor < 0).any()]:
+        raise UserError(f"{origin} has negative variances in {some(broken)}. Get another copy of it.")
 
 
 def load_strictly(model: nn.Module, state: State, origin: str | Path, assign: bool = False) -> None:
@@ -258,7 +264,7 @@ def load_strictly(model: nn.Module, state: State, origin: str | Path, assign: bo
         assign: use the given tensors as the parameters instead of copying them.
 
     Raises:
-        UserError: names are missing, unexpected or of another shape, or values are not finite.
+        UserError: names are missing, unexpected or of another shape, values are not finite, or a variance is negative.
     """
     own = model.state_dict()
     missing, unexpected, misshapen = misfits(own, state)

@@ -16,6 +16,8 @@ from mimkit.methods.mae import MAE
 from mimkit.methods.protocols import Method
 from mimkit.methods.simmim import PixelHead, SimMIM
 from mimkit.models.factory import adapt_to_input_size, as_map_encoder, as_unit_encoder, create_network, timm_model
+from mimkit.models.hivit import HiViT
+from mimkit.models.layers.pos_embed import is_sincos
 
 
 class Entry(NamedTuple):
@@ -52,13 +54,22 @@ def load_initial_weights(method: Method, source: str) -> str:
     if folder != run or (run / "decoder").is_dir():
         encoder, decoder = read_weights(folder), read_weights(run / "decoder")
     else:
-        encoder, decoder = split(read_weights(folder))
+        state = read_weights(folder)
+        encoder, decoder = split(state)
+        table = state.get("decoder_pos_embed")
+        if decoder and table is not None and not is_sincos(table):
+            raise UserError(
+                f"--init {source} has a decoder_pos_embed that is not the sine-cosine table, which our decoder has. "
+                "Get another copy of it, or remove its decoder."
+            )
     model = timm_model(method.encoder)
     check_dims(model.state_dict(), encoder, source)
     try:
-        if (folder / "config.json").is_file():  # it has the input size that the position tables are for
-            config = read_json(folder / "config.json")
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        if config:  # it has the input size that the position tables are for
             model.pretrained_cfg["input_size"] = config["pretrained_cfg"]["input_size"]
+        if isinstance(model, HiViT):  # the authors' files have no config.json
+            model.set_pos_antialias(bool(config) and config.get("model_args", {}).get("pos_antialias", True))
         encoder = adapt_to_input_size(encoder, model)
     except (LookupError, TypeError, RuntimeError, AssertionError):
         pass  # load_strictly names the tensors that are missing or misshapen

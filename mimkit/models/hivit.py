@@ -22,6 +22,7 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from mimkit.errors import UserError
+from mimkit.models.layers.norm import set_eps
 from mimkit.models.layers.pos_embed import sincos_positions
 from mimkit.models.layers.windows import global_blocks, into_windows, out_of_windows, window_sides
 from mimkit.units import Grid, Grids, gather, one_grid, serialize, unit_grid
@@ -36,7 +37,7 @@ class UnitPatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim)
 
     def forward(self, units: Tensor) -> Tensor:
         """(b v c p p) -> (b v ih iw d)"""
@@ -51,7 +52,7 @@ class StemBlock(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float, drop_path: float):
         super().__init__()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -68,7 +69,7 @@ class Merge(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=1e-6)
+        self.norm = nn.LayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,9 +106,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, grid: Grid | None):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, num_heads, grid)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -137,6 +138,10 @@ class HiViT(nn.Module):
         unit_form: build the form for masked pre-training.
         multi_scale: concatenate the features before each merge to the output of `encode_units`, which is then
             7 x `embed_dim` wide. Needs the unit form.
+        final_norm: end in the form's own norm, `fc_norm` or `norm`. mmpretrain's networks have neither.
+        norm_eps: epsilon of all norms. mmpretrain's classifiers have 1e-5.
+        pos_antialias: resample absolute positions as timm does, by antialiased bicubic interpolation. False is plain
+            bicubic interpolation, as in the authors' code, and is set for their weights.
         window: largest side, in units, of attention windows for large images, or 0 for none. The last block of each
             quarter stays global, and bias tables are resampled to the window. `encode_units` needs 0, because the
             visible units do not form whole windows.
@@ -161,6 +166,9 @@ class HiViT(nn.Module):
         global_pool: str = "avg",
         unit_form: bool = False,
         multi_scale: bool = False,
+        final_norm: bool = True,
+        norm_eps: float = 1e-6,
+        pos_antialias: bool = True,
         window: int = 0,
     ):
         super().__init__()
@@ -172,7 +180,7 @@ class HiViT(nn.Module):
             )
         height, width = to_2tuple(img_size)
         self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
-        self.unit_form, self.multi_scale = unit_form, multi_scale
+        self.unit_form, self.multi_scale, self.pos_antialias = unit_form, multi_scale, pos_antialias
         self.unit_size = UNIT_PATCHES * patch_size
         self.grid = unit_grid(height, width, self.unit_size)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -202,8 +210,9 @@ class HiViT(nn.Module):
             self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**stage, "module": module})
         self.set_window(window)
 
-        self.norm = nn.LayerNorm(self.out_dim, eps=1e-6) if unit_form else nn.Identity()
-        self.fc_norm = nn.Identity() if unit_form else nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = nn.LayerNorm(self.out_dim) if unit_form and final_norm else nn.Identity()
+        self.fc_norm = nn.LayerNorm(embed_dim) if final_norm and not unit_form else nn.Identity()
+        set_eps(self, norm_eps)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
@@ -213,6 +222,11 @@ class HiViT(nn.Module):
         main = [i for i, block in enumerate(self.blocks) if isinstance(block, Block)]
         self.window, self.global_blocks = window, [main[i] for i in global_blocks(len(main), window)]
         update_model_args(self, window=window)
+
+    def set_pos_antialias(self, antialias: bool) -> None:
+        """Set how positions are resampled: as timm does, or as the authors' code does."""
+        self.pos_antialias = antialias
+        update_model_args(self, pos_antialias=antialias)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -231,7 +245,7 @@ class HiViT(nn.Module):
 
     def positions(self, grid: Grid) -> Tensor:
         """Return the position table (1 n d), resampled if the grid is not the one that the network was built for."""
-        return resample_abs_pos_embed(self.absolute_pos_embed, list(grid), list(self.grid), num_prefix_tokens=0)
+        return resample_positions(self.absolute_pos_embed, self.grid, grid, self.pos_antialias)
 
     def relative_bias(self, block: Block, grid: Grid) -> Tensor | None:
         """Return the relative position bias (h n n) of a main block for this grid, or None in the unit form."""
@@ -380,6 +394,11 @@ class HiViT(nn.Module):
 # Resampling of tables ------------------------------------------------------------------------------------------------
 
 
+def resample_positions(table: Tensor, old: Grid, new: Grid, antialias: bool) -> Tensor:
+    """Resample a position table from the grid `old` to `new`, bicubic: (1 n d) -> (1 n' d)."""
+    return resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=0, antialias=antialias)
+
+
 def resample_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
     """Resample a relative-bias table from the grid `old` to `new`: (offsets h) -> (offsets' h).
 
@@ -422,7 +441,7 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: HiViT) -> dict[str, Te
     if old != model.grid:
         for name, tensor in state.items():
             if name == "absolute_pos_embed":
-                state[name] = resample_abs_pos_embed(tensor, list(model.grid), list(old), num_prefix_tokens=0)
+                state[name] = resample_positions(tensor, old, model.grid, model.pos_antialias)
             elif name.endswith("relative_position_bias_table"):
                 state[name] = resample_bias_table(tensor, old, model.grid)
     state["patch_embed.proj.weight"] = resample_patch_embed(kernel, [model.patch_embed.patch_size] * 2)

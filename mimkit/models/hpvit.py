@@ -35,6 +35,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from mimkit.errors import UserError
+from mimkit.models.layers.norm import set_eps
 from mimkit.models.layers.windows import cut_windows, global_blocks, into_windows, out_of_windows, window_sides
 from mimkit.units import Grid
 
@@ -132,13 +133,6 @@ def plain_vit(
         raise UserError(f"{source} cannot be built by timm ({reason}): check its name and options.") from error
     set_eps(net, norm_eps)
     return net
-
-
-def set_eps(net: Any, eps: float | None) -> None:
-    """Set the epsilon of all norms of a network, which timm has no argument for. None changes nothing."""
-    for module in net.modules() if eps is not None else ():
-        if hasattr(module, "eps"):
-            module.eps = eps
 
 
 class Pool(nn.Module):

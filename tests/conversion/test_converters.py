@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,13 +19,17 @@ from safetensors.torch import load_file, save_file
 from svit_reference import Reference, released, shaken
 
 from mimkit.conversion import source
+from mimkit.conversion.computed import is_relative_index
 from mimkit.conversion.convert import as_pyramid, convert, read_released
-from mimkit.conversion.family import families
+from mimkit.conversion.family import Remap, families
 from mimkit.conversion.source import find_source, read_plain
 from mimkit.conversion.verify import check_reader, difference, tokens_after
 from mimkit.errors import UserError
-from mimkit.io.weights import assemble, read_weights
+from mimkit.io.weights import assemble, read_weights, save_model
 from mimkit.models.hpvit import plain_vit
+from mimkit.models.layers.pos_embed import sincos_positions
+from mimkit.models.pretrained import load_network
+from mimkit.units import serialize
 
 TINY = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64}
 HF = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192, "image_size": 64}
@@ -224,7 +229,7 @@ def dinov3_file(folder):
         elif not key.endswith("v_bias"):
             key = key.replace("reg_token", "storage_tokens")
             state[key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")] = value
-    state |= {"mask_token": torch.randn(1, 48), "rope_embed.periods": torch.randn(4)}
+    state |= {"mask_token": torch.randn(1, 48), "rope_embed.periods": 100 ** (torch.arange(4) / 4).bfloat16()}
     torch.save(state, folder / "dinov3.pth")
     return net, "vit_small_patch16_dinov3_qkvb", folder / "dinov3.pth", "dinov3"
 
@@ -232,7 +237,8 @@ def dinov3_file(folder):
 def beit_file(folder):
     """A fine-tuned BEiT with an index buffer in every block."""
     net = tiny("beit_base_patch16_224", num_classes=7)
-    state = net.state_dict() | {f"blocks.{i}.attn.relative_position_index": torch.zeros(17, 17) for i in range(2)}
+    index = {f"blocks.{i}.attn.relative_position_index": net.blocks[i].attn.relative_position_index for i in range(2)}
+    state = net.state_dict() | index
     torch.save({"module": state}, folder / "beit.pth")
     return net, "beit_b", folder / "beit.pth", "beit"
 
@@ -605,10 +611,16 @@ def test_the_reference_of_mmpretrain_catches_a_wrong_family(scale, mutate, mmpre
     assert gap < 1e-5 if harmless else gap > 1e-3
 
 
-@pytest.mark.parametrize("spelling", ["official", "mmpretrain"])
+def offset_rows(side):
+    """Return the rows (n n) of a relative position table, from the definition: one row for each offset of two cells."""
+    cells = [(y, x) for y in range(side) for x in range(side)]
+    rows = [[(y - v + side - 1) * (2 * side - 1) + x - u + side - 1 for v, u in cells] for y, x in cells]
+    return torch.tensor(rows)
+
+
 @pytest.mark.parametrize("form", ["supervised", "masked", "multi_scale"])
 @torch.no_grad()
-def test_hivit(spelling, form, tmp_path):
+def test_hivit(form, tmp_path):
     options = {
         "supervised": {"num_classes": 7},
         "masked": {"num_classes": 0, "unit_form": True},
@@ -617,13 +629,10 @@ def test_hivit(spelling, form, tmp_path):
     net = fill(timm.create_model("hivit_nano", img_size=64, **options)).eval()
     state = dict(net.state_dict())
     if form != "supervised":
-        state |= {"mask_token": torch.randn(1, 1, 8)}
+        positions = sincos_positions(8, (4, 4))[None].half()
+        state |= {"mask_token": torch.randn(1, 1, 8), "decoder_pos_embed": positions}
     else:
-        state |= {"relative_position_index": torch.zeros(16, 16)}
-    if spelling == "mmpretrain":
-        for ours, theirs in {"relative_position_bias_table": "pos_embed", "absolute_": "", "head.": "head.fc."}.items():
-            state = {key.replace(ours, theirs): value for key, value in state.items()}
-        state = {key if key.startswith("head") else f"backbone.{key}": value for key, value in state.items()}
+        state |= {"relative_position_index": offset_rows(4)}
     torch.save({"model": state}, tmp_path / "hivit.pth")
     report = convert("hivit_nano", "hivit_nano", tmp_path / "out", tmp_path / "hivit.pth", "hivit")
     back = load(tmp_path / "out")
@@ -635,13 +644,132 @@ def test_hivit(spelling, form, tmp_path):
         units = torch.randn(1, 4, 3, 16, 16)
         index = torch.tensor([[0, 3, 5, 9]])
         assert torch.equal(back.encode_units(units, index, (4, 4)), net.encode_units(units, index, (4, 4)))
-    assert report.checks[0]["result"] == "no independent reader"
+    assert [check["result"] for check in report.checks] == ["no independent reader", "passed"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["mimkit"]["checks"]
     arguments, weights = read_released("hivit_nano", tmp_path / "hivit.pth")
     assert arguments["num_classes"] == net.num_classes
     again = timm.create_model("hivit_nano", **arguments).eval()
     again.load_state_dict(weights)
     assert torch.equal(again.forward_features(x), net.forward_features(x))
+
+
+def mmpretrain_hivit(state, x, heads, eps):
+    """Compute the tokens of mmpretrain's HiViT, written from the names of its tensors without timm or mimkit."""
+
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+    def linear(name, x):
+        return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+    kernel = state["patch_embed.proj.weight"]
+    x = F.conv2d(x, kernel, state["patch_embed.proj.bias"], stride=kernel.shape[-1])
+    x = norm("patch_embed.norm", rearrange(x, "b d (h i) (w j) -> b (h w) i j d", i=4, j=4))
+    for i in range(1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))):
+        name = f"blocks.{i}"
+        if f"{name}.reduction.weight" in state:
+            x = rearrange(x, "b n (i y) (j x) d -> b n i j (x y d)", y=2, x=2)
+            x = linear(f"{name}.reduction", norm(f"{name}.norm", x))
+            continue
+        if f"{name}.attn.qkv.weight" in state:
+            x = x if x.ndim == 3 else x[:, :, 0, 0] + state["pos_embed"]
+            qkv = linear(f"{name}.attn.qkv", norm(f"{name}.norm1", x))
+            q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=heads)
+            logits = torch.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
+            if f"{name}.attn.relative_position_bias_table" in state:
+                rows = offset_rows(math.isqrt(x.shape[1]))
+                logits = logits + state[f"{name}.attn.relative_position_bias_table"][rows].movedim(-1, 0)
+            x = x + linear(f"{name}.attn.proj", rearrange(logits.softmax(-1) @ v, "b h n d -> b n (h d)"))
+        x = x + linear(f"{name}.mlp.fc2", F.gelu(linear(f"{name}.mlp.fc1", norm(f"{name}.norm2", x))))
+    return x
+
+
+def mmpretrain_hivit_state(form):
+    """Return random tensors under the names of mmpretrain 1.2.0: a classifier with or without tables, or an MAE."""
+    torch.manual_seed(0)
+    d, shapes, state = 32, {"patch_embed.proj": (32, 3, 4, 4), "patch_embed.norm": (32,)}, {}
+    for i in range(8):  # a stem block, a merge, a stem block, a merge, four main blocks
+        if i in (1, 3):
+            state[f"blocks.{i}.reduction.weight"] = torch.randn(2 * d, 4 * d) * (4 * d) ** -0.5
+            shapes[f"blocks.{i}.norm"] = (4 * d,)
+            d *= 2
+            continue
+        ratio = 3 if i < 4 else 4
+        shapes |= {
+            f"blocks.{i}.norm2": (d,),
+            f"blocks.{i}.mlp.fc1": (ratio * d, d),
+            f"blocks.{i}.mlp.fc2": (d, ratio * d),
+        }
+        if i > 3:
+            shapes |= {f"blocks.{i}.norm1": (d,), f"blocks.{i}.attn.qkv": (3 * d, d), f"blocks.{i}.attn.proj": (d, d)}
+            if form == "classifier":
+                state[f"blocks.{i}.attn.relative_position_bias_table"] = torch.randn(49, 4)
+                state[f"blocks.{i}.attn.relative_position_index"] = offset_rows(4)
+    for name, shape in shapes.items():
+        state[f"{name}.weight"] = torch.randn(shape) * math.prod(shape[1:]) ** -0.5
+        state[f"{name}.bias"] = torch.randn(shape[0])
+    return state | {"pos_embed": torch.randn(1, 16, d)}
+
+
+@pytest.mark.parametrize("form", ["classifier", "classifier without tables", "mae"])
+@torch.no_grad()
+def test_mmpretrain_hivit(form, tmp_path):
+    """The epsilon and the missing last norm of mmpretrain's networks are kept in the folder and in a fine-tuning."""
+    state = mmpretrain_hivit_state(form)
+    file = {f"backbone.{name}": tensor for name, tensor in state.items()}
+    head = {"head.fc.weight": torch.randn(7, 128), "head.fc.bias": torch.randn(7)}
+    rows, columns = sincos_positions(8, (4, 4)).chunk(2, dim=1)[::-1]
+    table = F.pad(torch.cat([rows, columns], dim=1), (0, 0, 1, 0))[None]  # the row comes first, and a class token
+    decoder = {
+        "neck.decoder_pos_embed": table,
+        "neck.mask_token": torch.randn(1, 1, 8),
+        "neck.ln1.weight": torch.ones(8),
+    }
+    torch.save({"state_dict": file | (decoder if form == "mae" else head), "meta": {"epoch": 1}}, tmp_path / "mm.pth")
+    convert("hivit_nano", "hivit_nano", tmp_path / "out", tmp_path / "mm.pth", "hivit")
+    net = load(tmp_path / "out").double()
+    x = torch.randn(2, 3, 64, 64).double()
+    eps = 1e-6 if form == "mae" else 1e-5
+    state = {name: tensor.double() for name, tensor in state.items()}
+    expected = mmpretrain_hivit(state, x, heads=4, eps=eps)
+    assert difference(net.forward_features(x), expected) < 1e-12
+    assert difference(net.forward_features(x), mmpretrain_hivit(state, x, 4, 1.1e-5 - eps)) > 1e-9  # the other epsilon
+    if form == "mae":
+        units = serialize(x, 16)
+        assert difference(net.encode_units(units, torch.arange(16).expand(2, -1), (4, 4)), expected) < 1e-12
+    else:
+        logits = F.linear(expected.mean(1), head["head.fc.weight"].double(), head["head.fc.bias"].double())
+        assert difference(net(x), logits) < 1e-12
+    tuned, _ = load_network("hivit_nano", str(tmp_path / "mm.pth"), read_released=read_released)
+    assert difference(tuned.double().eval().forward_features(x), expected) < 1e-12
+
+
+@torch.no_grad()
+def test_released_positions_at_another_size(tmp_path):
+    """A converted file, and the file itself as the start of a fine-tuning, resample positions as the authors do."""
+    net = fill(timm.create_model("hivit_nano", img_size=64, num_classes=0, unit_form=True)).eval()
+    torch.save({"model": net.state_dict()}, tmp_path / "hivit.pth")
+    convert("hivit_nano", "hivit_nano", tmp_path / "out", tmp_path / "hivit.pth", "hivit")
+    maps = rearrange(net.absolute_pos_embed, "1 (y x) d -> 1 d y x", y=4)
+    expected = F.interpolate(maps, scale_factor=6 / 4, mode="bicubic").flatten(2).mT
+    converted = load(tmp_path / "out")
+    assert torch.allclose(converted.positions((6, 6)), expected, atol=1e-6)
+    for name, init in ((str(tmp_path / "out"), None), ("hivit_nano", str(tmp_path / "hivit.pth"))):
+        tuned, _ = load_network(name, init, read_released=read_released, img_size=96)
+        assert not tuned.unit_form
+        assert torch.allclose(tuned.absolute_pos_embed, expected, atol=1e-6)
+        assert tuned._model_args["pos_antialias"] is False
+
+
+def test_other_layouts_are_not_taken_for_mmpretrain(tmp_path):
+    state = dict(timm.create_model("hivit_nano", img_size=64, num_classes=7).state_dict())
+    torch.save({key: tensor for key, tensor in state.items() if "fc_norm" not in key}, tmp_path / "cut.pth")
+    with pytest.raises(UserError, match=r"The file has no fc_norm\.weight or norm\.weight"):
+        convert("hivit_nano", "hivit_nano", tmp_path / "out", tmp_path / "cut.pth", "hivit")
+    state["pos_embed"] = state.pop("absolute_pos_embed")
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"4 tensors that hivit does not explain: fc_norm\.bias"):
+        convert("hivit_nano", "hivit_nano", tmp_path / "out", tmp_path / "odd.pth", "hivit")
 
 
 @pytest.mark.parametrize("name", ["svit_s", "svit_b", "svit_l"])
@@ -653,10 +781,10 @@ def test_svit(name, tmp_path):
     other = {key: tensor + 1 for key, tensor in parallel.items()}
     run = {"epoch": 3, "args": argparse.Namespace(model="stvit", input_size=384)}
     torch.save({"model": parallel, "model_ema": other, **run}, tmp_path / "stvit.pth")
-    given = {"weights": "model", "source_args": {"img_size": 384}}
+    given = {"weights": "model", "source_args": {"img_size": 64}}
     report = convert(name, name, tmp_path / "out", tmp_path / "stvit.pth", "svit", **given)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["pretrained_cfg"]["input_size"] == [3, 384, 384]
+    assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
     dropped = [row for row in report.rows if row.action == "dropped"]
     assert len(dropped) == 8
     assert all("weights" in row.origins[0] and row.why for row in dropped)
@@ -692,3 +820,108 @@ def test_read_released(tmp_path):
     save_file(net.state_dict(), tmp_path / "ours.safetensors")
     assert read_released("svit_s", tmp_path / "ours.safetensors") is None
     assert read_released("vit_base_patch16_224", tmp_path / "svit.pth") is None
+
+
+# What files hold although networks compute it ------------------------------------------------------------------------
+
+
+def encoder_state():
+    net = timm.create_model("hivit_nano", img_size=64, num_classes=0, unit_form=True, multi_scale=True)
+    table = sincos_positions(8, (4, 4))[None]
+    return dict(net.state_dict()) | {"mask_token": torch.randn(1, 1, 8), "decoder_pos_embed": table}
+
+
+def hivit_state():
+    net = timm.create_model("hivit_nano", img_size=64, num_classes=7)
+    index = {f"blocks.{i}.attn.relative_position_index": offset_rows(4) for i in range(4, 8)}
+    return dict(net.state_dict()) | index | {"relative_position_index": offset_rows(4)}
+
+
+def svit_state():
+    return released(shaken(timm.create_model("svit_s", depths=(1, 1, 1, 1), num_classes=7)))
+
+
+def mmpretrain_state():
+    return mmpretrain_hivit_state("mae") | {"neck.decoder_pos_embed": sincos_positions(8, (4, 4))[None]}
+
+
+def half(tensor):
+    return tensor / 2
+
+
+def moved(tensor):
+    return tensor.roll(1, -1)
+
+
+@pytest.mark.parametrize(
+    ("family", "state", "name", "change"),
+    [
+        ("hivit", hivit_state, "relative_position_index", torch.zeros_like),
+        ("hivit", hivit_state, "blocks.6.attn.relative_position_index", torch.Tensor.t),
+        ("hivit", encoder_state, "decoder_pos_embed", moved),
+        ("hivit", encoder_state, "decoder_pos_embed", half),
+        ("hivit", mmpretrain_state, "neck.decoder_pos_embed", torch.clone),  # columns come first in it
+        ("svit", svit_state, "layers.0.blocks.0.attn.fold.weights", half),
+        ("svit", svit_state, "layers.3.blocks.0.attn.unfold.weights", torch.zeros_like),
+        ("svit", svit_state, "patch_embed.proj.5.running_var", torch.neg),
+    ],
+)
+def test_computed_tensors_are_checked(family, state, name, change, tmp_path):
+    state = state()
+    state[name] = change(state[name])
+    torch.save({"model": state}, tmp_path / "file.pth")
+    to = {"hivit": "hivit_nano", "svit": "svit_s"}[family]
+    ours = "stem.norms.1.running_var" if name.endswith("running_var") else name
+    with pytest.raises(UserError, match=rf"\b{re.escape(ours)}\b") as refused:
+        convert(to, to, tmp_path / "out", tmp_path / "file.pth", family)
+    assert len(str(refused.value)) < 300
+    assert not (tmp_path / "out").exists()
+
+
+def test_periods_and_masks_of_dinov3_are_checked(write):
+    """A DINOv3 that was trained with other periods would be converted to those of the release."""
+    state = read_weights(write("dinov3").path)
+    for name in ("rope_embed.periods", "blocks.1.attn.qkv.bias_mask"):
+        for wrong in (state[name] + 0.5, state[name][:-1], state[name].sum()):
+            with pytest.raises(UserError, match=name):
+                families()["dinov3"].remap(Remap(state | {name: wrong}, set()))
+
+
+def test_other_indices_are_checked():
+    index = timm.create_model("beit_base_patch16_224", depth=1, img_size=64).blocks[0].attn.relative_position_index
+    assert is_relative_index(index)
+    assert is_relative_index(offset_rows(3).int())
+    assert not is_relative_index(index.roll(1))
+    assert not is_relative_index(offset_rows(3)[:8, :8])
+    assert not is_relative_index(torch.tensor(3))
+    state = {"embeddings.position_ids": torch.arange(5)[None], "vit.x.relative_position_index": index}
+    for name, tensor in state.items():
+        remap = Remap({name: tensor.roll(1)}, set())
+        with pytest.raises(UserError, match=name):
+            families()["hf"].remap(remap)
+        remap = Remap({name: tensor}, set())
+        families()["hf"].remap(remap)
+        assert [row.action for row in remap.rows] == ["dropped"]
+
+
+@pytest.mark.parametrize("lost", ["norm_eps", "pos_antialias", "weight"])
+def test_what_is_written_is_checked(lost, tmp_path, monkeypatch):
+    """A HiViT that computes something else after writing is an error, even if only the config lacks an argument."""
+    state = {f"backbone.{name}": tensor for name, tensor in mmpretrain_hivit_state("classifier").items()}
+    head = {"head.fc.weight": torch.randn(7, 128), "head.fc.bias": torch.randn(7)}
+    torch.save({"state_dict": state | head}, tmp_path / "mm.pth")
+
+    def save(net, folder, **data):
+        save_model(net, folder, **data)
+        config = json.loads((folder / "config.json").read_text())
+        config["model_args"].pop(lost, None)
+        (folder / "config.json").write_text(json.dumps(config))
+        if lost == "weight":
+            weights = load_file(folder / "model.safetensors")
+            weights["blocks.5.attn.proj.bias"][3] += 1e-4
+            save_file(weights, folder / "model.safetensors")
+
+    monkeypatch.setattr("mimkit.conversion.convert.save_model", save)
+    with pytest.raises(UserError, match=r"The written network differs .* Nothing was written"):
+        convert("hivit_nano", "hivit_nano", tmp_path / "out", tmp_path / "mm.pth", "hivit")
+    assert not (tmp_path / "out").exists()

@@ -349,6 +349,38 @@ def test_init_resizes_position_tables(tmp_path):
     table = wide.absolute_pos_embed.unflatten(1, (8, 16))
     resized = resample_abs_pos_embed(table.flatten(1, 2), [16, 8], [8, 16], num_prefix_tokens=0)
     assert torch.allclose(high.encoder.absolute_pos_embed, resized)
+    assert high.encoder.pos_antialias
+
+
+def test_init_from_a_released_file_resizes_positions_as_its_authors_do(tmp_path):
+    options = {"num_classes": 0, "unit_form": True, "patch_size": 1}
+    small, large = (fill(timm.create_model("hivit_nano", img_size=side, **options)) for side in (16, 32))
+    torch.save(small.state_dict(), tmp_path / "released.pth")
+    load_initial_weights(hivit_mae(large), str(tmp_path / "released.pth"))
+    table = small.absolute_pos_embed.unflatten(1, (4, 4)).movedim(-1, 1)
+    resized = nn.functional.interpolate(table, scale_factor=2, mode="bicubic").flatten(2).mT
+    assert torch.allclose(large.absolute_pos_embed, resized, atol=1e-6)
+    assert large._model_args["pos_antialias"] is False
+    write_model(large, tmp_path / "large", input_size=(3, 32, 32))
+    again = timm.create_model("hivit_nano", img_size=16, **options)
+    load_initial_weights(hivit_mae(again), str(tmp_path / "large"))
+    assert not again.pos_antialias
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_init_checks_the_positions_of_a_decoder(prefix, tmp_path):
+    mae = small_mae()
+    parts = ("embed.", "blocks.", "norm.", "pred.")
+    state = {"decoder_pos_embed": nn.functional.pad(sincos_positions(24, (2, 8)), (0, 0, prefix, 0))[None]}
+    for name, tensor in mae.decoder.state_dict().items():
+        state[f"decoder_{name}" if name.startswith(parts) else name] = tensor
+    state |= mae.encoder.vit.state_dict()
+    torch.save(state, tmp_path / "full.pth")
+    assert "encoder and decoder" in load_initial_weights(mae, str(tmp_path / "full.pth"))
+    state["decoder_pos_embed"] = state["decoder_pos_embed"] + 0.1
+    torch.save(state, tmp_path / "full.pth")
+    with pytest.raises(UserError, match=r"decoder_pos_embed that is not the sine-cosine table"):
+        load_initial_weights(mae, str(tmp_path / "full.pth"))
 
 
 def test_init_refuses_weights_that_do_not_fit(saved, tmp_path):

@@ -1,8 +1,11 @@
 """HiViT: published sizes, skipping of units, windows, and its behavior as a timm network."""
 
+import json
+
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import fill
 from einops import rearrange
 from hypothesis import given, settings
@@ -16,6 +19,7 @@ from mimkit.flops import count_gmacs, gmacs_of
 from mimkit.io.weights import write_model
 from mimkit.models.hivit import Merge, StemBlock, UnitPatchEmbed, checkpoint_filter_fn, resample_bias_table
 from mimkit.models.layers.windows import window_sides
+from mimkit.models.pretrained import load_network
 from mimkit.units import gather, sample_mask, serialize
 
 NAMES = timm.list_models("hivit_*")
@@ -332,6 +336,38 @@ def test_tables_resampled_by_the_loader_equal_those_resampled_at_run_time():
     large.load_state_dict(checkpoint_filter_fn(dict(small.state_dict()), large))
     x = torch.randn(1, 3, 96, 128)
     assert torch.allclose(large(x), small(x), atol=1e-5)
+
+
+def as_the_authors(table, old, new):
+    """Resample a table (n d) of a square grid as the authors' loader does: bicubic, by a scale."""
+    maps = rearrange(table, "(y x) d -> 1 d y x", y=old)
+    return rearrange(F.interpolate(maps, scale_factor=(new / old,) * 2, mode="bicubic"), "1 d y x -> (y x) d")
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@torch.no_grad()
+def test_positions_at_another_size(antialias, tmp_path):
+    """Released weights run at another size as the authors' code does, in all ways to get there."""
+    small = fill(timm.create_model("hivit_nano", img_size=64, pos_antialias=antialias)).eval()
+    state = dict(small.state_dict())
+    state["absolute_pos_embed"] = as_the_authors(state["absolute_pos_embed"][0], 4, 7)[None]
+    for name in [name for name in state if name.endswith("bias_table")]:
+        state[name] = as_the_authors(state[name], 7, 13)
+    theirs = timm.create_model("hivit_nano", img_size=112).eval()
+    theirs.load_state_dict(state)
+    write_model(small, tmp_path / "m", input_size=(3, 64, 64))
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["model_args"]["pos_antialias"] is antialias
+    folder, x = f"local-dir:{tmp_path / 'm'}", torch.randn(1, 3, 112, 112)
+    at_run_time = timm.create_model(folder, pretrained=True).eval()
+    by_the_loader = timm.create_model(folder, pretrained=True, img_size=112).eval()
+    fine_tuned, _ = load_network(str(tmp_path / "m"), img_size=112, global_pool="")
+    for net in (at_run_time, by_the_loader, fine_tuned.eval()):
+        tokens, expected = net.forward_features(x), theirs.forward_features(x)
+        assert torch.allclose(tokens, expected, atol=1e-5) is not antialias
+    del config["model_args"]["pos_antialias"]  # as written before there was a choice
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    assert timm.create_model(folder, pretrained=True).pos_antialias
 
 
 def test_another_patch_size_keeps_the_output_on_a_constant_image():
