@@ -12,6 +12,9 @@ accelerate launch recipes/finetune.py --config finetune_vit_b --data /path/to/im
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import mimkit  # noqa: F401  before torch, whose threads it tells how to wait
+
+# isort: split
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3

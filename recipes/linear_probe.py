@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import mimkit  # noqa: F401  before torch, whose threads it tells how to wait
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from timm.optim import Lars

@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import mimkit  # noqa: F401  before torch, whose threads it tells how to wait
+
+# isort: split
 import torch
 from timm.utils import ModelEmaV3
 

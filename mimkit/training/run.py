@@ -56,6 +56,7 @@ class Run:
         max_bad: fraction of images that may be impossible to decode.
         max_spike: see `AnomalyGuard`.
         track: name of an accelerate tracker.
+        threads: number of CPU threads of each process; see `set_threads`.
         replay: a skipped step to replay, RUN/replay/step-N, instead of training.
     """
 
@@ -76,6 +77,7 @@ class Run:
         max_bad: float = 0.01,
         max_spike: float | None = None,
         track: str | None = None,
+        threads: int | None = None,
         replay: Path | None = None,
     ):
         from accelerate.utils import set_seed
@@ -86,7 +88,7 @@ class Run:
         # a resumed run keeps what 'auto' was resolved to: its next machine may be fast at something else
         auto = precision == "auto" and bool(resume)
         saved = RunDir.open(out, name, resume).saved_options() if auto else {}
-        self.engine = Engine(resolve_precision(saved.get("precision", precision)), grad_accum_steps, track)
+        self.engine = Engine(resolve_precision(saved.get("precision", precision)), grad_accum_steps, track, threads)
         self.accelerator = self.engine.accelerator
         self.dir = self.engine.on_main(RunDir.open, out, name, resume)
         self.display = Display(quiet=not self.engine.is_main)

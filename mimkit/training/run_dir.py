@@ -12,7 +12,7 @@ from mimkit.training.checkpoint import checkpoints
 
 # Options that may differ when a run is resumed
 MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "keep", "keep_every", "knn_every", "eval_every"}
-MAY_CHANGE |= {"max_bad", "max_spike", "grad_accum_steps", "grad_checkpointing", "compile"}
+MAY_CHANGE |= {"max_bad", "max_spike", "grad_accum_steps", "grad_checkpointing", "compile", "threads"}
 
 
 class RunDir:

@@ -132,7 +132,9 @@ def test_the_third_bad_step_of_late_ends_the_run(tmp_path):
 
 def test_stopping_saves_the_step_that_is_done(tmp_path):
     run = Trained(tmp_path, 6, steps=8)
-    message = f"Stopped by SIGTERM after step 8, which is saved. Continue with --config {tmp_path}/config.yaml --resume auto."
+    message = (
+        f"Stopped by SIGTERM after step 8, which is saved. Continue with --config {tmp_path}/config.yaml --resume auto."
+    )
     with pytest.raises(StoppedError, match=f"^{re.escape(message)}$"):
         stop(7, "SIGTERM", run.checkpoints, run.state)
     assert checkpoints(tmp_path)[-1].name == "step-00000008"
