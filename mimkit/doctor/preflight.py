@@ -39,9 +39,9 @@ from mimkit.doctor.loss_bands import expected
 from mimkit.flops import kept_bytes
 from mimkit.training.run import Run
 
+MAX_LOAD = 0.25  # fraction of the CPU cores that other processes may use unmentioned
 MAX_SHIFT, MAX_SCALE = 1.5, 3.0  # of normalized images: distance of the mean from 0, and factor between std and 1
 MAX_DUPLICATES = 0.05  # fraction of the checked images
-MAX_LOAD = 0.25  # fraction of the CPU cores that other processes may use unmentioned
 MAX_EXAMPLES = 5  # images that a line names
 
 

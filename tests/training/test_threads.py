@@ -100,6 +100,7 @@ def test_recipes_import_mimkit_before_torch(file):
 
 
 def test_preflight_says_when_the_machine_is_loaded(monkeypatch):
+    monkeypatch.setattr(preflight, "MAX_LOAD", 0.25)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2}, raising=False)
     for busy, said in (([100.0, 5.0, 5.0], None), ([0.0, 90.0, 30.0], "other processes use 1.2 of 2 CPU cores")):
         monkeypatch.setattr(psutil, "cpu_percent", lambda _, percpu, busy=busy: busy)
