@@ -52,7 +52,12 @@ def models(img_size: int | str = 224) -> None:
 
 
 def _features(
-    model: str, data: str, img_size: int | str | None, images: int | None, max_bad: float
+    model: str,
+    data: str,
+    img_size: int | str | None,
+    images: int | None,
+    max_bad: float,
+    model_args: dict[str, Any] | None,
 ) -> "list[Features]":
     """Compute a model's features of the training and the test part of a data set."""
     import torch
@@ -65,7 +70,7 @@ def _features(
 
     parts = open_labeled(data)
     options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
-    network = create_network(model, **options)
+    network = create_network(model, **options, **(model_args or {}))
     if not has_weights(model):
         print(f"{model} is neither a model folder nor a name with a tag, so its weights are random.")
     spec = input_of(network)
@@ -82,6 +87,7 @@ def knn(
     img_size: int | str | None = None,
     images: PositiveInt | None = None,
     max_bad: float = 0.01,
+    model_args: dict[str, Any] | None = None,
 ) -> None:
     """Compute the accuracy of nearest-neighbor classification on a model's features, as DINO does.
 
@@ -91,10 +97,11 @@ def knn(
         img_size: Input size in pixels: 224 or HEIGHTxWIDTH. Default: the model's own.
         images: Number of training images to use. Default: all.
         max_bad: Fraction of images that may be impossible to decode.
+        model_args: Further arguments of the network in timm, such as {embed_dim: 160}.
     """
     from mimkit.evaluation.knn import knn as knn_accuracy
 
-    train, test = _features(model, data, img_size, images, max_bad)
+    train, test = _features(model, data, img_size, images, max_bad, model_args)
     for k, accuracy in knn_accuracy(train, test).items():
         print(f"kNN {accuracy:.2f} % (k = {k}, {len(train.y)} training and {len(test.y)} test images)")
 
@@ -105,6 +112,7 @@ def probe(
     img_size: int | str | None = None,
     images: PositiveInt | None = None,
     max_bad: float = 0.01,
+    model_args: dict[str, Any] | None = None,
 ) -> None:
     """Compute the accuracy of a linear classifier on a model's frozen features.
 
@@ -116,10 +124,11 @@ def probe(
         img_size: Input size in pixels: 224 or HEIGHTxWIDTH. Default: the model's own.
         images: Number of training images to use. Default: all.
         max_bad: Fraction of images that may be impossible to decode.
+        model_args: Further arguments of the network in timm, such as {embed_dim: 160}.
     """
     from mimkit.evaluation.probes import linear_probe
 
-    train, test = _features(model, data, img_size, images, max_bad)
+    train, test = _features(model, data, img_size, images, max_bad, model_args)
     result = linear_probe(train, test)
     print(
         f"linear probe {result.accuracy:.2f} % ({len(train.y)} training and {len(test.y)} test images; "

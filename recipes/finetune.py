@@ -122,7 +122,7 @@ def train(options: Options, replay: Path | None = None) -> tuple[Run, float | No
         show_groups(groups, options.lr, run.display.console)
         return run, None
     plan = run.make_plan(data.length, options.batch_size, options.epochs, options.aug_repeats)
-    run.write_config(asdict(options))
+    run.write_config(asdict(options), data)
     run.print(f"{start}; {data.length:,} images, lr {options.lr:.3g}")
 
     loader = train_loader(data, samples, plan, options.workers)

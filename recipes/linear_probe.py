@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
         return
 
     plan = run.make_plan(data.length, options.batch_size, options.epochs)
-    run.write_config(asdict(options))
+    run.write_config(asdict(options), data)
     probe = FrozenProbe(network, len(names), attentive)
     transform = train_transform(size, options.crop_scale)
     samples = SampleLoader(transform, spec.in_chans, 0, options.seed, (data.image, data.label), pixels=True)

@@ -135,7 +135,8 @@ def run_checks(job: Job, method: nn.Module, optimizer: torch.optim.Optimizer, bu
     estimate_time(network_rate, batch, loader_rate, job, findings)
     check_memory(trial, plan, findings)
     check_disk(trial, job.run, findings)
-    findings.lines["loss"] = expected(json.loads(json.dumps(job.config)))
+    if loss := expected(json.loads(json.dumps(job.config))):
+        findings.lines["loss"] = loss
     return findings
 
 

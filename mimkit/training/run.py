@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mimkit.data.identity import names_hash
 from mimkit.data.order import Plan
 from mimkit.data.sample import Batch
+from mimkit.data.sources import Source
 from mimkit.errors import UserError, signal_handlers
 from mimkit.training.anomaly import AnomalyGuard, Bad
 from mimkit.training.checkpoint import Checkpointer, TrainState, step_of
@@ -96,6 +98,7 @@ class Run:
         self.meter, self.guard = Meter(), AnomalyGuard(max_spike)
         self.preemption = Preemption(self.engine.any, self._interrupt, quiet=not self.engine.is_main)
         self.bad: Bad | None = None  # a step to return from
+        self.names = ""  # hash of the names of the images
         self.skipping = False  # whether the current step is skipped
         self.accelerator.project_configuration.set_directories(str(self.folder))
         self.accelerator.project_configuration.logging_dir = str(self.folder)
@@ -124,10 +127,15 @@ class Run:
         self.plan = with_changes(plan, steps=steps, start=start)
         return self.plan
 
-    def write_config(self, config: dict[str, Any]) -> None:
-        """Create the directory and write config.yaml, with every option as it was resolved."""
+    def write_config(self, config: dict[str, Any], source: Source | None = None) -> None:
+        """Create the directory and write config.yaml, with every option as it was resolved.
+
+        Args:
+            source: the images to train on, which must be the same if the run is resumed, wherever they lie.
+        """
         config = config | {"precision": self.engine.precision}
-        self.engine.on_main(self.dir.write_config, config)
+        self.names = self.engine.on_main(names_hash, source) if source else ""
+        self.engine.on_main(self.dir.write_config, config, self.names)
         if self.track and self.engine.is_main:
             flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
             self.accelerator.init_trackers(self.folder.name, flat)
@@ -155,7 +163,9 @@ class Run:
             module.to(engine.device)
         self.guard.watch(optimizer)
         scaler, sharded = self.accelerator.scaler, engine.sharded_checkpoint
-        self.state = TrainState(model, optimizer, self.meter, self.guard, extra, scaler, sharded, self.plan.length)
+        self.state = TrainState(
+            model, optimizer, self.meter, self.guard, extra, scaler, sharded, self.plan.length, self.names
+        )
         log = self.display.print
         self.skipper = StepSkipper(self.name, self.dir, engine, self.checkpoints, self.state, log)
         self.checkpoints.begin(self.state, save=not self.replay)
