@@ -59,6 +59,7 @@ def _features(
     max_bad: float,
     chosen: tuple[str | None, str | None, str | None],
     value_range: tuple[float, float],
+    model_args: dict[str, Any] | None,
 ) -> "list[Features]":
     """Compute a model's features of the training and the test part of a data set, by the chosen parts and columns."""
     import torch
@@ -74,7 +75,7 @@ def _features(
     parts = set_value_range(value_range, *open_labeled(data, *chosen))
     print(parts[0].about)
     options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
-    network = create_network(model, **options)
+    network = create_network(model, **options, **(model_args or {}))
     if not has_weights(model):
         print(f"{model} is neither a model folder nor a name with a tag, so its weights are random.")
     spec = input_of(network)
@@ -95,6 +96,7 @@ def knn(
     image_column: str | None = None,
     value_range: tuple[float, float] = (0.0, 1.0),
     label_column: str | None = None,
+    model_args: dict[str, Any] | None = None,
 ) -> None:
     """Compute the accuracy of nearest-neighbor classification on a model's features, as DINO does.
 
@@ -109,10 +111,12 @@ def knn(
         image_column: Column of the images in tables. Default: the first one with image files.
         value_range: Values of floating-point images that become 0 and 1.
         label_column: Column of the labels in tables. Default: found by its type and name.
+        model_args: Further arguments of the network in timm, such as {embed_dim: 160}.
     """
     from mimkit.evaluation.knn import knn as knn_accuracy
 
-    train, test = _features(model, data, img_size, images, max_bad, (parts, image_column, label_column), value_range)
+    reading = parts, image_column, label_column
+    train, test = _features(model, data, img_size, images, max_bad, reading, value_range, model_args)
     for k, accuracy in knn_accuracy(train, test).items():
         print(f"kNN {accuracy:.2f} % (k = {k}, {len(train.y)} training and {len(test.y)} test images)")
 
@@ -127,6 +131,7 @@ def probe(
     image_column: str | None = None,
     value_range: tuple[float, float] = (0.0, 1.0),
     label_column: str | None = None,
+    model_args: dict[str, Any] | None = None,
 ) -> None:
     """Compute the accuracy of a linear classifier on a model's frozen features.
 
@@ -143,10 +148,12 @@ def probe(
         image_column: Column of the images in tables. Default: the first one with image files.
         value_range: Values of floating-point images that become 0 and 1.
         label_column: Column of the labels in tables. Default: found by its type and name.
+        model_args: Further arguments of the network in timm, such as {embed_dim: 160}.
     """
     from mimkit.evaluation.probes import linear_probe
 
-    train, test = _features(model, data, img_size, images, max_bad, (parts, image_column, label_column), value_range)
+    reading = parts, image_column, label_column
+    train, test = _features(model, data, img_size, images, max_bad, reading, value_range, model_args)
     result = linear_probe(train, test)
     print(
         f"linear probe {result.accuracy:.2f} % ({len(train.y)} training and {len(test.y)} test images; "

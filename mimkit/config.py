@@ -84,6 +84,7 @@ class RunOptions:
         max_spike: Skip a step whose loss exceeds this multiple of the running mean. Non-finite steps are always
             skipped.
         track: Also log to tensorboard, wandb or trackio.
+        threads: CPU threads of each training process. Default: OMP_NUM_THREADS, else its share of the cores.
     """
 
     out: str | None = None
@@ -98,6 +99,7 @@ class RunOptions:
     max_bad: NonNegativeFloat = 0.01
     max_spike: PositiveFloat | None = None
     track: str | None = None
+    threads: PositiveInt | None = None
 
 
 @dataclass

@@ -1,5 +1,8 @@
 """Figures: matplotlib without a display, images in axes, and atomic writes."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +13,34 @@ from torch import Tensor
 from mimkit.files import replacing_file
 
 
-def pyplot() -> Any:
-    """Import matplotlib.pyplot, set up to draw without a display."""
-    import matplotlib as mpl
+@contextmanager
+def any_backend() -> Iterator[None]:
+    """Import matplotlib inside, or what imports it, whatever MPLBACKEND says.
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    A notebook exports a backend of its own to all commands, and matplotlib cannot be imported where that is missing.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
-    return plt
+
+def new_figure(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """Return a figure that is drawn to a file, and its axes (rows columns).
+
+    It leaves pyplot alone, which belongs to the user.
+
+    Args:
+        size: width and height, in inches.
+    """
+    with any_backend():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=size)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def show_image(image: Tensor, axis: Any) -> None:
@@ -29,7 +52,7 @@ def show_image(image: Tensor, axis: Any) -> None:
 
 
 def save_figure(figure: Any, file: Path, bottom: float = 0.0) -> None:
-    """Write a figure atomically and close it.
+    """Write a figure atomically.
 
     Args:
         bottom: fraction of the height to leave free at the bottom.
@@ -37,4 +60,3 @@ def save_figure(figure: Any, file: Path, bottom: float = 0.0) -> None:
     figure.tight_layout(rect=(0, bottom, 1, 1))
     with replacing_file(file) as temporary:
         figure.savefig(temporary, dpi=100)
-    pyplot().close(figure)

@@ -2,9 +2,9 @@
 
 import json
 import os
+import secrets
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,10 +47,18 @@ def _alive(process: int) -> bool:
     return True
 
 
+def _new_folder(parent: Path, prefix: str) -> Path:
+    """Create a folder whose permissions the umask decides. Those of tempfile.mkdtemp are the owner's alone."""
+    folder = parent / f"{prefix}{secrets.token_hex(4)}"
+    folder.mkdir()
+    return folder
+
+
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` at the end, or is removed if anything fails.
 
+    The umask decides the permissions of the files in it, whoever writes them: safetensors' are the owner's alone.
     Temporary folders that killed processes left are removed.
     """
     folder = Path(folder)
@@ -63,12 +71,15 @@ def replacing(folder: str | Path) -> Iterator[Path]:
                 (left / "old").rename(folder)
             shutil.rmtree(left, ignore_errors=True)
     prefix += f"{os.getpid()}-"
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    temporary = _new_folder(folder.parent, prefix)
     try:
-        temporary.chmod(0o755)
         yield temporary
+        mode = temporary.stat().st_mode & 0o666
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+            old = _new_folder(folder.parent, prefix)
             folder.rename(old / "old")
             temporary.rename(folder)
             shutil.rmtree(old)
@@ -87,7 +98,10 @@ def replacing_file(file: str | Path) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{os.getpid()}-{file.name}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

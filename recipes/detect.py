@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mimkit  # noqa: F401  before torch, whose threads it tells how to wait
+
+# isort: split
 import torch
 from timm.utils import ModelEmaV3
 
@@ -152,7 +155,7 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
         task.dry_run(network.to(run.engine.device), samples, data)
         return
     loader = train_loader(data, samples, plan, options.workers, collate_list)
-    run.write_config(asdict(options))
+    run.write_config(asdict(options), data)
     counts = f"{len(truth.names)} classes; {data.length:,} training and {test.length:,} test images"
     run.print(f"{start}; {counts}; neck: {network.pyramid.neck}")
     ema = ModelEmaV3(network, options.model_ema_decay, use_warmup=True) if options.model_ema_decay else None

@@ -12,6 +12,9 @@ accelerate launch recipes/finetune.py --config finetune_vit_b --data /path/to/im
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import mimkit  # noqa: F401  before torch, whose threads it tells how to wait
+
+# isort: split
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
@@ -122,7 +125,7 @@ def train(options: Options, replay: Path | None = None) -> tuple[Run, float | No
         show_groups(groups, options.lr, run.display.console)
         return run, None
     plan = run.make_plan(data.length, options.batch_size, options.epochs, options.aug_repeats)
-    run.write_config(asdict(options))
+    run.write_config(asdict(options), data)
     write_classes(run, names)
     run.print(f"{start}; {data.length:,} images, lr {options.lr:.3g}")
 

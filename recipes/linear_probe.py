@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import mimkit  # noqa: F401  before torch, whose threads it tells how to wait
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from timm.optim import Lars
@@ -100,7 +103,7 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
         return
 
     plan = run.make_plan(data.length, options.batch_size, options.epochs)
-    run.write_config(asdict(options))
+    run.write_config(asdict(options), data)
     write_classes(run, names)
     probe = FrozenProbe(network, len(names), attentive)
     transform = train_transform(size, options.crop_scale)

@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None, replay: Path | None = None, name: str = 
     preflight(Job(run, source, samples, *about), simmim, optimizer, options.dry_run)
     if options.dry_run:
         return
-    run.write_config(asdict(options))
+    run.write_config(asdict(options), source)
     model, stepper = run.prepare(simmim, optimizer, options.clip_grad)
 
     if not plan.start:

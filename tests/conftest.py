@@ -75,10 +75,11 @@ def pytest_runtest_call(item):
 def _anew(monkeypatch):
     """Give each test its own seed, number of threads, and accelerate, which keeps its state for a whole process.
 
-    Preflight measures for .1 seconds, and bf16 counts as slow on any CPU.
+    Preflight measures for .1 seconds and takes any machine as free, and bf16 counts as slow on any CPU.
     """
     threads = torch.get_num_threads()
     monkeypatch.setattr(preflight, "BRIEF", preflight.BRIEF._replace(seconds=0.1))
+    monkeypatch.setattr(preflight, "MAX_LOAD", 1000)
     monkeypatch.setattr(precision, "seconds_of", {torch.float32: 1, torch.bfloat16: 2}.get)
     torch.manual_seed(0)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -80,6 +80,11 @@ def nearest(config: dict[str, Any]) -> tuple[Reference, list[str]]:
     return min(compared, key=lambda pair: len(pair[1]))
 
 
+def is_own_data(config: dict[str, Any]) -> bool:
+    """Return whether a run is on images that none of our runs used, so that its losses say nothing next to ours."""
+    return all(reference.options["data"] != config.get("data") for reference in references())
+
+
 def losses(
     lines: Sequence[dict[str, float]], steps: float, fractions: Sequence[float] = FRACTIONS
 ) -> dict[float, float]:
@@ -100,12 +105,14 @@ def losses(
 
 
 def expected(config: dict[str, Any]) -> str:
-    """Describe the losses that a run should have.
+    """Describe the losses that a run should have. Empty for data that none of our runs used.
 
     Args:
         config: the resolved options of the run.
     """
     reference, differing = nearest(config)
+    if is_own_data(config):
+        return ""
     if differing:
         return f"no reference losses: {_summary(differing)} (compared with {reference.name}, our closest run)"
     bands = ", ".join("{:.3f} to {:.3f} at {:.0%}".format(*reference.band(f), f) for f in reference.loss)
@@ -139,7 +146,7 @@ def health(folder: Path) -> tuple[list[str], list[str]]:
         return [problem], [problem]
     steps = lines[-1]["step"] / lines[-1]["epoch"] * config["epochs"]
     sentences, problems = [], []
-    for sentence, is_problem in (*_trend(lines, steps), _waiting(lines), _comparison(lines, steps, config)):
+    for sentence, is_problem in (*_trend(lines, steps), _waiting(lines), *_comparison(lines, steps, config)):
         sentences.append(sentence)
         problems += [sentence] if is_problem else []
     return sentences, problems
@@ -163,18 +170,20 @@ def _waiting(lines: list[dict[str, float]]) -> tuple[str, bool]:
     return f"The run waited for data {waiting:.0%} of the time.{advice}", False
 
 
-def _comparison(lines: list[dict[str, float]], steps: float, config: dict[str, Any]) -> tuple[str, bool]:
-    """Return a sentence that compares the loss with our own runs, and whether this is a problem.
+def _comparison(lines: list[dict[str, float]], steps: float, config: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Return a sentence that compares the loss with our own runs, and whether this is a problem; none for other data.
 
     It is about the last fraction at which the loss is above the band, else the last one at which it is below, else the
     last one.
     """
     reference, differing = nearest(config)
+    if is_own_data(config):
+        return []
     if differing:
-        return f"The loss cannot be compared with our runs of {reference.name}: {_summary(differing)}.", False
+        return [(f"The loss cannot be compared with our runs of {reference.name}: {_summary(differing)}.", False)]
     places = [(f, loss, *reference.band(f)) for f, loss in losses(lines, steps, list(reference.loss)).items()]
     if not places:
-        return f"It is too early to compare the loss with our runs ({expected(config)}).", False
+        return [(f"It is too early to compare the loss with our runs ({expected(config)}).", False)]
     above = [place for place in places if place[1] > place[3]]
     below = [place for place in places if place[1] < place[2]]
     fraction, loss, low, high = (above or below or places)[-1]
@@ -185,7 +194,7 @@ def _comparison(lines: list[dict[str, float]], steps: float, config: dict[str, A
         sentence += " Check what the options do not record, such as changes of the code and the data."
     elif below:
         sentence += " The data or the code differ from those of our runs."
-    return sentence, bool(above)
+    return [(sentence, bool(above))]
 
 
 def _summary(differing: list[str]) -> str:

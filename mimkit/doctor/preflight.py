@@ -39,6 +39,7 @@ from mimkit.doctor.loss_bands import expected
 from mimkit.flops import kept_bytes
 from mimkit.training.run import Run
 
+MAX_LOAD = 0.25  # fraction of the CPU cores that other processes may use unmentioned
 MAX_SHIFT, MAX_SCALE = 1.5, 3.0  # of normalized images: distance of the mean from 0, and factor between std and 1
 MAX_DUPLICATES = 0.05  # fraction of the checked images
 MAX_EXAMPLES = 5  # images that a line names
@@ -122,6 +123,7 @@ def run_checks(job: Job, method: nn.Module, optimizer: torch.optim.Optimizer, bu
     """Check the images, then measure what a step costs."""
     plan, findings = job.run.plan, Findings()
     check_images(job, budget, findings)
+    check_load(findings)
     trial = Trial(job.run, *copy.deepcopy((method, optimizer)), job.sample_loader.in_chans, job.size)
     describe_steps(trial, job, findings)
     network_rate, batch = trial.measure_rate(min(plan.micro_batch_size, job.source.length), budget.seconds)
@@ -133,7 +135,8 @@ def run_checks(job: Job, method: nn.Module, optimizer: torch.optim.Optimizer, bu
     estimate_time(network_rate, batch, loader_rate, job, findings)
     check_memory(trial, plan, findings)
     check_disk(trial, job.run, findings)
-    findings.lines["loss"] = expected(json.loads(json.dumps(job.config)))
+    if loss := expected(json.loads(json.dumps(job.config))):
+        findings.lines["loss"] = loss
     return findings
 
 
@@ -240,6 +243,18 @@ def _numbers(values: Tensor | Sequence[float], separator: str = " ") -> str:
 
 def _examples(names: list[str]) -> str:
     return f", such as {', '.join(names[:MAX_EXAMPLES])}" if names else ""
+
+
+def check_load(findings: Findings) -> None:
+    """Report whether other processes use the CPU cores, while this one sleeps for a moment."""
+    busy = psutil.cpu_percent(0.3, percpu=True)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(busy))
+    used = sum(busy[core] for core in allowed if core < len(busy)) / 100
+    if used > MAX_LOAD * cpu_count():
+        findings.lines["machine"] = (
+            f"other processes use {used:.1f} of {cpu_count()} CPU cores, so training is slow; fewer --threads may be "
+            "faster"
+        )
 
 
 # Cost ----------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Describe a pre-training run: its network at the start, its pictures and its health at the end."""
 
+from shlex import quote
+
 from mimkit.data.loader import load_preview
 from mimkit.data.sources import Source
 from mimkit.data.transforms import Normalize
@@ -29,12 +31,13 @@ def summarize(run: Run, method: Method, source: Source, size: tuple[int, int], n
     if len(images):
         reconstructions(method, normalize(images), normalize, run.folder / "reconstructions.png")
     run.print("\n".join(health(run.folder)[0]))
+    data = quote(source.name)
+    labeled = f"mimkit probe --model {quote(f'{run.folder}/encoder')} --data {data}\n      " if source.label else ""
     run.print(
         f"\nwrote {run.folder}/: curves.png, reconstructions.png, metrics.jsonl, config.yaml, checkpoints/, decoder/\n"
         f"and encoder/, which timm loads after `import mimkit` (without pretrained=True its weights would be random):\n"
         f'    timm.create_model("local-dir:{run.folder}/encoder", pretrained=True)\n'
-        f"next: mimkit probe --model {run.folder}/encoder --data {source.name}\n"
-        f"      mimkit reconstruct --run {run.folder} --images FOLDER --out picture.png"
+        f"next: {labeled}mimkit reconstruct --run {quote(str(run.folder))} --images {data}"
     )
 
 

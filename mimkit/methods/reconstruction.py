@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mimkit.data.transforms import Normalize
-from mimkit.figures import pyplot, save_figure, show_image
+from mimkit.figures import new_figure, save_figure, show_image
 from mimkit.methods.protocols import Method
 from mimkit.units import Grid, UnitMask, gather, scatter, serialize, unit_grid, unserialize
 
@@ -73,7 +73,7 @@ def reconstructions(method: Method, images: Tensor, normalize: Normalize, file: 
     names = ("original", f"masked ({method.mask_ratio:.0%})", "reconstruction")
     height = images.shape[-2]
     gap = max(1, height // 28)
-    figure, axis = pyplot().subplots(figsize=(max(5.0, 1.5 * len(images) + 0.6), 5.4))
+    figure, ((axis,),) = new_figure((max(5.0, 1.5 * len(images) + 0.6), 5.4))
     show_image(make_grid(torch.cat(rows), len(images), gap, pad_value=1), axis)
     axis.set_yticks([gap + height / 2 + i * (height + gap) for i in range(3)], names, rotation=90, va="center")
     axis.tick_params(length=0)

@@ -15,6 +15,7 @@ from mimkit.data.sources import Source
 from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
 from mimkit.evaluation.features import NoImagesError, map_batches
+from mimkit.figures import any_backend
 from mimkit.files import replacing_file
 from mimkit.io.weights import write_model
 from mimkit.models.factory import create_network, has_weights
@@ -50,7 +51,8 @@ def count_scores(batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> Scor
     Raises:
         UserError: a label is not one of the classes.
     """
-    from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_stat_scores
+    with any_backend():
+        from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_stat_scores
 
     # torchmetrics' classes would sum over processes by themselves, and wait for a process without images forever
     confusion, top5_hits = torch.zeros(classes, classes, dtype=torch.int64), torch.tensor(0)
@@ -176,7 +178,7 @@ class Classification:
     """
 
     figure = "top1"
-    hints: tuple[str, ...] = ("predict --model {} --images FOLDER", "export --model {} --out model.onnx")
+    hints: tuple[str, ...] = ("predict --model {model} --images {images}", "export --model {model}")
 
     def __init__(
         self,

@@ -274,7 +274,7 @@ class Detection:
     """
 
     figure = "box_ap"
-    hints: tuple[str, ...] = ("predict --model {} --images FOLDER --out found.json",)
+    hints: tuple[str, ...] = ("predict --model {model} --images {images}",)
 
     def __init__(
         self,

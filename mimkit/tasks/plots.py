@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torchvision.utils import draw_segmentation_masks
 
-from mimkit.figures import pyplot, save_figure, show_image
+from mimkit.figures import new_figure, save_figure, show_image
 
 
 def plot_confusion(confusion: Tensor, names: list[str], file: Path) -> None:
@@ -22,10 +22,9 @@ def plot_confusion(confusion: Tensor, names: list[str], file: Path) -> None:
         names: names of the classes.
         file: picture to write.
     """
-    plt = pyplot()
     percent = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     side = min(12.0, 2.5 + 0.45 * len(names))
-    figure, axis = plt.subplots(figsize=(side + 1, side))
+    figure, ((axis,),) = new_figure((side + 1, side))
     matrix = axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(matrix, label="% of the true class", fraction=0.046)
     axis.set(xlabel="predicted class", ylabel="true class", xticks=[], yticks=[])
@@ -54,17 +53,18 @@ def plot_segmentations(examples: Sequence[tuple[Tensor, Tensor, Tensor]], names:
         names: names of the classes.
         file: picture to write.
     """
-    plt = pyplot()
     colors = np.concatenate([palette(len(names)), np.full((256 - len(names), 3), 255, np.uint8)])
     rows = [[image for image, _, _ in examples]]
     rows += [[torch.from_numpy(rearrange(colors[item[i]], "h w c -> c h w")) for item in examples] for i in (1, 2)]
-    figure, axes = plt.subplots(3, len(examples), figsize=(max(5.0, 1.8 * len(examples) + 0.6), 6.2), squeeze=False)
+    figure, axes = new_figure((max(5.0, 1.8 * len(examples) + 0.6), 6.2), 3, len(examples))
+    from matplotlib.patches import Rectangle
+
     for title, pictures, line in zip(("image", "mask", "prediction"), rows, axes, strict=True):
         for picture, axis in zip(pictures, line, strict=True):
             show_image(picture, axis)
         line[0].set_ylabel(title)
     present = sorted({int(i) for item in examples for mask in item[1:] for i in mask.unique() if i < len(names)})[:24]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colors[i] / 255) for i in present]
+    handles = [Rectangle((0, 0), 1, 1, color=colors[i] / 255) for i in present]
     figure.legend(handles, [names[i] for i in present], loc="lower center", ncols=8, fontsize=8)
     save_figure(figure, file, bottom=0.06 + 0.04 * (len(handles) // 8))
 
@@ -78,9 +78,10 @@ def plot_detections(examples: Sequence[tuple[Tensor, Any, Any]], names: list[str
         names: names of the classes.
         file: picture to write.
     """
-    plt = pyplot()
     colors = [tuple(color) for color in palette(len(names)).tolist()]
-    figure, axes = plt.subplots(2, len(examples), figsize=(max(5.0, 2.6 * len(examples) + 0.6), 5.6), squeeze=False)
+    figure, axes = new_figure((max(5.0, 2.6 * len(examples) + 0.6), 5.6), 2, len(examples))
+    from matplotlib.patches import Rectangle
+
     for (image, *both), column in zip(examples, axes.T, strict=True):
         rgb = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
         picture = rgb if rgb.dtype == torch.uint8 else (255 * rgb).clamp(0, 255).byte()
@@ -95,9 +96,33 @@ def plot_detections(examples: Sequence[tuple[Tensor, Any, Any]], names: list[str
             boxes = zip(objects["boxes"].tolist(), objects["labels"].tolist(), scores, shades, strict=True)
             for (left, top, right, bottom), label, score, shade in boxes:
                 color = [value / 255 for value in shade]
-                axis.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, color=color))
+                axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=color))
                 text = names[label - 1] + (f" {score:.2f}" if score is not None else "")
-                axis.text(left, top, text, fontsize=6, va="bottom", color="black", backgroundcolor=(*color, 0.7))
+                label_box(axis, picture.shape[-2:], (left, top, right), text, color)
     axes[0, 0].set_ylabel("objects")
     axes[1, 0].set_ylabel("detections")
     save_figure(figure, file)
+
+
+def label_box(axis: Any, size: Sequence[int], box: tuple[float, float, float], text: str, color: list[float]) -> None:
+    """Write the label of a box above it, or inside at the top of the image; in its right half, to the left.
+
+    What is too long for the image is cut at its frame.
+
+    Args:
+        size: height and width of the image.
+        box: left, top and right of the box.
+    """
+    height, width = size
+    left, top, right = (min(max(value, 0), end) for value, end in zip(box, (width, height, width), strict=True))
+    on_right, at_top = left + right > width, top < height / 6
+    axis.text(
+        right if on_right else left,
+        top,
+        text,
+        fontsize=6,
+        ha="right" if on_right else "left",
+        va="top" if at_top else "bottom",
+        bbox={"facecolor": (*color, 0.7), "edgecolor": "none", "pad": 1},
+        clip_on=True,
+    )

@@ -19,6 +19,7 @@ from mimkit.data.segmentation import IGNORE, Classes, eval_pairs
 from mimkit.data.sources import Source, open_all, set_value_range
 from mimkit.data.transforms import Normalize, Size, checked_size, resize_short
 from mimkit.errors import UserError
+from mimkit.figures import any_backend
 from mimkit.files import replacing, replacing_file
 from mimkit.models.feature_pyramid import Pyramid
 from mimkit.tasks.dense_checkpoint import read_dense, write_dense
@@ -182,7 +183,7 @@ class Segmentation:
     """
 
     figure = "miou"
-    hints: tuple[str, ...] = ("predict --model {} --images FOLDER --out masks",)
+    hints: tuple[str, ...] = ("predict --model {model} --images {images}",)
 
     def __init__(
         self,
@@ -222,7 +223,8 @@ class Segmentation:
         Raises:
             UserError: no image can be used, or all pixels are ignored.
         """
-        from torchmetrics.functional.classification import multiclass_confusion_matrix
+        with any_backend():
+            from torchmetrics.functional.classification import multiclass_confusion_matrix
 
         run, training, classes = self.run, network.training, len(self.classes.names)
         network.eval()

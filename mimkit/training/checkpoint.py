@@ -121,6 +121,7 @@ class TrainState:
         scaler: the gradient scaler of fp16, or None.
         sharded: whether the engine writes the model and the optimizer itself.
         images: number of images in the data set, whose order depends on it.
+        names: hash of their names.
     """
 
     def __init__(
@@ -133,9 +134,11 @@ class TrainState:
         scaler: Any = None,
         sharded: bool = False,
         images: int = 0,
+        names: str = "",
     ):
         self.model, self.optimizer, self.meter, self.guard = model, optimizer, meter, guard
         self.extra_modules, self.scaler, self.sharded, self.images = extra_modules or {}, scaler, sharded, images
+        self.names = names
         self.bad_images: dict[str, str] = {}  # images that cannot be used, and why
 
     def state_dict(self) -> Snapshot:
@@ -146,6 +149,7 @@ class TrainState:
             **self.guard.state_dict(),
             "bad_images": self.bad_images,
             "images": self.images,
+            "names": self.names,
         }
         if not self.sharded:
             adam = self.optimizer.state_dict()

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mimkit.data.loader import cpu_count
 from mimkit.errors import UserError
 from mimkit.training.heartbeat import Heartbeat
 from mimkit.training.precision import keep_freed_memory, on_cpu
+from mimkit.training.threads import set_threads
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 NAMES = {  # by accelerate's DistributedType
@@ -102,20 +104,25 @@ class Engine:
         precision: fp32, bf16 or fp16.
         grad_accum_steps: number of gradient accumulation steps.
         track: name of an accelerate tracker, or None.
+        threads: number of CPU threads of each process; see `set_threads`.
     """
 
-    def __init__(self, precision: str = "fp32", grad_accum_steps: int = 1, track: str | None = None):
+    def __init__(
+        self,
+        precision: str = "fp32",
+        grad_accum_steps: int = 1,
+        track: str | None = None,
+        threads: int | None = None,
+    ):
         end_with_launcher()
         cpu = on_cpu()
         self.precision = precision
         self.accelerator = start_accelerator(precision, grad_accum_steps, track)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        if cpu or threads:
+            set_threads(threads, cpu_count())
         if cpu:
-            from mimkit.data.loader import cpu_count
-
-            if torch.get_num_threads() == 1:  # accelerate launch sets one thread if it finds no GPU
-                torch.set_num_threads(max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
             keep_freed_memory()
         self.cpu_group: Any = None
         if self.world_size > 1:

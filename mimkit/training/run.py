@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mimkit.data.identity import names_hash
 from mimkit.data.order import Plan
 from mimkit.data.sample import Batch
+from mimkit.data.sources import Source
 from mimkit.errors import UserError, signal_handlers
 from mimkit.training.anomaly import AnomalyGuard, Bad
 from mimkit.training.checkpoint import Checkpointer, TrainState, step_of
@@ -56,6 +58,7 @@ class Run:
         max_bad: fraction of images that may be impossible to decode.
         max_spike: see `AnomalyGuard`.
         track: name of an accelerate tracker.
+        threads: number of CPU threads of each process; see `set_threads`.
         replay: a skipped step to replay, RUN/replay/step-N, instead of training.
     """
 
@@ -76,6 +79,7 @@ class Run:
         max_bad: float = 0.01,
         max_spike: float | None = None,
         track: str | None = None,
+        threads: int | None = None,
         replay: Path | None = None,
     ):
         from accelerate.utils import set_seed
@@ -86,7 +90,7 @@ class Run:
         # a resumed run keeps what 'auto' was resolved to: its next machine may be fast at something else
         auto = precision == "auto" and bool(resume)
         saved = RunDir.open(out, name, resume).saved_options() if auto else {}
-        self.engine = Engine(resolve_precision(saved.get("precision", precision)), grad_accum_steps, track)
+        self.engine = Engine(resolve_precision(saved.get("precision", precision)), grad_accum_steps, track, threads)
         self.accelerator = self.engine.accelerator
         self.dir = self.engine.on_main(RunDir.open, out, name, resume)
         self.display = Display(quiet=not self.engine.is_main)
@@ -94,6 +98,7 @@ class Run:
         self.meter, self.guard = Meter(), AnomalyGuard(max_spike)
         self.preemption = Preemption(self.engine.any, self._interrupt, quiet=not self.engine.is_main)
         self.bad: Bad | None = None  # a step to return from
+        self.names = ""  # hash of the names of the images
         self.skipping = False  # whether the current step is skipped
         self.accelerator.project_configuration.set_directories(str(self.folder))
         self.accelerator.project_configuration.logging_dir = str(self.folder)
@@ -122,10 +127,15 @@ class Run:
         self.plan = with_changes(plan, steps=steps, start=start)
         return self.plan
 
-    def write_config(self, config: dict[str, Any]) -> None:
-        """Create the directory and write config.yaml, with every option as it was resolved."""
+    def write_config(self, config: dict[str, Any], source: Source | None = None) -> None:
+        """Create the directory and write config.yaml, with every option as it was resolved.
+
+        Args:
+            source: the images to train on, which must be the same if the run is resumed, wherever they lie.
+        """
         config = config | {"precision": self.engine.precision}
-        self.engine.on_main(self.dir.write_config, config)
+        self.names = self.engine.on_main(names_hash, source) if source else ""
+        self.engine.on_main(self.dir.write_config, config, self.names)
         if self.track and self.engine.is_main:
             flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
             self.accelerator.init_trackers(self.folder.name, flat)
@@ -153,7 +163,9 @@ class Run:
             module.to(engine.device)
         self.guard.watch(optimizer)
         scaler, sharded = self.accelerator.scaler, engine.sharded_checkpoint
-        self.state = TrainState(model, optimizer, self.meter, self.guard, extra, scaler, sharded, self.plan.length)
+        self.state = TrainState(
+            model, optimizer, self.meter, self.guard, extra, scaler, sharded, self.plan.length, self.names
+        )
         log = self.display.print
         self.skipper = StepSkipper(self.name, self.dir, engine, self.checkpoints, self.state, log)
         self.checkpoints.begin(self.state, save=not self.replay)

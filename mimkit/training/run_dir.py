@@ -1,18 +1,19 @@
 """The directory of a run: which folder it is, its config.yaml, and its metrics.jsonl."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mimkit.errors import UserError
-from mimkit.files import read_metrics, read_options, replacing_file, resume_flags
-from mimkit.training.checkpoint import checkpoints
+from mimkit.files import read_json, read_metrics, read_options, replacing_file, resume_flags
+from mimkit.training.checkpoint import STATE, checkpoints
 
 # Options that may differ when a run is resumed
 MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "keep", "keep_every", "knn_every", "eval_every"}
-MAY_CHANGE |= {"max_bad", "max_spike", "grad_accum_steps", "grad_checkpointing", "compile"}
+MAY_CHANGE |= {"max_bad", "max_spike", "grad_accum_steps", "grad_checkpointing", "compile", "threads"}
 
 
 class RunDir:
@@ -63,15 +64,26 @@ class RunDir:
         """Return the options of the run that is continued, as its config.yaml has them; empty for a new run."""
         return read_options(self.path) if self.resuming and (self.path / "config.yaml").exists() else {}
 
-    def write_config(self, config: dict[str, Any]) -> None:
+    def write_config(self, config: dict[str, Any], names: str = "") -> None:
         """Create the directory and write config.yaml: every option with its resolved value.
 
+        Args:
+            names: hash of the names of the images. If a checkpoint has one too, they are compared instead of --data:
+                the same images may lie elsewhere, or be named otherwise.
+
         Raises:
-            UserError: if a resumed run has other options than before, or another run has just created the directory.
+            UserError: if a resumed run has other options or images than before, or another run has just created the
+                directory.
         """
         config = json.loads(json.dumps(config | {"out": str(self.path), "resume": None}))
-        before = self.saved_options()
-        changed = [k for k in config if k in before and before[k] != config[k] and k not in MAY_CHANGE]
+        before, trained_on = self.saved_options(), self._saved_names()
+        if names and trained_on and names != trained_on:
+            raise UserError(
+                f"--data {config.get('data')} holds other images than those that {self.path} was trained on (by their "
+                "number and names). Pass the same images, or start a new run with another --out."
+            )
+        may_change = MAY_CHANGE | ({"data"} if trained_on is None or (names and trained_on) else set())
+        changed = [k for k in config if k in before and before[k] != config[k] and k not in may_change]
         if changed:
             listed = ", ".join(f"{k}: {before[k]} there, {config[k]} here" for k in changed)
             raise UserError(
@@ -84,6 +96,14 @@ class RunDir:
             raise UserError(f"Another run has just created {self.path}. Start again.") from error
         with replacing_file(self.path / "config.yaml") as file:
             file.write_text(yaml.safe_dump(config, sort_keys=False))
+
+    def _saved_names(self) -> str | None:
+        """Return the hash of the names of the images in the last checkpoint; None if there is no checkpoint."""
+        found = checkpoints(self.path) if self.resuming else []
+        for folder in reversed(found):
+            with suppress(OSError, UserError):
+                return str(read_json(folder / STATE).get("names") or "")
+        return "" if found else None
 
     def replay(self, step: int) -> Path:
         """Return the folder of a skipped step, for `mimkit replay`."""

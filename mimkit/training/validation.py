@@ -1,8 +1,10 @@
 """Validation during training: score a network now and then, and keep its last and its best weights."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
+from mimkit.data.sources import Source
 from mimkit.training.plots import curves
 from mimkit.training.run import Run
 
@@ -11,7 +13,8 @@ class Task(Protocol):
     """What a network is scored on."""
 
     figure: str  # the score that chooses best/
-    hints: tuple[str, ...]  # mimkit commands that take the folder of a network
+    test: Source  # the validation images
+    hints: tuple[str, ...]  # mimkit commands on the folder of a network, {model}, and on images, {images}
 
     def score(self, network: Any) -> dict[str, float]:
         """Score a network on all validation images, over all processes."""
@@ -108,7 +111,8 @@ class Evaluator:
         if run.engine.is_main:
             best = max((line for line in run.dir.metrics() if name in line), key=lambda line: line[name], default=None)
             score = f"{best[name]:.2f} % after {best['step']} steps, " if best else ""
-            hints = "\n      ".join(f"mimkit {hint.format(f'{run.folder}/last')}" for hint in self.task.hints)
+            places = {"model": quote(f"{run.folder}/best"), "images": quote(self.task.test.name)}
+            hints = "\n      ".join(f"mimkit {hint.format(**places)}" for hint in self.task.hints)
             run.print(
                 f"\nwrote {run.folder}/: last/ ({last:.2f} %) and best/ ({score}chosen on the validation images),\n"
                 f"{drawn}, metrics.jsonl, config.yaml, checkpoints/\nnext: {hints}"

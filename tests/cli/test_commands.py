@@ -61,6 +61,17 @@ def test_models_lists_every_network(capsys, monkeypatch):
     assert len(rows(out)) == 14
 
 
+@pytest.mark.parametrize("name", ["knn", "probe"])
+def test_knn_and_probe_take_arguments_of_the_network(name, capsys, monkeypatch, images):
+    argv = ["--model", "hivit_nano", "--data", images, "--img-size", "32", "--model-args"]
+    code, out, _ = command(capsys, monkeypatch, name, *argv, "{embed_dim: 16, num_heads: 2}")
+    assert code == 0
+    assert " %" in out
+    code, _, err = command(capsys, monkeypatch, name, *argv, "{embed_dimension: 16}")
+    assert code == 2
+    assert "embed_dimension" in err
+
+
 def test_commands_on_a_run(capsys, monkeypatch, trained, tmp_path):
     encoder, images = str(trained / "run" / "encoder"), str(trained / "images")
     code, out, _ = command(capsys, monkeypatch, "knn", "--model", encoder, "--data", images)

@@ -3,6 +3,8 @@
 import csv
 import itertools
 import json
+import re
+import shlex
 import shutil
 from dataclasses import asdict
 from importlib import import_module
@@ -432,6 +434,16 @@ def test_run_interrupted_at_any_step_ends_the_same(step, made, complete, tmp_pat
         [line for line in (f / "metrics.jsonl").read_text().splitlines() if "top1" in line] for f in (complete, broken)
     ]
     assert scores[0] == scores[1]
+
+
+@pytest.mark.e2e
+def test_what_to_do_next_is_commands_that_work(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tune("--out", "my run", "--model", made / "vit", "--data", made / "images", *QUICK)
+    hints = re.findall(r"mimkit (?:predict|export) .*", capsys.readouterr().out)
+    assert [hint.split(" --model ")[1].startswith("'my run/best'") for hint in hints] == [True, True]
+    assert command(capsys, monkeypatch, *shlex.split(hints[0])[1:])[0] == 0
+    assert len(Path("predictions.csv").read_text().splitlines()) == 1 + 32 + 12
 
 
 @pytest.mark.distributed

@@ -131,3 +131,42 @@ def test_metrics_are_lines_that_can_be_truncated():
 
 def test_skipped_steps_have_folders():
     assert RunDir(Path("run")).replay(7) == Path("run/replay/step-00000007")
+
+
+# The images ----------------------------------------------------------------------------------------------------------
+
+
+def trained_on(names, data="/scratch/job1/photos"):
+    """A run with a checkpoint, whose state has the hash of these names; None for one of an earlier version."""
+    run = started("run", 8, config={"lr": 0.1, "data": data})
+    state = {} if names is None else {"names": names}
+    (run.path / "checkpoints" / "step-00000008" / "state.json").write_text(json.dumps(state))
+    return RunDir.open("run", "mae", "auto")
+
+
+def test_a_run_continues_on_the_same_images_in_another_place():
+    config = {"lr": 0.1, "data": "/scratch/job2/photos"}
+    trained_on("abc").write_config(config, "abc")
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["data"] == "/scratch/job2/photos"
+
+
+def test_a_run_does_not_continue_on_other_images():
+    before = trained_on("abc"), Path("run/config.yaml").read_text()
+    with pytest.raises(UserError, match=r"--data /scratch/job1/photos holds other images than those that run was trai"):
+        before[0].write_config({"lr": 0.1, "data": "/scratch/job1/photos"}, "xyz")  # of the same name
+    with pytest.raises(UserError, match=r"\(lr: 0.1 there, 0.2 here\)"):
+        before[0].write_config({"lr": 0.2, "data": "elsewhere"}, "abc")
+    assert Path("run/config.yaml").read_text() == before[1]
+
+
+@pytest.mark.parametrize("names", [None, ""], ids=["written before", "a stream"])
+def test_without_names_the_option_is_compared(names):
+    run = trained_on(names)
+    run.write_config({"lr": 0.1, "data": "/scratch/job1/photos"}, "abc")
+    with pytest.raises(UserError, match=r"data: /scratch/job1/photos there, /scratch/job2/photos here"):
+        run.write_config({"lr": 0.1, "data": "/scratch/job2/photos"}, "abc")
+
+
+def test_a_run_without_a_checkpoint_may_start_on_other_images():
+    started("run", config={"lr": 0.1, "data": "a"})
+    RunDir.open("run", "mae", "auto").write_config({"lr": 0.1, "data": "b"}, "abc")

@@ -72,7 +72,17 @@ def test_a_snapshot_is_tensors_and_json(trained):
     assert states.keys() == {"model", "optimizer", "ema"}
     assert all(isinstance(tensor, torch.Tensor) for state in states.values() for tensor in state.values())
     assert {name.split(".")[1] for name in states["optimizer"]} == {"step", "exp_avg", "exp_avg_sq"}
-    known = {"count", "sums", "running_loss", "skipped_steps", "bad_images", "images", "param_groups", "scaler"}
+    known = {
+        "count",
+        "sums",
+        "running_loss",
+        "skipped_steps",
+        "bad_images",
+        "images",
+        "names",
+        "param_groups",
+        "scaler",
+    }
     assert json.loads(json.dumps(values)).keys() == known
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -17,7 +18,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
-from conftest import ROOT, launched, launching, losses
+from conftest import ROOT, command, launched, launching, losses
 from mimkit.recipes import mae, mae_hivit, simmim
 from PIL import Image
 from safetensors import SafetensorError
@@ -442,6 +443,39 @@ def test_a_resumed_run_keeps_its_precision(images, tmp_path, capsys, monkeypatch
     assert "precision: fp32 there, bf16 here" in fails(capsys, *argv, "--resume", "auto", "--precision", "bf16")
 
 
+def test_the_same_images_in_another_place(images, tmp_path, capsys):
+    """A job that is queued again may find its data under another path. A run of earlier versions compared the path."""
+    argv, out = [*TINY, "--knn-every", "0", "--out", tmp_path / "run"], tmp_path / "run"
+    run(mae_hivit, *argv, "--data", images)
+    resume = [*argv, "--resume", "auto"]
+    shutil.copytree(images, tmp_path / "job2")
+    run(mae_hivit, *resume, "--data", tmp_path / "job2")
+    assert yaml.safe_load((out / "config.yaml").read_text())["data"] == str(tmp_path / "job2")
+    (tmp_path / "job2" / "class0" / "0.png").rename(tmp_path / "job2" / "class0" / "00.png")
+    assert "holds other images than those" in fails(capsys, *resume, "--data", tmp_path / "job2")
+
+    for folder in checkpoints(out):  # as they were written before
+        state = json.loads((folder / "state.json").read_text())
+        del state["names"]
+        (folder / "state.json").write_text(json.dumps(state))
+        manifest = json.loads((folder / "manifest.json").read_text()) | {"state.json": digest(folder / "state.json")}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "data: " in fails(capsys, *resume, "--data", images)
+    capsys.readouterr()
+    run(mae_hivit, *resume, "--data", tmp_path / "job2")
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_what_to_do_next_is_commands_that_work(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.move(images, "my images")
+    run(mae_hivit, *TINY, "--data", "my images", "--out", "my run")
+    hints = re.findall(r"mimkit (?:probe|reconstruct) .*", capsys.readouterr().out)
+    assert len(hints) == 2
+    for hint in hints:
+        assert command(capsys, monkeypatch, *shlex.split(hint)[1:])[0] == 0
+
+
 # Signals -------------------------------------------------------------------------------------------------------------
 
 
@@ -456,7 +490,7 @@ def test_interrupting_saves_and_says_how_to_continue(recipe, tiny, images, tmp_p
             signal.raise_signal(signal.SIGINT)  # Ctrl-C
 
     monkeypatch.setattr(Run, "end_step", interrupted)
-    printed = fails(capsys, "--data", images, "--out", out, *tiny, recipe=recipe, code=130)
+    printed = fails(capsys, *tiny, "--data", images, "--out", out, recipe=recipe, code=130)
     assert "Stopped by SIGINT after step 11, which is saved. Continue with " in printed
     monkeypatch.setattr(Run, "end_step", end_step)
     run(recipe, *shlex.split(printed.split("Continue with ")[1].removesuffix(".")))

@@ -48,7 +48,8 @@ class Task:
     """A task that is scored by the weight of a network."""
 
     figure = "top1"
-    hints = ("predict --model {}", "export --model {}")
+    test = SimpleNamespace(name="my images")
+    hints = ("predict --model {model} --images {images}", "export --model {model}")
 
     def score(self, network):
         return {"top1": network.weight.item(), "top5": network.weight.item() + 5}
@@ -114,7 +115,11 @@ def test_the_end_names_what_was_written(run, capsys):
     assert evaluator.finish(network(60)) == 60
     printed = capsys.readouterr().out
     assert f"wrote {run.folder}/: last/ (60.00 %) and best/ (70.00 % after 20 steps, chosen on the valid" in printed
-    assert f"next: mimkit predict --model {run.folder}/last\n      mimkit export --model {run.folder}/last" in printed
+    images = f"--images '{Task.test.name}'"  # quoted, as a shell needs it
+    assert (
+        f"next: mimkit predict --model {run.folder}/best {images}\n      mimkit export --model {run.folder}/best"
+        in printed
+    )
     assert "confusion.png, curves.png, metrics.jsonl" in printed
     assert {"confusion.png", "curves.png"} <= {file.name for file in run.folder.iterdir()}
 
@@ -145,7 +150,7 @@ def tiny_encoder():
 def test_knn_is_printed_and_logged(run, images, capsys):
     knn(run, open_source(images))(7, tiny_encoder(), "after 7 steps")
     (line,) = logged(run)
-    assert line.keys() == {"step", "knn_10", "knn_20"}
+    assert line.keys() == {"step", "knn_10", "knn_20", "knn_10_se", "knn_20_se"}
     assert 0 <= line["knn_10"] <= 100
     text = f"kNN after 7 steps: {line['knn_10']:.1f} % (k = 10), {line['knn_20']:.1f} % (k = 20), 25 + 7 images"
     assert text in capsys.readouterr().out
