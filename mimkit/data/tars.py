@@ -18,6 +18,7 @@ from mimkit.errors import UserError, tell
 
 FIRST = 100  # samples in which the fields are looked up
 MAX_PICTURES = 16  # a sample with more images is rather many samples, whose names have dots
+AS_TEXT = " as text"
 TEXTS = ("cls", "cls2", "class", "label", "labels", "index", "inx", "id", "txt", "text")
 DOTS = "The name of a sample ends at the first dot"
 
@@ -42,7 +43,8 @@ def open_tars(data: str, files: list[str], streaming: bool) -> tuple[Any, int]:
     """Open tar files as a table, and count its rows.
 
     The table is copied to the cache of `datasets`, or read in order with `streaming`. Samples without an image are left
-    out. Texts are numbers if all texts of a column are.
+    out. The texts of a column become numbers if all of them are. A stream has seen the first samples only, and takes a
+    later text among numbers for a missing one.
 
     Args:
         data: what the user named.
@@ -55,22 +57,24 @@ def open_tars(data: str, files: list[str], streaming: bool) -> tuple[Any, int]:
     import datasets
 
     columns = _find_columns(data, files)
-    types = {name: "int64" if streaming and name in columns.numbers else "string" for name in columns.texts}
+    texts = [name if name not in columns.numbers else f"{name}{AS_TEXT}" for name in columns.texts]
     features = datasets.Features(
         {name: datasets.Image(decode=False) for name in columns.pictures}
-        | {name: datasets.Value(kind) for name, kind in types.items()}
+        | {name: datasets.Value("string") for name in texts}
+        | {name: datasets.Value("int64") for name in columns.numbers}
     )
+    arguments: dict[str, Any] = {"columns": columns, "quiet": streaming}
     if streaming:
-        arguments: dict[str, Any] = {"files": files, "columns": columns, "streaming": True}
-        return datasets.IterableDataset.from_generator(read_rows, features, arguments), count_samples(files)
+        rows = datasets.IterableDataset.from_generator(read_rows, features, arguments | {"files": files})
+        return rows.remove_columns([name for name in texts if name.endswith(AS_TEXT)]), count_samples(files)
     state = tuple((os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files)
-    arguments = {"files": tuple(files), "columns": columns, "state": state}  # of a list, files would be read one by one
+    arguments |= {"files": tuple(files), "state": state}  # of a list, files would be read one by one
     rows = datasets.Dataset.from_generator(read_rows, features, gen_kwargs=arguments)
     for name in columns.numbers:
-        texts = rows[name][:]
-        if all(map(_is_number, texts)):
-            numbers = [None if text is None else int(text) for text in texts]
-            rows = rows.remove_columns(name).add_column(name, numbers, feature=datasets.Value("int64"))
+        if all(map(_is_number, rows[f"{name}{AS_TEXT}"][:])):
+            rows = rows.remove_columns(f"{name}{AS_TEXT}")
+        else:
+            rows = rows.remove_columns(name).rename_column(f"{name}{AS_TEXT}", name)
     return rows, len(rows)
 
 
@@ -130,18 +134,17 @@ def _select(
 
 
 def read_rows(
-    files: Sequence[str], columns: Columns, streaming: bool = False, state: Any = None
+    files: Sequence[str], columns: Columns, quiet: bool = False, state: Any = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each sample with an image.
+    """Yield a row for each sample with an image. Columns of numbers are also there as texts, named with `AS_TEXT`.
 
     Args:
         files: the tar files.
         columns: the columns of a row.
-        streaming: whether the rows are read again and again: say nothing, and turn columns of numbers to integers. A
-            text among them, which the first samples did not show, becomes None: streams are not for labels.
+        quiet: whether not to say which samples are left out.
         state: sizes and times of the files. A change makes `datasets` prepare its cache anew.
     """
-    for file, name, fields in _select(files, quiet=streaming):
+    for file, name, fields in _select(files, quiet=quiet):
         pictures: dict[str, Any] = {}
         for field in filter(_is_picture, fields):
             column = _column(field, columns.whole)
@@ -151,11 +154,12 @@ def read_rows(
                     f"{DOTS}: rename it, a mask to {name}.mask.png."
                 )
             pictures[column] = {"bytes": fields[field], "path": f"{name}.{field}"}
-        texts: dict[str, Any] = _texts(fields)
-        for column in columns.numbers if streaming else ():
-            text = texts.get(column)
+        found = _texts(fields)
+        texts: dict[str, Any] = {column: found.get(column) for column in columns.texts}
+        for column in columns.numbers:
+            text = texts[f"{column}{AS_TEXT}"] = texts[column]
             texts[column] = int(text) if text and _is_number(text) else None
-        yield dict.fromkeys(columns.pictures) | {column: texts.get(column) for column in columns.texts} | pictures
+        yield dict.fromkeys(columns.pictures) | texts | pictures
 
 
 def read_samples(file: str, content: bool = True) -> Iterator[tuple[str, dict[str, bytes]]]:

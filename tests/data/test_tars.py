@@ -82,7 +82,7 @@ def test_labels_in_fields(tmp_path, texts, expected):
 def test_names_after_the_first_samples(tmp_path):
     """All labels are names, then. A stream has seen the first samples only, and takes a name for no label."""
     fields = [x for i in range(120) for x in ((f"{i}.png", PNG), (f"{i}.cls", b"cat" if i == 119 else b"%d" % (i % 2)))]
-    data = write(tmp_path / "a.tar", *fields)
+    data = write(tmp_path / "a.tar", *fields, ("119.json", b'{"image": 1, "new": 2}'))
     assert set(map(str, labels(open_source(data)))) == {"0", "1", "cat"}
     assert [row["cls"] for row in open_source(data, streaming=True).rows][-3:] == [1, 0, None]
 
