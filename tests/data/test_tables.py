@@ -137,4 +137,12 @@ def test_names_of_classes_reach_the_predictions(tmp_path, capsys, monkeypatch):
     assert code == 0, err
     rows = list(csv.DictReader(out.open()))
     assert len(rows) == 24  # also those without a label
+    write(tmp_path / "set-train.parquet", [1000001] * 2)
+    write(tmp_path / "set-unlabeled.parquet", count=3, scan=[encoded(picture(9))] * 3)
+    for parts, count in (((), 5), (("--parts", "unlabeled", "--image-column", "scan"), 3)):
+        argv = ["predict", "--model", tmp_path / "run", "--images", tmp_path / "set-*.parquet", "--out", out, *parts]
+        code, said, err = command(capsys, monkeypatch, *argv)
+        assert code == 0, err
+        assert f"unlabeled (3). {'Left out: train (2).' if parts else ''}".strip() in said
+        assert len(list(csv.DictReader(out.open()))) == count
     assert {row["label"] for row in rows} <= {"1000000", "1000001"}
