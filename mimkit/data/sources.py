@@ -420,7 +420,7 @@ def _source(
 
     def holds_images(feature: Any) -> bool:
         return isinstance(feature, datasets.Image) or (
-            isinstance(feature, dict) and {"bytes", "path"} == feature.keys()
+            isinstance(feature, dict) and {"bytes"} <= feature.keys() <= {"bytes", "path"}
         )
 
     pictures = [column for column, feature in features.items() if holds_images(feature)]
@@ -457,7 +457,9 @@ def _source(
             rows = rows.map(partial(to_cell, column), features=changed)
         rows = rows.cast_column(column, datasets.Image(decode=False))
     if labels and isinstance(rows, datasets.IterableDataset):
-        if "string" in features[labels[0]].dtype:  # class names, which only a table can be searched for
+        if not str(features[labels[0]].dtype).startswith(
+            ("int", "uint", "bool")
+        ):  # class names, which only a table can be searched for
             labels = []
     elif labels and not isinstance(features[labels[0]], datasets.ClassLabel):
         rows = number_classes(name, rows, labels[0])
@@ -468,7 +470,7 @@ def _source(
 def _is_label(feature: Any) -> bool:
     """Return whether a column holds one number or name for each image, and not lists (such as boxes) or nothing."""
     kind = str(getattr(feature, "dtype", "")).rstrip("0123456789")
-    return kind in ("int", "uint", "bool", "float", "string", "large_string")
+    return kind in ("int", "uint", "bool", "float", "string", "large_string", "binary", "large_binary")
 
 
 # Sets with labels ----------------------------------------------------------------------------------------------------
