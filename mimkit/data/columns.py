@@ -47,6 +47,8 @@ def number_classes(name: str, rows: Any, column: str) -> Any:
 
 def _class_of(name: str, value: Any) -> int | str | None:
     """Return the class that a label stands for. Null, NaN, an empty text and negative numbers stand for none."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
     if value is None or value != value or value in ("", "-1"):
         return None
     if isinstance(value, str | bool):

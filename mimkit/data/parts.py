@@ -20,7 +20,7 @@ def choose_parts(
     test part is not, since published ones often lack labels.
 
     Args:
-        names: names of the parts, in any case.
+        names: names of the parts, in any case. One such as train2017 counts too, unless there is a train.
         wanted: the parts that the user named. All of them are used, the others are not.
         labeled: returns whether a part has labels, or masks or boxes.
 
@@ -28,10 +28,15 @@ def choose_parts(
         The parts to train on (none if there is no training part), and the part to evaluate on, or None.
     """
     pool = list(names) if wanted is None else wanted
-    found = [[name for role in roles for name in pool if name.lower() == role] for roles in (TRAIN, VAL, TEST)]
-    judges = [] if wanted and len(wanted) == 1 else found[1] + found[2]
-    training = found[0][:1] if wanted is None else [name for name in pool if name not in judges]
-    judge = next(filter(labeled, judges), None) or next((name for name in judges if name in found[1]), None)
+
+    def named(roles: Iterable[str]) -> list[str]:
+        exact = [name for role in roles for name in pool if name.lower() == role]
+        return exact + [name for role in roles for name in pool if name not in exact and part_of(name) == role]
+
+    validation = named(VAL)
+    judges = [] if wanted and len(wanted) == 1 else validation + named(TEST)
+    training = named(TRAIN)[:1] if wanted is None else [name for name in pool if name not in judges]
+    judge = next(filter(labeled, judges), None) or next((name for name in judges if name in validation), None)
     return training, judge
 
 

@@ -330,8 +330,9 @@ def _find_image_parts(files: list[str], inside: list[tuple[str, ...]], wanted: s
     """Find the parts of image files, given their paths and the parts of these paths below the root.
 
     Top-level folders named like parts are parts if there are no others, if both a training part and one to evaluate on
-    are there, or if the training folder holds class folders and another does not. Otherwise, and below the parts,
-    top-level folders are classes, provided that all images lie in one.
+    are there, or if the training folder holds class folders and another does not. Folders such as train2017 are parts
+    if all are named so. Otherwise, and below the parts, top-level folders are classes, provided that all images lie in
+    one.
     """
     tops: dict[str, bool] = {}  # whether all images of a folder lie in folders below it
     for path in inside:
@@ -340,8 +341,10 @@ def _find_image_parts(files: list[str], inside: list[tuple[str, ...]], wanted: s
     training, others = ({top for top in tops if top.lower() in names} for names in (TRAIN, (*VAL, *TEST, *UNLABELED)))
     complete = training | others == tops.keys() or (training and any(top.lower() not in UNLABELED for top in others))
     nested = any(tops[top] for top in training) and not all(tops.values())
+    kinds = {part_of(top) for top in tops}
+    alike = "" not in kinds and TRAIN[0] in kinds and len(kinds) > 1  # a class may be named bullet_train
     asked = {name.strip().lower() for name in wanted.split(",")} if wanted else {""}
-    has_parts = complete or nested or asked <= {top.lower() for top in tops}
+    has_parts = complete or nested or alike or asked <= {top.lower() for top in tops}
     names = [(path[0] if len(path) > 1 else OTHER) if has_parts and tops else TRAIN[0] for path in inside]
     parts = {}
     for name in sorted(set(names)):
@@ -446,7 +449,7 @@ def _source(
 
     def holds_images(feature: Any) -> bool:
         return isinstance(feature, datasets.Image) or (
-            isinstance(feature, dict) and {"bytes", "path"} == feature.keys()
+            isinstance(feature, dict) and {"bytes"} <= feature.keys() <= {"bytes", "path"}
         )
 
     pictures = [column for column, feature in features.items() if holds_images(feature)]
@@ -483,7 +486,9 @@ def _source(
             rows = rows.map(partial(to_cell, column), features=changed)
         rows = rows.cast_column(column, datasets.Image(decode=False))
     if labels and isinstance(rows, datasets.IterableDataset):
-        if "string" in features[labels[0]].dtype:  # class names, which only a table can be searched for
+        if not str(features[labels[0]].dtype).startswith(
+            ("int", "uint", "bool")
+        ):  # class names, which only a table can be searched for
             labels = []
     elif labels and not isinstance(features[labels[0]], datasets.ClassLabel):
         rows = number_classes(name, rows, labels[0])
@@ -494,7 +499,7 @@ def _source(
 def _is_label(feature: Any) -> bool:
     """Return whether a column holds one number or name for each image, and not lists (such as boxes) or nothing."""
     kind = str(getattr(feature, "dtype", "")).rstrip("0123456789")
-    return kind in ("int", "uint", "bool", "float", "string", "large_string")
+    return kind in ("int", "uint", "bool", "float", "string", "large_string", "binary", "large_binary")
 
 
 # Sets with labels ----------------------------------------------------------------------------------------------------

@@ -87,6 +87,8 @@ def coco(root, name, count, objects=True):
         ("train val test", "train", "", ("train", None)),
         ("train extra val", "train extra val", "", ("train extra", "val")),
         ("val test", None, "", ("", "val")),
+        ("test2017 train2017 unlabeled2017 val2017", None, "", ("train2017", "val2017")),
+        ("train_extra train validation_b validation", None, "", ("train", "validation")),
     ],
 )
 def test_one_rule_chooses(names, wanted, unlabeled, chosen):
@@ -145,6 +147,14 @@ def test_folders_beside_train_are_no_classes(others, tmp_path):
     assert (train.length, test.length) == (8, 2)
     assert train.about.endswith(f"Left out: {next(iter(others)).split('__')[0]} (4).")
     assert open_images(str(root)).length == 14
+
+
+def test_folders_named_almost_like_parts(tmp_path):
+    root = str(tree(tmp_path / "coco", train2017__a=5, train2017__b=5, unlabeled2017=2, val2017__a=1, val2017__b=1))
+    about = "Training images: train2017 (10). Validation images: val2017 (2). Left out: unlabeled2017 (2)."
+    assert open_labeled(root)[0].about == about
+    classes = str(tree(tmp_path / "classes", bullet_train=5, test_tube=5, zebra=5))
+    assert open_labeled(classes)[0].rows.features["label"].names == ["bullet_train", "test_tube", "zebra"]
 
 
 def test_parts_may_be_named(tmp_path):

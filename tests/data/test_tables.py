@@ -25,14 +25,23 @@ def write(file, labels=None, cells=None, count=10, **more):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     "kind",
-    [pa.binary(), pa.large_binary(), pa.list_(pa.uint8()), pa.list_(pa.int8()), pa.list_(pa.binary())],
-    ids=["binary", "large_binary", "list of uint8", "list of int8", "list of binary"],
+    [
+        pa.binary(),
+        pa.large_binary(),
+        pa.list_(pa.uint8()),
+        pa.list_(pa.int8()),
+        pa.list_(pa.binary()),
+        pa.struct({"bytes": pa.binary()}),
+    ],
+    ids=["binary", "large_binary", "list of uint8", "list of int8", "list of binary", "struct without path"],
 )
 def test_images_as_plain_bytes(kind, streaming, tmp_path):
     files = [encoded(picture(i, (12, 12))) for i in range(8)]
     if pa.types.is_list(kind):
         numbers = {pa.uint8(): np.uint8, pa.int8(): np.int8}
         files = [list(np.frombuffer(f, numbers[kind.value_type])) if kind.value_type in numbers else [f] for f in files]
+    if pa.types.is_struct(kind):
+        files = [{"bytes": file} for file in files]
     columns = {"name": [b"x%d" % i for i in range(8)], "scan": pa.array(files, kind), "label": [0, 1] * 4}
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     source = open_source(str(tmp_path), streaming=streaming)
@@ -62,14 +71,28 @@ def test_lists_of_several_images_are_refused(tmp_path):
         (pa.array(["b", "a"] * 5, pa.large_string()), ["a", "b"], 0),
         (pa.array(["b", "a", None] * 5).dictionary_encode(), ["b", "a"], 5),
         (pa.array([4, 2] * 5, pa.uint8()), ["2", "4"], 0),
+        (pa.array([b"b", b"a", b""] * 5), ["a", "b"], 5),
     ],
-    ids=["gaps", "more gaps", "names", "-1 and null", "floats", "NaN", "bool", "large_string", "dictionary", "uint8"],
+    ids=[
+        "gaps",
+        "more gaps",
+        "names",
+        "-1 and null",
+        "floats",
+        "NaN",
+        "bool",
+        "large_string",
+        "dictionary",
+        "uint8",
+        "bytes",
+    ],
 )
 def test_labels_are_numbered_by_their_names(labels, names, left_out, tmp_path):
     write(tmp_path / "x.parquet", labels)
     train, test = open_labeled(str(tmp_path))
     assert sorted(class_labels(train)) == sorted(names)
     given = labels.to_pylist() if isinstance(labels, pa.Array) else labels
+    given = [g.decode() if isinstance(g, bytes) else g for g in given]
     given = [g for g in given if g is not None and g == g and g not in ("", -1)]
     found = [class_labels(train)[i] for part in (train, test) for i in part.rows["label"]]
     assert sorted(found) == sorted(str(int(g)) if isinstance(g, float) else str(g) for g in given)
@@ -137,4 +160,12 @@ def test_names_of_classes_reach_the_predictions(tmp_path, capsys, monkeypatch):
     assert code == 0, err
     rows = list(csv.DictReader(out.open()))
     assert len(rows) == 24  # also those without a label
+    write(tmp_path / "set-train.parquet", [1000001] * 2)
+    write(tmp_path / "set-unlabeled.parquet", count=3, scan=[encoded(picture(9))] * 3)
+    for parts, count in (((), 5), (("--parts", "unlabeled", "--image-column", "scan"), 3)):
+        argv = ["predict", "--model", tmp_path / "run", "--images", tmp_path / "set-*.parquet", "--out", out, *parts]
+        code, said, err = command(capsys, monkeypatch, *argv)
+        assert code == 0, err
+        assert f"unlabeled (3). {'Left out: train (2).' if parts else ''}".strip() in said
+        assert len(list(csv.DictReader(out.open()))) == count
     assert {row["label"] for row in rows} <= {"1000000", "1000001"}
