@@ -4,7 +4,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,10 @@ def export_model(
     if out.suffix not in FORMATS:
         raise UserError(f"--out {out} has an unknown format: give a name that ends in .onnx or .pt2.")
     network.eval().requires_grad_(False)
-    for dynamic in (True, False) if any_size else (False,):
-        try:
-            return _export(network, out, about | {"any_size": dynamic}, shape, outputs, dynamic), dynamic
-        except UserError:
-            if not dynamic:
-                raise
-    raise AssertionError
+    if any_size:
+        with suppress(UserError):
+            return _export(network, out, about | {"any_size": True}, shape, outputs, True), True
+    return _export(network, out, about | {"any_size": False}, shape, outputs, False), False
 
 
 def _export(
