@@ -62,7 +62,8 @@ def _export(
     sizes = [(height, width)]
     if dynamic:  # traced at another size than the network's own, at which it would not resample its positions
         sizes = [(side + STEP, other + 2 * STEP) for side, other in sizes] + sizes
-        sizes.append((-(-height // 2 // STEP) * STEP, -(-width // 2 // STEP) * STEP + STEP))
+        half = [max(side // 2 // STEP, 4) * STEP for side in (height, width)]  # a map of 1 px counts as another case
+        sizes.append((half[0], half[1] + STEP))
     random = torch.Generator().manual_seed(0)
     images = [torch.randn(3, channels, *size, generator=random) for size in sizes]
     out.parent.mkdir(parents=True, exist_ok=True)
