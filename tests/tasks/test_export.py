@@ -228,7 +228,7 @@ def test_a_detector_is_exported_up_to_its_maps(tmp_path):
     line = export(str(tmp_path / "best"), str(tmp_path / "x.pt2"))
     assert "map_4, map_8, map_16, map_32, map_64 of images of any size" in line
     module = torch.export.load(tmp_path / "x.pt2").module()
-    x = torch.randn(1, 3, 96, 64)
+    x = torch.randn(1, 3, 128, 192)
     assert_equal(module(x), net.rcnn.backbone(x).values())
 
 
