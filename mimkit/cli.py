@@ -361,6 +361,7 @@ def _predict_labels(
 
     network = classifier(model)
     spec = input_of(network)
+    spec = spec._replace(crop_pct=crop_pct or spec.crop_pct)
     normalize = Normalize(spec.mean, spec.std)
     names = network.pretrained_cfg.get("label_names") or list(map(str, range(network.num_classes)))
     if top > len(names):
@@ -371,7 +372,7 @@ def _predict_labels(
     if sources[0].about:
         print(sources[0].about)
     for source in sources:
-        loader = eval_loader(source, spec.size, spec.in_chans, batch_size=64, crop_pct=crop_pct or spec.crop_pct)
+        loader = eval_loader(source, spec.size, spec.in_chans, batch_size=64, **spec.crop)
         for batch in limit_bad_images(loader, max_bad * source.length, print):
             if len(batch.images):
                 likely, labels = apply_to_images(network, [batch], normalize, network).x.softmax(1).topk(top)
@@ -383,25 +384,22 @@ def _predict_labels(
 
 
 def export(model: str, out: str = "model.onnx") -> None:
-    """Export a classifier to ONNX or a torch.export program for any batch size, and verify its outputs.
+    """Export a network to ONNX or a torch.export program for any batch size, and verify its outputs.
 
-    --model also takes a run of recipes/finetune.py, and uses its best/. The file holds mean, std, input_size, crop_pct
-    and label_names as JSON under the key `mimkit`.
+    A classifier and a segmenter give logits, an encoder gives features and maps, and a detector gives the maps of its
+    feature pyramid. All but classifiers take images of any size, if the network's operators allow it. The file holds
+    the preprocessing (mean, std, input_size, interpolation, crop_pct, ...) and the names of the classes as JSON under
+    the key `mimkit`. Of a run, best/ is used, or encoder/.
 
     Args:
-        model: The network: a folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a name in timm.
+        model: The network: a run, a folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a name in timm.
         out: File to write: .onnx or .pt2.
     """
     from mimkit.conversion.family import check_model
-    from mimkit.io.onnx import export_model
-    from mimkit.tasks.classification import classifier
+    from mimkit.tasks.export import export as export_network
 
     check_model(model)
-    network = classifier(model)
-    keys = ("input_size", "mean", "std", "crop_pct", "label_names")
-    about = {key: network.pretrained_cfg[key] for key in keys if network.pretrained_cfg.get(key) is not None}
-    difference = export_model(network, Path(out), about)
-    print(f"wrote {out}: equal to the model up to {difference:.1e} of its largest output")
+    print(export_network(model, out))
 
 
 def push(run: str, /, *, to: str, private: bool = False, dry_run: bool = False) -> None:

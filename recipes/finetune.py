@@ -104,8 +104,8 @@ def train(options: Options, replay: Path | None = None) -> tuple[Run, float | No
     options.mean, options.std = normalize.values
     spec = input_of(network)
     size = parse_size(options.img_size) if options.img_size else spec.size
-    shape, crop_pct = (options.in_chans, *size), options.crop_pct or spec.crop_pct
-    task = Classification(run, test, shape, normalize, crop_pct, names, options.workers, options.max_bad)
+    spec = spec._replace(in_chans=options.in_chans, size=size, crop_pct=options.crop_pct or spec.crop_pct)
+    task = Classification(run, test, spec, normalize, names, options.workers, options.max_bad)
     evaluator = Evaluator(run, task)
     if options.eval_only:
         check_classes(network, names, options.model, options.data)

@@ -120,8 +120,8 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
         optimizer = Lars(groups, options.lr, momentum=0.9, weight_decay=options.weight_decay)
     schedule = cosine(optimizer, plan.steps, round(options.warmup_epochs * plan.steps_per_epoch))
     model, stepper = run.prepare(probe, optimizer)
-    shape = spec.in_chans, *size
-    task = Classification(run, test, shape, normalize, spec.crop_pct, names, options.workers, options.max_bad)
+    spec = spec._replace(size=size)
+    task = Classification(run, test, spec, normalize, names, options.workers, options.max_bad)
     evaluator = Evaluator(run, task)
 
     for step, micro_batches in run.steps(loader):

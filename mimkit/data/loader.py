@@ -194,9 +194,9 @@ def eval_loader(
     images: int | None = None,
     batch_size: int = 256,
     workers: int = 0,
-    crop_pct: float = 1.0,
     rank: int = 0,
     world_size: int = 1,
+    **crop: Any,
 ) -> DataLoader[Any]:
     """Return a loader of center-cropped images and their labels, in order. Bad images are left out.
 
@@ -207,11 +207,11 @@ def eval_loader(
         images: number of images, evenly spaced in the source; by default all of them.
         batch_size: number of images in a batch.
         workers: number of data workers.
-        crop_pct: ratio of the crop's size to the size that the image is resized to.
         rank, world_size: this process gets every `world_size`-th image, from the `rank`-th on.
+        crop: further arguments of `eval_transform`.
     """
     fields = (source.image, source.label)
-    sample_loader = SampleLoader(eval_transform(size, crop_pct), in_chans, 0, 0, fields, part=source.part)
+    sample_loader = SampleLoader(eval_transform(size, **crop), in_chans, 0, 0, fields, part=source.part)
     indices = evenly_spaced(source.length, images or source.length)[rank::world_size]
     sampler: Any = [(0, i) for i in indices]
     return Loader(Rows(source, sample_loader), batch_size, sampler=sampler, collate_fn=collate, num_workers=workers)

@@ -10,6 +10,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
@@ -122,22 +123,37 @@ def finetune_transform(
     return transform
 
 
-def eval_transform(size: Size, crop_pct: float = 1.0) -> Transform:
-    """Return the transform of evaluation: resize an image to cover `size` / `crop_pct`, then crop its center.
+def eval_transform(
+    size: Size,
+    crop_pct: float = 1.0,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+) -> Transform:
+    """Return timm's transform of evaluation, which other programs apply to a network of a timm folder too.
 
     The transform takes PIL images and tensors (c h w), and returns the same kind.
+
+    Args:
+        size: (H, W) of the result.
+        crop_pct: ratio of `size` to the size that an image is resized to.
+        crop_mode: center (the image covers that size, and its center is cut out), squash (it is resized to that size,
+            whatever its aspect ratio), or border (it is resized to fit, and padded with `mean`).
+        interpolation: name of the filter: bicubic, bilinear, ...
+        mean: color of the border, in 0-1.
     """
+    how: Any = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation, "mean": tuple(mean)}
+    steps = transforms_imagenet_eval(size, **how, normalize=False).transforms
+    resize_and_crop = v2.Compose(steps[:-1])  # without the conversion to a tensor
 
     def transform(image: Any) -> Any:
         height, width = v2.functional.get_size(image)
         scale = max(size[0] / height, size[1] / width) / crop_pct
         longest = [math.ceil(8 * side / scale) for side in size]
-        if height > longest[0] or width > longest[1]:  # resizing all of 20,000 x 3 pixels would take gigabytes
-            height, width = min(height, longest[0]), min(width, longest[1])
-            image = v2.functional.center_crop(image, [height, width])
-        resized = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
-        image = v2.functional.resize(image, resized, InterpolationMode.BICUBIC, antialias=True)
-        return v2.functional.center_crop(image, list(size))
+        # resizing all of 20,000 x 3 pixels would take gigabytes
+        if crop_mode == "center" and (height > longest[0] or width > longest[1]):
+            image = v2.functional.center_crop(image, [min(height, longest[0]), min(width, longest[1])])
+        return resize_and_crop(image)
 
     return transform
 

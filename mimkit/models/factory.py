@@ -34,7 +34,14 @@ class InputSpec(NamedTuple):
     size: tuple[int, int]  # height, width
     mean: list[float]  # per channel, in 0-1
     std: list[float]
-    crop_pct: float  # fraction of the scaled image that the crop shows
+    crop_pct: float = 1.0  # fraction of the scaled image that the crop shows
+    crop_mode: str = "center"  # as in timm: center, squash or border
+    interpolation: str = "bicubic"
+
+    @property
+    def crop(self) -> dict[str, Any]:
+        """Return the arguments of `eval_transform`, which brings an image to this size."""
+        return {key: getattr(self, key) for key in ("crop_pct", "crop_mode", "interpolation", "mean")}
 
 
 def input_of(network: Any) -> InputSpec:
@@ -49,7 +56,8 @@ def input_of(network: Any) -> InputSpec:
         mean, std = ([float(x) for x in config[name]] for name in ("mean", "std"))
         if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
             raise ValueError(f"mean {mean}, std {std}")
-        return InputSpec(channels, (height, width), mean, std, config.get("crop_pct") or 1.0)
+        kept = {key: config[key] for key in ("crop_pct", "crop_mode", "interpolation") if config.get(key)}
+        return InputSpec(channels, (height, width), mean, std, **kept)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"The {type(network).__name__} lacks a valid input_size, mean or std ({error!r}). Get another copy of its "

@@ -418,6 +418,11 @@ def bias_from_table(table: Tensor, grid: Grid) -> Tensor:
     but autograd would keep the indices.
     """
     gh, gw = grid
+    if torch.compiler.is_exporting():  # ONNX has no sliding windows whose size is known only when it runs
+        y, x = torch.arange(gh, device=table.device), torch.arange(gw, device=table.device)
+        rows, columns = y[:, None] - y + gh - 1, x[:, None] - x + gw - 1
+        index = rearrange(rows, "y v -> y 1 v 1") * (2 * gw - 1) + rearrange(columns, "x u -> 1 x 1 u")
+        return rearrange(table[index], "y x v u h -> h (y x) (v u)")
     views = rearrange(table, "(y x) h -> h y x", y=2 * gh - 1).unfold(1, gh, 1).unfold(2, gw, 1)
     return rearrange(views.flip(3, 4), "h y x v u -> h (y x) (v u)")  # the offset i - j decreases as j increases
 

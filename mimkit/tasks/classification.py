@@ -18,7 +18,7 @@ from mimkit.evaluation.features import NoImagesError, map_batches
 from mimkit.figures import any_backend
 from mimkit.files import replacing_file
 from mimkit.io.weights import write_model
-from mimkit.models.factory import create_network, has_weights
+from mimkit.models.factory import InputSpec, create_network, has_weights
 from mimkit.models.pretrained import network_folder, new_head
 from mimkit.tasks.plots import plot_confusion
 from mimkit.training.run import Run
@@ -169,9 +169,8 @@ class Classification:
     Args:
         run: the run, which gives the processes and prints lines.
         test: validation images and their labels.
-        shape: input size (c H W).
+        spec: size of the input, and how an image is brought to it.
         normalize: normalization of the input.
-        crop_pct: ratio of the input size to the size that an image is resized to before the center crop.
         names: names of the classes.
         workers: number of data workers.
         max_bad: fraction of images that may be impossible to decode.
@@ -184,15 +183,14 @@ class Classification:
         self,
         run: Run,
         test: Source,
-        shape: tuple[int, int, int],
+        spec: InputSpec,
         normalize: Normalize,
-        crop_pct: float,
         names: Sequence[str],
         workers: int = 0,
         max_bad: float = 0.01,
     ):
-        self.run, self.test, self.shape, self.normalize = run, test, shape, normalize
-        self.crop_pct, self.names = crop_pct, list(names)
+        self.run, self.test, self.spec, self.normalize = run, test, spec, normalize
+        self.names = list(names)
         self.workers, self.max_bad = workers, max_bad
 
     def score(self, network: Any) -> dict[str, float]:
@@ -204,11 +202,11 @@ class Classification:
         run = self.run
         loader = eval_loader(
             self.test,
-            self.shape[1:],
-            self.shape[0],
+            self.spec.size,
+            self.spec.in_chans,
             batch_size=128,
             workers=self.workers,
-            crop_pct=self.crop_pct,
+            **self.spec.crop,
             rank=run.engine.rank,
             world_size=run.engine.world_size,
         )
@@ -228,8 +226,8 @@ class Classification:
     def write(self, network: Any, folder: Path) -> None:
         """Write the network as a timm folder, with the names of its classes."""
         mean, std = self.normalize.values
-        about = {"input_size": self.shape, "crop_pct": self.crop_pct, "interpolation": "bicubic"}
-        write_model(network, folder, mean=mean, std=std, label_names=self.names, **about)
+        about = self.spec.crop | {"input_size": (self.spec.in_chans, *self.spec.size), "mean": mean, "std": std}
+        write_model(network, folder, label_names=self.names, **about)
 
     def draw(self, folder: Path) -> list[str]:
         """Draw the confusion matrix of the last score. Return the names of the files."""

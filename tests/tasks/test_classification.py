@@ -18,7 +18,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from conftest import command, encoded, fill, launched, picture
+from conftest import command, encoded, launched, picture
 from encoders import INPUT, SMALL_VIT, write_encoders
 from mimkit.recipes import finetune, linear_probe, mae, simmim
 from PIL import Image
@@ -35,8 +35,6 @@ from mimkit.data.transforms import Normalize, finetune_transform
 from mimkit.errors import UserError
 from mimkit.evaluation.features import map_batches
 from mimkit.evaluation.probes import FrozenProbe
-from mimkit.io import onnx
-from mimkit.io.onnx import export_model
 from mimkit.io.weights import read_weights, write_model
 from mimkit.models import SViT
 from mimkit.models.pretrained import load_network
@@ -677,29 +675,3 @@ def test_attentive_probe_reads_every_network(name):
     probe.train()(x)
     after = torch.cat([b.flatten().float() for b in net.buffers()]) if list(net.buffers()) else torch.zeros(1)
     assert torch.equal(before, after)  # running statistics of the frozen network too
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [".onnx", ".pt2"])
-@pytest.mark.parametrize("name", ["hivit_nano", "svit_nano", "hpvit", "vit_tiny_patch16_224"])
-def test_export_computes_the_same(name, kind, tmp_path):
-    pyramid = {"source": "vit_tiny_patch16_224", "source_args": {"depth": 2, "img_size": 64}, "depths": "0-1-1-0"}
-    options = {"hpvit": pyramid, "svit_nano": {"depths": (1, 1, 1, 1)}}.get(name, {"img_size": 64})
-    net = fill(timm.create_model(name, num_classes=3, **options))
-    net.pretrained_cfg["input_size"] = (3, 64, 64)
-    assert export_model(net, tmp_path / f"x{kind}", {"label_names": ["a", "b", "c"]}) < 1e-4
-    if kind == ".onnx":
-        import onnx
-
-        entries = {entry.key: entry.value for entry in onnx.load(tmp_path / "x.onnx").metadata_props}
-        assert json.loads(entries["mimkit"]) == {"label_names": ["a", "b", "c"]}
-
-
-def test_export_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
-    net = fill(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=3))
-    net.pretrained_cfg["input_size"] = (3, 32, 32)
-    read = onnx._read_program
-    monkeypatch.setattr(onnx, "_read_program", lambda file, x: read(file, x) * 1.01)
-    with pytest.raises(UserError, match="something else"):
-        export_model(net, tmp_path / "x.pt2", {})
-    assert not list(tmp_path.iterdir())
