@@ -1,11 +1,17 @@
 """k-nearest-neighbor classification on frozen features."""
 
+import math
 from collections.abc import Iterable
 
 import torch.nn.functional as F
 
 from mimkit.errors import UserError
 from mimkit.evaluation.features import Features
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Return the standard error of an accuracy in %, measured on a number of images, in points."""
+    return math.sqrt(accuracy * (100 - accuracy) / images)
 
 
 def knn(train: Features, test: Features, ks: Iterable[int] = (10, 20), temperature: float = 0.07) -> dict[int, float]:

@@ -6,7 +6,7 @@ from mimkit.data.sources import Source, open_labeled
 from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
 from mimkit.evaluation.features import extract_parts
-from mimkit.evaluation.knn import knn
+from mimkit.evaluation.knn import knn, standard_error
 from mimkit.models.factory import timm_model
 from mimkit.training.run import Run
 
@@ -72,5 +72,6 @@ class OnlineKNN:
             accuracies = knn(train, test)
             text = ", ".join(f"{accuracy:.1f} % (k = {k})" for k, accuracy in accuracies.items())
             self.run.print(f"kNN {when}: {text}, {len(train.y)} + {len(test.y)} images")
-            self.run.log(step, **{f"knn_{k}": accuracy for k, accuracy in accuracies.items()})
+            errors = {f"knn_{k}_se": standard_error(accuracy, len(test.y)) for k, accuracy in accuracies.items()}
+            self.run.log(step, **{f"knn_{k}": accuracy for k, accuracy in accuracies.items()}, **errors)
         self.run.engine.wait()
