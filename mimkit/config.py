@@ -161,7 +161,8 @@ class PretrainOptions(RunOptions, AdamWOptions, DataOptions, ModelOptions):
         patch_size: Patch size in pixels. Default: the model's own. A mask unit is 1 patch of a plain ViT, 4 x 4 patches
             of a HiViT, and 8 x 8 patches of an SViT or a Swin.
         mask_ratio: Fraction of units to mask.
-        blr: Peak learning rate for a batch of 256; --lr is blr x batch_size / 256 if it is not given.
+        blr: Peak learning rate for a batch of 256; --lr is blr x batch_size / 256 if it is not given, or follows from
+            the batch size and the published settings if neither is (docs/training.md).
         streaming: Read the data sequentially instead of preparing it first.
         knn_every: Epochs between measurements of kNN accuracy. 0: at the start and the end, if there are labels.
     """
