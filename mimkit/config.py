@@ -191,7 +191,8 @@ class PretrainOptions(RunOptions, AdamWOptions, DataOptions, ModelOptions):
         patch_size: Patch size in pixels. Default: the model's own. A mask unit is 1 patch of a plain ViT, 4 x 4 patches
             of a HiViT, and 8 x 8 patches of an SViT or a Swin.
         mask_ratio: Fraction of units to mask.
-        blr: Peak learning rate for a batch of 256; --lr is blr x batch_size / 256 if it is not given.
+        blr: Peak learning rate for a batch of 256; --lr is blr x batch_size / 256 if it is not given, or follows from
+            the batch size and the published settings if neither is (docs/training.md).
         streaming: Read the data sequentially instead of preparing it first.
         knn_every: Epochs between measurements of kNN accuracy. 0: at the start and the end, if there are labels.
     """
@@ -404,9 +405,24 @@ def default_preset(shipped: dict[str, Path], recipe: str, small: str, argv: list
     return shipped.get(f"{recipe}_{family[0]}") if family else None
 
 
+class Parsed(typing.NamedTuple, typing.Generic[T]):
+    """The options of a command line."""
+
+    options: T
+    given: set[str]  # names of the options that the user or a preset set
+    published: T  # the defaults of the model's family
+
+
 def parse_recipe(
     options: type[T], description: str, recipe: str, argv: list[str] | None = None, small: str | None = None
 ) -> T:
+    """Return the options of `parse_given`."""
+    return parse_given(options, description, recipe, argv, small).options
+
+
+def parse_given(
+    options: type[T], description: str, recipe: str, argv: list[str] | None = None, small: str | None = None
+) -> Parsed[T]:
     """Parse the options of a recipe from flags and `--config`, a YAML file or the name of a preset.
 
     The defaults of `options` are the published ones. Without --model and --config, the small preset replaces them.
@@ -437,8 +453,13 @@ def parse_recipe(
             if name not in added:
                 _add_option(group, fields[name], hints[name], explained[name])
             added.add(name)
-    values = parser.parse_args(argv)
-    return options(**{name: values[name] for name in fields})
+    values, defaults = parser.parse_args(argv), parser.get_defaults()
+    flags = {re.split("[=.]", word)[0].removeprefix("--").removeprefix("no-") for word in argv if word[:2] == "--"}
+    files = [str(file) for file in values.config or []]
+    files += [str(preset)] if preset and preset == shipped.get(small or f"{recipe}_small") else []
+    given = {flag.replace("-", "_") for flag in flags}.union(*(yaml.safe_load(Path(f).read_text()) for f in files))
+    parsed, published = (options(**{name: found[name] for name in fields}) for found in (values, defaults))
+    return Parsed(parsed, given & fields.keys(), published)
 
 
 def _add_option(group: Any, option: "dataclasses.Field[Any]", hint: Any, explained: str) -> None:

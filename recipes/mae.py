@@ -26,7 +26,7 @@ from mimkit.config import (
     PretrainOptions,
     RunOptions,
     options_of,
-    parse_recipe,
+    parse_given,
 )
 from mimkit.conversion.family import check_model
 from mimkit.data.loader import default_workers, train_loader
@@ -39,11 +39,12 @@ from mimkit.errors import cli_entry
 from mimkit.methods.checkpoint import load_initial_weights
 from mimkit.methods.decoder import Decoder
 from mimkit.methods.mae import MAE
-from mimkit.models.factory import has_weights, unit_encoder
+from mimkit.models.factory import has_weights, size_of, unit_encoder
 from mimkit.training.export import export_pretrained
 from mimkit.training.online_knn import OnlineKNN
 from mimkit.training.optim import adamw, cosine
 from mimkit.training.run import Run
+from mimkit.training.scaling import scaled
 from mimkit.units import unit_grid
 
 
@@ -78,12 +79,11 @@ class Options(PretrainOptions):
 @cli_entry
 def main(argv: list[str] | None = None, replay: Path | None = None, name: str = "mae") -> None:
     """Parse the options, train, and write the run's directory, runs/NAME by default."""
-    options = parse_recipe(Options, __doc__ or "", "mae", argv, small="mae_hivit_small")
+    options, given, published = parse_given(Options, __doc__ or "", "mae", argv, small="mae_hivit_small")
     check_model(options.model)
     size = parse_size(options.img_size)
     normalize = default_normalization(options.in_chans, options.mean, options.std)
     options.mean, options.std = normalize.values
-    options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
     columns = options.image_column, options.label_column
     source = open_images(options.data, options.parts, options.streaming, *columns)
@@ -91,7 +91,6 @@ def main(argv: list[str] | None = None, replay: Path | None = None, name: str = 
     run = Run(name, **options_of(RunOptions, options), measure_every=options.knn_every, replay=replay)
     options.precision = run.engine.precision
     normalize.to(run.engine.device)
-    plan = run.make_plan(source.length, options.batch_size, options.epochs)
     if source.about:
         run.print(source.about)
     knn = OnlineKNN(run, source, size, normalize, options.workers, options.knn_every > 0, columns)
@@ -105,6 +104,11 @@ def main(argv: list[str] | None = None, replay: Path | None = None, name: str = 
         in_chans=options.in_chans,
         **options.model_args,
     )
+    for change in scaled(asdict(options), given, asdict(published), *size_of(encoder), source.length):
+        setattr(options, change.name, change.value)
+        run.print(change)
+    options.lr = options.lr or options.blr * options.batch_size / 256
+    plan = run.make_plan(source.length, options.batch_size, options.epochs)
     width, depth, heads = options.decoder_dim, options.decoder_depth, options.decoder_heads
     decoder = Decoder(encoder.out_dim, encoder.unit_size, options.in_chans, width, depth, heads)
     mae = MAE(encoder, decoder, options.mask_ratio, options.norm_targets, options.decode_ratio)

@@ -22,7 +22,7 @@ from mimkit.config import (
     PretrainOptions,
     RunOptions,
     options_of,
-    parse_recipe,
+    parse_given,
 )
 from mimkit.conversion.family import check_model
 from mimkit.data.loader import default_workers, train_loader
@@ -34,11 +34,12 @@ from mimkit.doctor.summary import describe_method, summarize
 from mimkit.errors import cli_entry
 from mimkit.methods.checkpoint import load_initial_weights
 from mimkit.methods.simmim import PixelHead, SimMIM
-from mimkit.models.factory import has_weights, map_encoder
+from mimkit.models.factory import has_weights, map_encoder, size_of
 from mimkit.training.export import export_pretrained
 from mimkit.training.online_knn import OnlineKNN
 from mimkit.training.optim import adamw, cosine
 from mimkit.training.run import Run
+from mimkit.training.scaling import scaled
 from mimkit.units import unit_grid
 
 
@@ -62,12 +63,11 @@ class Options(PretrainOptions):
 @cli_entry
 def main(argv: list[str] | None = None, replay: Path | None = None, name: str = "simmim") -> None:
     """Parse the options, train, and write the run's directory, runs/NAME by default."""
-    options = parse_recipe(Options, __doc__ or "", "simmim", argv, small="simmim_swin_small")
+    options, given, published = parse_given(Options, __doc__ or "", "simmim", argv, small="simmim_swin_small")
     check_model(options.model)
     size = parse_size(options.img_size)
     normalize = default_normalization(options.in_chans, options.mean, options.std)
     options.mean, options.std = normalize.values
-    options.lr = options.lr or options.blr * options.batch_size / 256
     options.workers = default_workers() if options.workers is None else options.workers
     columns = options.image_column, options.label_column
     source = open_images(options.data, options.parts, options.streaming, *columns)
@@ -75,7 +75,6 @@ def main(argv: list[str] | None = None, replay: Path | None = None, name: str = 
     run = Run(name, **options_of(RunOptions, options), measure_every=options.knn_every, replay=replay)
     options.precision = run.engine.precision
     normalize.to(run.engine.device)
-    plan = run.make_plan(source.length, options.batch_size, options.epochs)
     if source.about:
         run.print(source.about)
     knn = OnlineKNN(run, source, size, normalize, options.workers, options.knn_every > 0, columns)
@@ -88,6 +87,11 @@ def main(argv: list[str] | None = None, replay: Path | None = None, name: str = 
         in_chans=options.in_chans,
         **options.model_args,
     )
+    for change in scaled(asdict(options), given, asdict(published), *size_of(encoder), source.length):
+        setattr(options, change.name, change.value)
+        run.print(change)
+    options.lr = options.lr or options.blr * options.batch_size / 256
+    plan = run.make_plan(source.length, options.batch_size, options.epochs)
     head = PixelHead(encoder.out_dim, encoder.unit_size, encoder.token_dim, options.in_chans)
     simmim = SimMIM(encoder, head, options.mask_ratio)
     if options.init:

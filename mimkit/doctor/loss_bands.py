@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from mimkit.doctor.gain import knn_gain, scratch_gain
 from mimkit.errors import UserError
 from mimkit.files import read_metrics, read_options
 from mimkit.training.run_dir import MAY_CHANGE
@@ -149,7 +150,8 @@ def health(folder: Path) -> tuple[list[str], list[str]]:
     for sentence, is_problem in (*_trend(lines, steps), _waiting(lines), *_comparison(lines, steps, config)):
         sentences.append(sentence)
         problems += [sentence] if is_problem else []
-    return sentences, problems
+    gains = knn_gain(folder), scratch_gain(folder)
+    return [*sentences, *(found[0] for found in gains if found)], problems
 
 
 def _trend(lines: list[dict[str, float]], steps: float) -> list[tuple[str, bool]]:

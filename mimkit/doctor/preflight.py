@@ -37,12 +37,15 @@ from mimkit.data.sources import Source
 from mimkit.data.transforms import Size
 from mimkit.doctor.loss_bands import expected
 from mimkit.flops import kept_bytes
+from mimkit.methods.decoder import Decoder
 from mimkit.training.run import Run
 
 MAX_LOAD = 0.25  # fraction of the CPU cores that other processes may use unmentioned
 MAX_SHIFT, MAX_SCALE = 1.5, 3.0  # of normalized images: distance of the mean from 0, and factor between std and 1
 MAX_DUPLICATES = 0.05  # fraction of the checked images
 MAX_EXAMPLES = 5  # images that a line names
+MIN_STEPS = 300  # of a whole run
+SMALL_INPUT = 128  # pixels; a smaller input is compared with the images
 
 
 class Budget(NamedTuple):
@@ -63,10 +66,12 @@ class Findings:
     Args:
         lines: lines to print, by name.
         problems: sentences that name what would spoil the run and what to do.
+        warnings: sentences that name what makes the run worth little and what to do.
     """
 
     lines: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class Job(NamedTuple):
@@ -113,7 +118,8 @@ def preflight(job: Job, method: nn.Module, optimizer: torch.optim.Optimizer, dry
             findings = run_checks(job, method, optimizer, FULL if dry_run else BRIEF)
         problems = findings.problems
         run.print("\n".join(f"{name:8s} {text}" for name, text in findings.lines.items()))
-        run.print("\n".join(f"WARNING: {problem}" for problem in problems) or "Preflight checks passed.")
+        found = [f"WARNING: {sentence}" for sentence in [*problems, *findings.warnings]]
+        run.print("\n".join(found) or "Preflight checks passed.")
     run.engine.wait()
     if dry_run and problems:
         sys.exit(1)
@@ -126,6 +132,7 @@ def run_checks(job: Job, method: nn.Module, optimizer: torch.optim.Optimizer, bu
     check_load(findings)
     trial = Trial(job.run, *copy.deepcopy((method, optimizer)), job.sample_loader.in_chans, job.size)
     describe_steps(trial, job, findings)
+    check_decoder(trial.method, findings)
     network_rate, batch = trial.measure_rate(min(plan.micro_batch_size, job.source.length), budget.seconds)
     loader_rate = None
     if job.source.streaming and budget is BRIEF:  # each worker fills its window first, which takes long
@@ -181,7 +188,21 @@ def check_images(job: Job, budget: Budget, findings: Findings) -> None:
     check_damage(source, checked, bad, duplicates, job.run.max_bad, findings)
     if moments:
         findings.lines["images"] = describe_images(sizes, modes, job.sample_loader.in_chans)
+        check_input_size(sizes, job, findings)
         check_colors(torch.stack(moments).mean(0), job, findings)
+
+
+def check_input_size(sizes: list[tuple[int, int]], job: Job, findings: Findings) -> None:
+    """Warn of an input that is small and at most half as large as the images, whose sizes are (height, width)."""
+    side, short = min(job.size), round(median(min(size) for size in sizes))
+    if side >= SMALL_INPUT or short < 2 * side:
+        return
+    factor = 2 ** max(1, int(math.log2(min(short, 224) / side)))
+    size, patch = "x".join(str(factor * length) for length in dict.fromkeys(job.size)), job.config.get("patch_size")
+    advice = f"--img-size {size}" + (f" --patch-size {factor * patch}" if patch else "")
+    findings.warnings.append(
+        f"The input of {side} px is far below the size of the images, whose short side is {short} px. Pass {advice}."
+    )
 
 
 def check_damage(
@@ -362,6 +383,23 @@ def describe_steps(trial: Trial, job: Job, findings: Findings) -> None:
         f"{plan.steps:,} in {plan.steps / plan.steps_per_epoch:g} epochs; "
         f"lr {job.lr:.3g} after {warmup:,} warmup steps"
     )
+
+    if plan.steps < MIN_STEPS:
+        epochs = math.ceil(MIN_STEPS / plan.steps_per_epoch)
+        findings.warnings.append(
+            f"The run has {plan.steps} steps, too few to learn from the images. Pass --epochs {epochs} or more, or a "
+            "smaller --batch-size."
+        )
+
+
+def check_decoder(method: Any, findings: Findings) -> None:
+    """Warn of a decoder that is larger than the encoder."""
+    encoder, decoder = (sum(p.numel() for p in part.parameters()) for part in (method.encoder, method.decoder))
+    if decoder > encoder and isinstance(method.decoder, Decoder):
+        findings.warnings.append(
+            f"The decoder has {decoder / 1e6:.1f} M parameters, more than the encoder's {encoder / 1e6:.1f} M. Omit "
+            "--decoder-dim and --decoder-depth, or lower them."
+        )
 
 
 def measure_loader(source: Source, sample_loader: SampleLoader, plan: Plan, workers: int, seconds: float) -> float:

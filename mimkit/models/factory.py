@@ -173,6 +173,12 @@ def timm_model(encoder: Any) -> Any:
     return encoder.swin if isinstance(encoder, MaskedSwin) else encoder
 
 
+def size_of(encoder: Any) -> tuple[int, int]:
+    """Return the width of an encoder's last stage, and its number of parameters."""
+    model = timm_model(encoder)
+    return model.feature_info[-1]["num_chs"], sum(p.numel() for p in model.parameters())
+
+
 def as_unit_encoder(model: Any, fixed_positions: bool = False) -> UnitEncoder:
     """Return a timm model as an encoder that can skip units: a HiViT or an SViT itself, or a wrapped plain ViT."""
     return model if hasattr(model, "encode_units") else UnitViT(model, fixed_positions)

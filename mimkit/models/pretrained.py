@@ -164,7 +164,8 @@ def new_head(network: Any, classes: int, std: float | None) -> str:
         if std is not None and hasattr(layer, "weight"):
             nn.init.trunc_normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
-    return f"fresh head of {classes} classes ({', '.join(_head_names(network))})"
+    deviation = "" if std is None else f", std {std:g}"
+    return f"fresh head of {classes} classes ({', '.join(_head_names(network))}){deviation}"
 
 
 def checkpoint_blocks(network: Any) -> None:

@@ -15,6 +15,7 @@ from mimkit.data.sources import Source
 from mimkit.data.transforms import Normalize
 from mimkit.errors import UserError
 from mimkit.evaluation.features import NoImagesError, map_batches
+from mimkit.evaluation.knn import standard_error
 from mimkit.figures import any_backend
 from mimkit.files import replacing_file
 from mimkit.io.weights import write_model
@@ -194,7 +195,7 @@ class Classification:
         self.workers, self.max_bad = workers, max_bad
 
     def score(self, network: Any) -> dict[str, float]:
-        """Return top1 and top5 in %, over all validation images and processes.
+        """Return top1 and top5 in %, and top1's standard error, over all validation images and processes.
 
         Raises:
             NoImagesError: none of the images can be decoded.
@@ -216,7 +217,8 @@ class Classification:
         self.scores = Scores(*run.engine.sum(*scores))
         if not self.scores.confusion.any():
             raise NoImagesError
-        return {"top1": self.scores.top1, "top5": self.scores.top5}
+        error = standard_error(self.scores.top1, int(self.scores.confusion.sum()))
+        return {"top1": self.scores.top1, "top5": self.scores.top5, "top1_se": error}
 
     def format_scores(self, scores: dict[str, float]) -> str:
         """Format the scores as one line of text."""

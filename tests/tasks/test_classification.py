@@ -164,6 +164,20 @@ def test_dry_run_prints_learning_rates_and_names_a_damaged_image(made, capsys, t
     assert not (tmp_path / "run").exists()
 
 
+def test_head_starts_near_zero_on_large_sets_only(made, capsys, monkeypatch, tmp_path):
+    """A head of 2e-5 costs 2 to 6 points in a few hundred steps (docs/finetuning.md)."""
+
+    def head(*argv):
+        tune("--model", made / "hivit", "--data", made / "images", "--dry-run", "--out", tmp_path / "run", *argv)
+        return capsys.readouterr().out.split("fresh head of 3 classes (head)")[1].splitlines()[0]
+
+    assert head() == ""
+    assert head("--head-std", "2e-5") == ", std 2e-05"
+    monkeypatch.setattr(finetune, "LARGE", 32)
+    assert head() == ", std 2e-05"
+    assert head("--head-std", "null") == ""
+
+
 # Augmentation --------------------------------------------------------------------------------------------------------
 
 
@@ -465,6 +479,26 @@ def test_training_from_scratch_for_comparison(made, tmp_path, capsys):
     assert "random weights" in said
     assert " % from scratch: " in said
     assert (tmp_path / "run" / "scratch" / "last" / "model.safetensors").exists()
+
+
+@pytest.mark.e2e
+def test_fine_tuning_from_a_run_without_a_gain(made, tmp_path, capsys, monkeypatch):
+    """It says so at the start, and the command that it prints at the end measures training from scratch."""
+    pretraining, out = tmp_path / "mae", tmp_path / "run"
+    shutil.copytree(made / "hivit", pretraining / "encoder")
+    (pretraining / "config.yaml").write_text("batch_size: 32")
+    lines = [{"step": step, "knn_10": knn, "knn_10_se": 1.07} for step, knn in ((0, 35.5), (666, 36.1))]
+    (pretraining / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tune("--model", pretraining, "--data", made / "images", "--out", out, *QUICK)
+    said = capsys.readouterr().out
+    assert f"WARNING: {pretraining}: No gain yet in 21,312 images: kNN 35.5 % before, 36.1 % after" in said
+    launch, doctor = said.split("from scratch:\n")[1].splitlines()
+    assert launch.split()[:3] == ["accelerate", "launch", "recipes/finetune.py"]
+    tune(*launch.split()[3:])
+    said = capsys.readouterr().out
+    assert "random weights" in said
+    assert "Compare with training" not in said
+    assert " points." in command(capsys, monkeypatch, *doctor.split()[1:])[1].splitlines()[-1]
 
 
 def test_every_network_has_layers():

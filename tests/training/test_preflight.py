@@ -26,8 +26,10 @@ from mimkit.data.order import Plan
 from mimkit.data.sample import SampleLoader
 from mimkit.data.sources import open_source
 from mimkit.doctor import preflight
+from mimkit.doctor.gain import pretraining_run, scratch_gain
 from mimkit.doctor.loss_bands import health, losses, nearest, references, tolerance
 from mimkit.doctor.summary import describe_method, summarize
+from mimkit.evaluation.knn import standard_error
 from mimkit.files import read_metrics
 from mimkit.methods.decoder import Decoder
 from mimkit.methods.mae import MAE
@@ -40,6 +42,7 @@ QUICK = preflight.Budget(64, 60.0, 0.02)
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(preflight, "FULL", FULL._replace(seconds=0.2))
+    monkeypatch.setattr(preflight, "MIN_STEPS", 0)  # the runs below are short
 
 
 @pytest.fixture
@@ -204,6 +207,50 @@ def test_small_memories(check, monkeypatch):
     assert check()[1] == []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "10")  # processes on this machine, which share its memory
     assert "Choose a smaller --model" in check()[1][0]
+
+
+def test_what_makes_a_run_worth_little_is_a_warning(make_job, method, optimizer, images, monkeypatch):
+    def warnings(**options):
+        findings = preflight.run_checks(make_job(**options), method, optimizer, QUICK)
+        assert findings.problems == []
+        return findings.warnings
+
+    assert warnings() == []
+    monkeypatch.setattr(preflight, "MIN_STEPS", 300)
+    assert warnings(plan={"steps": 300}) == []
+    (few,) = warnings(plan={"steps": 299})
+    assert few.startswith("The run has 299 steps, too few to learn from the images. Pass --epochs 75 or more")
+    monkeypatch.setattr(preflight, "MIN_STEPS", 0)
+    method.decoder = Decoder(method.encoder.out_dim, 4, dim=128, depth=6, num_heads=4)
+    (large,) = warnings()
+    assert large.startswith("The decoder has 1.3 M parameters, more than the encoder's 0.9 M. Omit --decoder-dim")
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "patch", "advice"),
+    [
+        (500, (32, 32), 1, "--img-size 128 --patch-size 4"),
+        (64, (32, 32), 1, "--img-size 64 --patch-size 2"),
+        (500, (64, 128), None, "--img-size 128x256"),
+        (4000, (112, 112), None, "--img-size 224"),
+        (60, (32, 32), 1, None),
+        (4000, (128, 128), None, None),
+        (4000, (224, 224), None, None),
+    ],
+)
+def test_an_input_far_below_the_size_of_photographs(make_job, side, size, patch, advice):
+    findings = preflight.Findings()
+    job = make_job(job={"size": size, "config": {"patch_size": patch}})
+    preflight.check_input_size([(side, side + 9), (side + 2, side), (side, side)], job, findings)
+    assert [text.split("Pass ")[1] for text in findings.warnings] == ([f"{advice}."] if advice else [])
+    if advice:
+        assert f"whose short side is {side} px" in findings.warnings[0]
+
+
+def test_warnings_do_not_end_a_dry_run(make_job, method, optimizer, monkeypatch):
+    monkeypatch.setattr(preflight, "MIN_STEPS", 300)
+    preflight.preflight(make_job(), method, optimizer, dry_run=True)
+    assert make_job.printed[1].startswith("WARNING: The run has 8 steps")
 
 
 def test_full_disks(check, monkeypatch):
@@ -534,6 +581,63 @@ def test_health_of_a_young_run(tmp_path):
     assert "too early" in " ".join(health(folder)[0])
     metrics.write_text("")
     assert health(folder) == ([f"{folder} has not logged a loss yet."], [])
+
+
+def with_knn(folder, before, after, images=2000):
+    """Add kNN accuracies at the start and after the last step to the metrics of a run."""
+    lines = [(0, before), (936, after)]
+    logged = [{"step": step, "knn_10": knn, "knn_10_se": standard_error(knn, images)} for step, knn in lines]
+    metrics = folder / "metrics.jsonl"
+    first, last = map(json.dumps, logged)
+    metrics.write_text(f"{first}\n{metrics.read_text()}{last}\n")
+    return folder
+
+
+def test_a_run_without_a_gain_says_so(tmp_path, capsys, monkeypatch):
+    """These are the figures of 2,392 photographs of textures: the loss fell, and kNN stayed."""
+    none = with_knn(write_run(tmp_path / "none"), 35.5, 36.1)
+    code, printed, _ = command(capsys, monkeypatch, "doctor", "--run", none)
+    assert code == 0
+    sentence = printed.splitlines()[-1]
+    assert sentence.startswith("No gain yet in 29,952 images: kNN 35.5 % before, 36.1 % after, +0.6 ± 1.5 points. ")
+    assert "Pre-train for longer" in sentence
+    assert "start from released weights (--model vit_base_patch16_224.mae)" in sentence
+    assert len(sentence) < 300
+    gained = with_knn(write_run(tmp_path / "gained"), 53.1, 71.8)
+    assert health(gained)[0][-1] == "The pre-training helps: kNN 53.1 % before, 71.8 % after, +18.7 ± 1.5 points."
+    few = with_knn(write_run(tmp_path / "few"), 40.0, 60.0, images=20)  # 20 images tell nothing
+    assert "No gain yet" in health(few)[0][-1]
+    assert "kNN" not in " ".join(health(write_run(tmp_path / "unmeasured"))[0])
+
+
+def test_fine_tuning_that_trails_training_from_scratch_says_so(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "scratch").mkdir()
+
+    def compare(tuned, scratch, step=936):
+        for folder, top1, at in ((run, tuned, 936), (run / "scratch", scratch, step)):
+            line = {"step": at, "top1": top1, "top1_se": standard_error(top1, 2000)}
+            (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        return scratch_gain(run)
+
+    text, ahead = compare(30.8, 35.0)
+    assert not ahead
+    assert text.startswith(
+        "Fine-tuning trails training from scratch: 30.80 % against 35.00 %, -4.20 ± 1.48 points. Pre-"
+    )
+    assert compare(36.0, 35.0)[0].startswith("No gain over training from scratch yet: 36.00 %")
+    assert compare(52.0, 39.0)[1]
+    assert compare(52.0, 39.0, step=500) is None  # it is not complete
+    assert scratch_gain(tmp_path) is None
+
+
+def test_the_run_that_a_network_comes_from(tmp_path):
+    (tmp_path / "run" / "encoder").mkdir(parents=True)
+    assert pretraining_run(str(tmp_path / "run")) is None
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    for name in ("run", "run/encoder"):
+        assert pretraining_run(str(tmp_path / name)) == tmp_path / "run"
+    assert pretraining_run("vit_base_patch16_224.mae") is None
 
 
 def test_references_have_the_options_of_the_presets():

@@ -151,6 +151,7 @@ def test_knn_is_printed_and_logged(run, images, capsys):
     knn(run, open_source(images))(7, tiny_encoder(), "after 7 steps")
     (line,) = logged(run)
     assert line.keys() == {"step", "knn_10", "knn_20", "knn_10_se", "knn_20_se"}
+    assert line["knn_10_se"] == pytest.approx((line["knn_10"] * (100 - line["knn_10"]) / 7) ** 0.5)
     assert 0 <= line["knn_10"] <= 100
     text = f"kNN after 7 steps: {line['knn_10']:.1f} % (k = 10), {line['knn_20']:.1f} % (k = 20), 25 + 7 images"
     assert text in capsys.readouterr().out
