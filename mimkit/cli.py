@@ -70,13 +70,14 @@ def _features(
     from mimkit.data.transforms import Normalize, parse_size
     from mimkit.evaluation.features import extract_parts
     from mimkit.models.factory import create_network, has_weights, input_of
+    from mimkit.models.pretrained import network_folder
 
     check_model(model)
     parts = set_value_range(value_range, *open_labeled(data, *chosen))
     print(parts[0].about)
     options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
-    network = create_network(model, **options, **(model_args or {}))
-    if not has_weights(model):
+    network = create_network(network_folder(model), **options, **(model_args or {}))
+    if not has_weights(network_folder(model)):
         print(f"{model} is neither a model folder nor a name with a tag, so its weights are random.")
     spec = input_of(network)
     size = options.get("img_size", spec.size)
@@ -101,7 +102,7 @@ def knn(
     """Compute the accuracy of nearest-neighbor classification on a model's features, as DINO does.
 
     Args:
-        model: The network: a folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a name in timm.
+        model: The network: a run, a folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a name in timm.
         data: Labeled images: 'sample', a folder of class folders, parquet files, or a data set on the hub.
         img_size: Input size in pixels: 224 or HEIGHTxWIDTH. Default: the model's own.
         images: Number of training images to use. Default: all.
@@ -138,7 +139,7 @@ def probe(
     The weight decay is chosen on a fifth of the training images.
 
     Args:
-        model: The network: a folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a name in timm.
+        model: The network: a run, a folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a name in timm.
         data: Labeled images: 'sample', a folder of class folders, parquet files, or a data set on the hub.
         img_size: Input size in pixels: 224 or HEIGHTxWIDTH. Default: the model's own.
         images: Number of training images to use. Default: all.
@@ -302,7 +303,7 @@ def predict(
     a new COCO file, whose annotations have scores.
 
     Args:
-        model: The network: a folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a name in timm.
+        model: The network: a run, a folder such as RUN/encoder or RUN/best, hf-hub:OWNER/NAME, or a name in timm.
         images: Images: 'sample', an image, a folder of images, parquet or .tar files.
         out: Table of labels to write (predictions.csv), folder of masks (predictions), or COCO file of objects
             (predictions.json).

@@ -484,7 +484,7 @@ def run_command(functions: list[Callable[..., None]], description: str, version:
     name = top.parse_args(sys.argv[1:2] or ["--help"]).command
     if name not in commands:
         hint = did_you_mean(name, commands) or f" Commands: {', '.join(commands)}."
-        raise UserError(f"mimkit {name}: there is no such command.{hint}")
+        raise UserError(shorten(f"mimkit {name}: there is no such command.{hint}"))
     call(commands[name], f"mimkit {name}", sys.argv[2:])
 
 

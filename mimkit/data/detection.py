@@ -190,9 +190,8 @@ def _read(file: Path, folders: list[Path], masks: bool) -> tuple[dict[str, Any],
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
     files = _locate(list(names.values()), folders)
     if missing := [name for name, found in zip(names.values(), files, strict=True) if not found and is_utf8(name)]:
-        tried = " or ".join(map(str, folders))
         raise UserError(
-            f"{file} lists {len(missing)} images that are not there, such as {missing[0]}: put them into {tried}."
+            f"{file} lists {len(missing)} images that are not there, such as {missing[0]}: put them into {folders[-1]}."
         )
     coco = {"images": images, "annotations": annotations, "categories": sorted(categories, key=lambda c: c["id"])}
     readable = [is_utf8(name) for name in names.values()]

@@ -561,7 +561,7 @@ def test_wrong_option_is_one_sentence(made, tmp_path, capsys):
         ([*model, *data, "--batch-size", "9", "--out", tmp_path / "r"], "has 9"),
         (["--model", made / "hivit", *data, *QUICK, "--img-size", "33"], "multiple"),
         ([*model, *data, *QUICK, "--aa", "dance", "--out", tmp_path / "q"], "dance"),
-        ([*model, *data, "--in-chans", "0"], "in_chans"),
+        ([*model, *data, "--in-chans", "0"], "--in-chans 0: expected a whole number of at least 1"),
     ]:
         assert message in refused(capsys, finetune, *argv), argv
 

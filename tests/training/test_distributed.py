@@ -100,21 +100,6 @@ def test_generators_are_seeded_by_seed_step_and_rank():
     assert drawn(0, 0) == found[0]  # its own rank by default
 
 
-def test_cpu_threads(monkeypatch):
-    """accelerate launch sets one thread per process; the cores are divided among the processes of a machine."""
-    threads = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr("mimkit.data.loader.cpu_count", lambda: 8)
-    for local in ("1", "2", "16"):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-        Engine()
-    assert threads == [8, 4, 1]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # the user's choice
-    Engine()
-    assert len(threads) == 3
-
-
 # Choosing an engine --------------------------------------------------------------------------------------------------
 
 

@@ -514,7 +514,7 @@ def test_no_false_alarm_on_the_sample_images(doctor):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["dance"], "choose a recipe among detect"),
+        (["dance"], "Choose among detect"),
         (["linear_probe"], "has no --dry-run"),
         (["--run", "."], "holds no config.yaml"),
         (["mae_hivit", "--dance", "1"], "dance"),

@@ -168,7 +168,8 @@ def test_knn_is_printed_and_logged(run, images, capsys):
 def test_knn_that_is_impossible_is_an_error_if_it_was_asked_for(streaming, message, run, capsys, monkeypatch):
     few = SimpleNamespace(length=5)
     monkeypatch.setattr(online_knn, "open_labeled", lambda *_: (few, few))
-    source = SimpleNamespace(streaming=streaming, name="data")
+    monkeypatch.setattr(online_knn, "set_value_range", lambda value_range, *parts: parts)
+    source = SimpleNamespace(streaming=streaming, name="data", value_range=(0, 1))
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         knn(run, source)
     knn(run, source, required=False)(7, tiny_encoder(), "at random")
@@ -189,7 +190,8 @@ def test_knn_has_enough_images_per_class(classes, length, images, noisy, run, ca
     about = {"about": "", "part": "held-out", "parts": ()}
     part = SimpleNamespace(length=length, label="label", rows={"label": list(range(classes))}, **about)
     monkeypatch.setattr(online_knn, "open_labeled", lambda *_: (part, part))
-    assert knn(run, SimpleNamespace(streaming=False, name="data")).images == images
+    monkeypatch.setattr(online_knn, "set_value_range", lambda value_range, *parts: parts)
+    assert knn(run, SimpleNamespace(streaming=False, name="data", value_range=(0, 1))).images == images
     printed = capsys.readouterr().out.removesuffix("kNN: \n")
     assert bool(printed) == bool(noisy)
     assert not noisy or f"kNN has {noisy}, fewer than 50: its accuracy is noisy." in printed
