@@ -409,7 +409,7 @@ def test_doctor_prints_what_follows_from_the_network_and_the_images(doctor, imag
     assert code == 0, output
     lines = output.splitlines()
     assert "--decoder-dim 128 instead of the published 512: the encoder is 128 wide" in lines
-    assert any(line.startswith("--decoder-depth 1 instead of the published 6: a third of the encoder") for line in lines)
+    assert any(line.startswith("--decoder-depth 1 instead of the published 6: a third of") for line in lines)
     assert "--warmup-epochs 0.2 instead of the published 40: a tenth of the epochs" in lines
 
 
