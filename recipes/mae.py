@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None, replay: Path | None = None, name: str = 
     )
     for change in scaled(asdict(options), given, asdict(published), *size_of(encoder), source.length):
         setattr(options, change.name, change.value)
-        run.print(change)
+        run.print(str(change))
     options.lr = options.lr or options.blr * options.batch_size / 256
     plan = run.make_plan(source.length, options.batch_size, options.epochs)
     width, depth, heads = options.decoder_dim, options.decoder_depth, options.decoder_heads

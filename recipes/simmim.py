@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None, replay: Path | None = None, name: str = 
     )
     for change in scaled(asdict(options), given, asdict(published), *size_of(encoder), source.length):
         setattr(options, change.name, change.value)
-        run.print(change)
+        run.print(str(change))
     options.lr = options.lr or options.blr * options.batch_size / 256
     plan = run.make_plan(source.length, options.batch_size, options.epochs)
     head = PixelHead(encoder.out_dim, encoder.unit_size, encoder.token_dim, options.in_chans)

@@ -485,7 +485,7 @@ def test_training_from_scratch_for_comparison(made, tmp_path, capsys):
 def test_fine_tuning_from_a_run_without_a_gain(made, tmp_path, capsys, monkeypatch):
     """It says so at the start, and the command that it prints at the end measures training from scratch."""
     pretraining, out = tmp_path / "mae", tmp_path / "run"
-    shutil.copytree(made / "hivit", pretraining / "encoder")
+    shutil.copytree(made / "hivit", pretraining)
     (pretraining / "config.yaml").write_text("batch_size: 32")
     lines = [{"step": step, "knn_10": knn, "knn_10_se": 1.07} for step, knn in ((0, 35.5), (666, 36.1))]
     (pretraining / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -403,6 +403,16 @@ def test_doctor_checks_what_a_recipe_would_do(doctor, images):
 
 
 @pytest.mark.e2e
+def test_doctor_prints_what_follows_from_the_network_and_the_images(doctor, images):
+    code, _, output = doctor("--data", images, "--model", "hivit_nano", "--img-size", "32", "--patch-size", "1")
+    assert code == 0, output
+    lines = output.splitlines()
+    assert "--decoder-dim 128 instead of the published 512: the encoder is 128 wide" in lines
+    assert any(line.startswith("--decoder-depth 1 instead of the published 6: a third of") for line in lines)
+    assert "--warmup-epochs 0.2 instead of the published 40: a tenth of the epochs" in lines
+
+
+@pytest.mark.e2e
 def test_exit_codes(doctor, images):
     (images / "03.png").write_bytes(b"no image")
     code, _, output = doctor("--data", images, "--max-bad", "0.1")
