@@ -94,7 +94,7 @@ def test_wrong_arguments_are_refused_in_one_sentence(capsys, monkeypatch, traine
         (["knn", "--model", "hivit_x"], "--model hivit_x is unknown to timm"),
         (["knn", "--model", encoder, "--data", str(tmp_path / "nowhere")], "no such file or folder"),
         (["knn", "--model", encoder, "--data", str(tmp_path)], "has no images"),
-        (["probe", "--model", str(tmp_path)], "cannot be loaded"),
+        (["probe", "--model", str(tmp_path)], "holds no config.json. Pass a run"),
         (["models", "--img-size", "100"], "100 px is not a multiple of the mask unit of 16 px"),
         (["reconstruct", "--run", str(tmp_path)], "holds no encoder/"),
         (["reconstruct", "--run", str(trained / "run"), "--out", "x.txt"], "x.txt is no picture"),

@@ -693,7 +693,9 @@ def test_a_method_is_described_in_one_line(method):
 @pytest.mark.parametrize("is_main", [True, False])
 def test_a_finished_run_is_summarized_by_the_main_process(is_main, method, images, tmp_path):
     printed, gathered = [], []
-    folder = write_run(tmp_path / "run")
+    folder = write_run(tmp_path / "run", label_column="fine", value_range=[0.0, 4000.0])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 936, "knn_10": 50.0}) + "\n")  # so the images have labels
     engine = SimpleNamespace(is_main=is_main, device=torch.device("cpu"))
     engine.full_state = lambda module: gathered.append(module) or module
     run_dir = SimpleNamespace(metrics=lambda: read_metrics(folder))
@@ -706,5 +708,7 @@ def test_a_finished_run_is_summarized_by_the_main_process(is_main, method, image
     if is_main:
         assert "The loss is inside the band" in printed[0]
         assert f'timm.create_model("local-dir:{folder}/encoder", pretrained=True)' in printed[1]
-        assert f"mimkit probe --model {folder}/encoder --data {images}" in printed[1]
+        reading = f"--data {images} --label-column fine --value-range=0,4000\n"
+        assert f"next: mimkit probe --model {folder}/encoder {reading}" in printed[1]
+        assert printed[1].endswith(f"mimkit reconstruct --run {folder} --images {images} --value-range=0,4000")
         assert Image.open(folder / "reconstructions.png").size[0] > 100
