@@ -17,8 +17,9 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
+from mimkit.data.find import count_images, unused
 from mimkit.data.parts import TEST, TRAIN, VAL, choose_parts, describe, no_columns, wanted_parts
-from mimkit.data.sources import Source, count_images, unused
+from mimkit.data.sources import Source
 from mimkit.data.transforms import Size, Transform, checked_size
 from mimkit.data.walk import find_files, first_of, is_utf8
 from mimkit.errors import UserError, tell

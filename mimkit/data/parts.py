@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from mimkit.errors import UserError
+from mimkit.errors import UserError, some
 
 # Names of parts (splits) of a data set. Those that a network may be evaluated on stand in the order of preference.
 TRAIN, VAL, TEST = ("train", "training"), ("val", "validation", "valid", "dev", "eval"), ("test", "testing")
@@ -53,8 +53,8 @@ def wanted_parts(data: str, found: Iterable[str], parts: str | None) -> list[str
     wanted = list(dict.fromkeys(name.strip().lower() for name in parts.split(",")))
     if unknown := [name for name in wanted if name not in by_name]:
         raise UserError(
-            f"--parts {shorten(parts)}: {data} has no part {shorten(unknown[0]) or 'without a name'}. Choose from "
-            f"{shorten(', '.join(found))}."
+            f"--parts {parts[:100]}: {data} has no part {unknown[0][:40] or 'without a name'}. Choose from "
+            f"{some(found, 6)}."
         )
     return list(dict.fromkeys(by_name[name] for name in wanted))
 
@@ -68,11 +68,6 @@ def no_columns(data: str, image_column: str | None, label_column: str | None) ->
     for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
         if column:
             raise UserError(f"{flag} {column} names a column of a table, and --data {data} is a folder. Leave it out.")
-
-
-def shorten(text: str) -> str:
-    """Shorten a text that an error message quotes to 100 characters."""
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def part_of(path: str) -> str:

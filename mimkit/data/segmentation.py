@@ -14,13 +14,14 @@ from torchvision.datasets import Cityscapes
 from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.data.decode import EXTENSIONS, open_image
+from mimkit.data.find import count_images, find_parts, folders_in, unused
 from mimkit.data.order import evenly_spaced
-from mimkit.data.parts import TEST, TRAIN, choose_parts, describe, no_columns, shorten, wanted_parts
+from mimkit.data.parts import TEST, TRAIN, choose_parts, describe, no_columns, wanted_parts
 from mimkit.data.sample import read_bytes
-from mimkit.data.sources import Source, count_images, find_parts, folders_in, hold_out, join, open_part, unused
+from mimkit.data.sources import Source, hold_out, join, open_part
 from mimkit.data.transforms import Size, Transform, checked_size, resize_short
 from mimkit.data.walk import find_files
-from mimkit.errors import UserError, tell
+from mimkit.errors import UserError, some, tell
 
 IGNORE = 255  # value of a mask's pixels without a class: neither the loss nor the metric uses them
 UNKNOWN = -1
@@ -152,7 +153,7 @@ def open_masked(
     names = list(folders or found)
     training, judge = choose_parts(names, wanted_parts(data, names, parts), masked)
     if not training:
-        raise UserError(f"--data {data} has the splits {shorten(', '.join(names))}: none for training. Name one train.")
+        raise UserError(f"--data {data} has the splits {some(names, 6)}: none for training. Name one train.")
     for name in (*training, *([judge] if judge else [])):
         if opened(name).mask is None:
             raise UserError(

@@ -24,8 +24,9 @@ from PIL import EpsImagePlugin, Image
 import mimkit
 from mimkit import cli
 from mimkit.data.decode import decode
+from mimkit.data.find import _find_hub_parts
 from mimkit.data.segmentation import read_mask
-from mimkit.data.sources import _find_hub_parts, open_source
+from mimkit.data.sources import open_source
 from mimkit.errors import UserError
 from mimkit.io.weights import read_weights
 from mimkit.training.checkpoint import digest, remove_old, verify_checkpoint
