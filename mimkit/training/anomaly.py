@@ -126,6 +126,5 @@ def too_many_skipped(steps: dict[int, str], folder: Path, lr: float, precision: 
     hint = {"fp16": ", --precision fp32 or bf16", "bf16": ", --precision fp32"}.get(precision, "")
     return UserError(
         f"{len(steps)} bad steps within {WINDOW} ({reasons}), at a learning rate of {lr:.3g} in {precision}. Look at "
-        f"one with mimkit replay {folder}/replay/step-{min(steps):08d}; then try a smaller --lr, a longer warm-up"
-        f"{hint}, or other data."
+        f"one with mimkit replay {folder}/replay/step-{min(steps):08d}; then try a smaller --lr{hint}, or other data."
     )

@@ -120,7 +120,7 @@ def test_three_of_a_thousand_steps_end_a_run():
 
 @pytest.mark.parametrize(
     ("precision", "hint"),
-    [("fp32", "a longer warm-up, or"), ("bf16", "--precision fp32, or"), ("fp16", "--precision fp32 or bf16, or")],
+    [("fp32", "a smaller --lr, or"), ("bf16", "--precision fp32, or"), ("fp16", "--precision fp32 or bf16, or")],
 )
 def test_the_error_names_the_steps_and_what_to_try(precision, hint, tmp_path):
     message = str(too_many_skipped({900: "a", 1010: "b", 1011: "c"}, tmp_path, 1.5e-4, precision))

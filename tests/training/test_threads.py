@@ -117,7 +117,7 @@ def test_real_launchers(processes, given, expected, tmp_path):
     script.write_text(
         "import os, runpy, torch\n"
         f"runpy.run_path({str(ROOT / 'mimkit/training/threads.py')!r})['set_threads'](None, 4)\n"
-        "print('threads', torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])\n"
+        "os.write(1, f'threads {torch.get_num_threads()} {os.environ[\"OMP_NUM_THREADS\"]}\\n'.encode())\n"  # at once
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | given
     several = ["--config_file", ROOT / "recipes/accelerate/ddp.yaml"] if processes > 1 else []

@@ -190,7 +190,7 @@ def test_wrong_options_are_one_sentence(images, tmp_path, capsys):
         ([*data, "--mask-ratio", "1.5", *TINY], "mask_ratio is 1.5"),
         ([*data, *TINY, "--epochs", "0.1"], "--epochs 0.1 with 4 steps per epoch is less than one step"),
         ([*data, "--epochs", "0"], "epochs"),
-        ([*data, "--grad-accum-steps", "0"], "grad_accum_steps"),
+        ([*data, "--grad-accum-steps", "0"], "--grad-accum-steps 0: expected a whole number of at least 1"),
         ([*data, "--patch-size", "-1"], "patch_size"),
         ([*data, *TINY, "--decoder-heads", "7"], "is not divisible by 7 heads"),
         ([*data, "--epochs", "many"], "epochs"),
@@ -257,9 +257,9 @@ def test_default_directories_are_numbered(images, tmp_path, monkeypatch):
 def test_only_one_of_two_runs_that_start_together_gets_the_folder(images, tmp_path, capsys, monkeypatch):
     write_config = Run.write_config
 
-    def second(run, config):
+    def second(run, *config):
         run.folder.mkdir(parents=True)
-        write_config(run, config)
+        write_config(run, *config)
 
     monkeypatch.setattr(Run, "write_config", second)
     monkeypatch.chdir(tmp_path)
