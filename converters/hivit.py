@@ -37,7 +37,10 @@ def remap(m: Remap) -> None:
         return
     m.rename(r"(absolute_pos_embed|(?:patch_embed|blocks|norm|fc_norm|head)\..*)", r"\1")
     if not LAST_NORMS & m.found.keys():
-        raise UserError(f"The file has no {' or '.join(sorted(LAST_NORMS))}. Get a complete copy.")
+        raise UserError(
+            f"The file has no {' or '.join(sorted(LAST_NORMS))}. Get a complete copy, "
+            "or pass its folder as --model if mimkit wrote it."
+        )
 
 
 def options(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:

@@ -75,12 +75,14 @@ def _features(
     check_model(model)
     parts = set_value_range(value_range, *open_labeled(data, *chosen))
     print(parts[0].about)
-    options: dict[str, Any] = {} if img_size is None else {"img_size": parse_size(img_size)}
-    network = create_network(network_folder(model), **options, **(model_args or {}))
+    options = ({} if img_size is None else {"img_size": img_size}) | (model_args or {})
+    if size := options.get("img_size"):
+        options["img_size"] = size = parse_size(size)
+    network = create_network(network_folder(model), **options)
     if not has_weights(network_folder(model)):
         print(f"{model} is neither a model folder nor a name with a tag, so its weights are random.")
     spec = input_of(network)
-    size = options.get("img_size", spec.size)
+    size = size or spec.size
     on_gpu = torch.cuda.is_available()
     network.to("cuda" if on_gpu else "cpu")
     workers = cpu_count() if on_gpu else 0

@@ -454,12 +454,21 @@ def parse_given(
                 _add_option(group, fields[name], hints[name], explained[name])
             added.add(name)
     values, defaults = parser.parse_args(argv), parser.get_defaults()
-    flags = {re.split("[=.]", word)[0].removeprefix("--").removeprefix("no-") for word in argv if word[:2] == "--"}
-    files = [str(file) for file in values.config or []]
-    files += [str(preset)] if preset and preset == shipped.get(small or f"{recipe}_small") else []
-    given = {flag.replace("-", "_") for flag in flags}.union(*(yaml.safe_load(Path(f).read_text()) for f in files))
+    files = [Path(str(file)) for file in values.config or []]
+    named = {re.split("[=.]", word)[0].removeprefix("--").removeprefix("no-") for word in argv if word[:2] == "--"}
+    named = named.union(*(yaml.safe_load(file.read_text()) for file in files))
+    if preset and preset == shipped.get(small or f"{recipe}_small"):
+        named |= set(yaml.safe_load(preset.read_text()))
+    named = {name.replace("-", "_") for name in named}
+    abbreviated = tuple(named - fields.keys())
+    given = {field for field in fields if field in named or field.startswith(abbreviated)}
+    folders = [file.parent for file in files]
+    if folders and (folders[-1] / "checkpoints").is_dir() and not any(re.match("--out?(=|$)", word) for word in argv):
+        values["out"] = str(folders[-1])  # the run that the file lies in, wherever it was moved to
     parsed, published = (options(**{name: found[name] for name in fields}) for found in (values, defaults))
-    return Parsed(parsed, given & fields.keys(), published)
+    if repeated := {"img_size", "patch_size", "in_chans"} & fields.keys() & values.get("model_args", {}).keys():
+        raise UserError(f"--model-args has {', '.join(sorted(repeated))}, which follows from another option. Omit it.")
+    return Parsed(parsed, given, published)
 
 
 def _add_option(group: Any, option: "dataclasses.Field[Any]", hint: Any, explained: str) -> None:

@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure; the scheduler may start the job again
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # sent before a kill
-WORKER = "A data worker is stuck or dead ({}): check memory and the disk of --data, then resume with --resume auto."
-PEER = "Another process of this run ended or cannot be reached ({}): read its message, then resume with --resume auto."
+RESUME = "resume with --config RUN/config.yaml --resume auto"
+WORKER = "A data worker is stuck or dead ({}): check memory and the disk of --data, then " + RESUME + "."
+PEER = "Another process of this run ended or cannot be reached ({}): read its message, then " + RESUME + "."
 MEMORY = "Out of memory ({}): choose a smaller --batch-size, more --grad-accum-steps, or --grad-checkpointing true."
 BUG = "{}. This is likely a bug: set MIMKIT_DEBUG=1 to see the traceback, and report it with that."
 TORCH_ERRORS = {  # torch raises these as RuntimeError from any line; they are known by a part of their first line
@@ -113,7 +114,7 @@ def is_full(error: Exception) -> bool:
 def _stop(number: int, *_: Any) -> None:
     """Handle a stop signal outside of training steps, where there is no checkpoint to write first."""
     name = signal.Signals(number).name
-    raise StoppedError(f"Stopped by {name} outside of training steps: start it as before, a run with --resume auto.")
+    raise StoppedError(f"Stopped by {name} outside of training steps: start it again; {RESUME}.")
 
 
 @contextmanager

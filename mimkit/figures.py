@@ -1,8 +1,9 @@
 """Figures: matplotlib without a display, images in axes, and atomic writes."""
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ def any_backend() -> Iterator[None]:
 
     A notebook exports a backend of its own to all commands, and matplotlib cannot be imported where that is missing.
     """
-    backend = os.environ.pop("MPLBACKEND", None)
+    imported, backend = "matplotlib" in sys.modules, os.environ.pop("MPLBACKEND", None)
     try:
         yield
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
+            if not imported and "matplotlib" in sys.modules:  # what it would have read, for the user's own figures
+                with suppress(ValueError):  # the backend is missing
+                    sys.modules["matplotlib"].rcParams["backend"] = backend
 
 
 def new_figure(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Any, Any]:

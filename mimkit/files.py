@@ -115,6 +115,17 @@ def read_options(run: Path) -> dict[str, Any]:
     return content
 
 
+def reading_flags(options: dict[str, Any], *columns: str) -> str:
+    """Return the flags by which a command reads images as a run with these options did, with a leading space.
+
+    Args:
+        columns: options that name columns and that the command takes: image_column, label_column.
+    """
+    flags = "".join(f" --{key.replace('_', '-')} {shlex.quote(options[key])}" for key in columns if options.get(key))
+    low, high = options.get("value_range") or (0, 1)
+    return flags if (low, high) == (0, 1) else f"{flags} --value-range={low:g},{high:g}"
+
+
 def resume_flags(run: Path) -> str:
     """Return the flags that continue a run with the options of its config.yaml, whatever flags it was started with."""
     return f"--config {shlex.quote(str(run / 'config.yaml'))} --resume auto"

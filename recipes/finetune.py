@@ -11,6 +11,8 @@ accelerate launch recipes/finetune.py --config finetune_vit_b --data /path/to/im
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
+from typing import Any
 
 import mimkit  # noqa: F401  before torch, whose threads it tells how to wait
 
@@ -187,7 +189,8 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
         if run.preemption.signal_name:
             raise stopped(run.preemption.signal_name, hint)
         folder = run.folder
-        scratch_options = replace(options, out=f"{folder}/scratch", from_scratch=True, layer_decay=1.0)
+        changes: dict[str, Any] = {"from_scratch": True, "layer_decay": 1.0, "compare_scratch": False}
+        scratch_options = replace(options, out=f"{folder}/scratch", **changes)
         scratch_options.resume = "auto" if options.resume else None
         try:
             run, scratch = train(scratch_options, given)
@@ -198,10 +201,11 @@ def main(argv: list[str] | None = None, replay: Path | None = None) -> None:
         if (gain := scratch_gain(folder)) and not gain[1]:
             run.print(gain[0])
     elif tuned is not None and not options.eval_only and _pretraining(options):
+        config, out, shown = (quote(f"{run.folder}{end}") for end in ("/config.yaml", "/scratch", ""))
         run.print(
             "Did the pre-training help? Compare with training from scratch:\n"
-            f"    accelerate launch recipes/finetune.py --config {run.folder}/config.yaml --from-scratch "
-            f"--layer-decay 1 --out {run.folder}/scratch\n    mimkit doctor --run {run.folder}"
+            f"    accelerate launch recipes/finetune.py --config {config} --from-scratch --layer-decay 1 "
+            f"--out {out}\n    mimkit doctor --run {shown}"
         )
     run.accelerator.end_training()
 

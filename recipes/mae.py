@@ -104,7 +104,8 @@ def main(argv: list[str] | None = None, replay: Path | None = None, name: str = 
         in_chans=options.in_chans,
         **options.model_args,
     )
-    for change in scaled(asdict(options), given, asdict(published), *size_of(encoder), source.length):
+    multiple = run.engine.world_size * options.grad_accum_steps
+    for change in scaled(asdict(options), given, asdict(published), *size_of(encoder), source.length, multiple):
         setattr(options, change.name, change.value)
         run.print(str(change))
     options.lr = options.lr or options.blr * options.batch_size / 256

@@ -126,8 +126,9 @@ def _find_image_parts(files: list[str], inside: list[tuple[str, ...]], wanted: s
     parts = {}
     for name in sorted(set(names)):
         chosen = [i for i, other in enumerate(names) if other == name]
+        own = [files[i] for i in chosen]
         below = [inside[i][1:] if has_parts and len(inside[i]) > 1 else inside[i] for i in chosen]
-        parts[name] = Part(partial(len, chosen), partial(_load_images, [files[i] for i in chosen], below))
+        parts[name] = Part(partial(len, chosen), partial(_load_images, own, below), own)
     return parts
 
 

@@ -48,6 +48,7 @@ class Source:
         parts: names of the parts of the data set that the rows come from.
         about: which parts were taken and which were left out, as sentences to print.
         value_range: values of floating-point images that become 0 and 1.
+        files: the files that the rows come from; empty for a data set on the hub.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Source:
     parts: tuple[str, ...] = ()
     about: str = ""
     value_range: ValueRange = UNIT
+    files: tuple[str, ...] = ()
 
     @property
     def streaming(self) -> bool:
@@ -170,7 +172,8 @@ def join(sources: list[Source], *kept: str) -> Source:
         joined = datasets.concatenate_datasets(rows)
     length, parts = sum(source.length for source in sources), tuple(name for s in sources for name in s.parts)
     dropped: dict[str, Any] = {kind: None for kind in ("label", "mask") if kind not in kept}
-    return dataclasses.replace(first, rows=joined, length=length, part="", parts=parts, **dropped)
+    files = tuple(file for source in sources for file in source.files)
+    return dataclasses.replace(first, rows=joined, length=length, part="", parts=parts, files=files, **dropped)
 
 
 def _chain(shards: list[Any]) -> Iterator[dict[str, Any]]:
@@ -233,7 +236,8 @@ def open_part(
     with reading(data, found[part].files):
         rows, length = found[part].load(streaming)
         source = _source(data, rows, length, image_column, label_column, labeled)
-    return dataclasses.replace(source, part="" if part.lower() in TRAIN else part, parts=(part,))
+    shown, files = "" if part.lower() in TRAIN else part, tuple(found[part].files)
+    return dataclasses.replace(source, part=shown, parts=(part,), files=files)
 
 
 def _source(

@@ -6,14 +6,12 @@ from mimkit.data.loader import load_preview
 from mimkit.data.sources import Source
 from mimkit.data.transforms import Normalize
 from mimkit.doctor.loss_bands import health
-from mimkit.files import read_options
+from mimkit.files import read_options, reading_flags
 from mimkit.methods.protocols import Method
 from mimkit.methods.reconstruction import reconstructions
 from mimkit.models.factory import timm_model
 from mimkit.training.plots import curves
 from mimkit.training.run import Run
-
-COLUMNS = ("image_column", "label_column")  # options that say how the data are read
 
 
 def summarize(run: Run, method: Method, source: Source, size: tuple[int, int], normalize: Normalize) -> None:
@@ -34,19 +32,16 @@ def summarize(run: Run, method: Method, source: Source, size: tuple[int, int], n
     if len(images):
         reconstructions(method, normalize(images), normalize, run.folder / "reconstructions.png")
     run.print("\n".join(health(run.folder)[0]))
-    options, data = read_options(run.folder), quote(source.name)
-    columns = "".join(f" --{key.replace('_', '-')} {quote(options[key])}" for key in COLUMNS if options.get(key))
-    low, high = options.get("value_range") or (0, 1)
-    values = "" if (low, high) == (0, 1) else f" --value-range={low:g},{high:g}"
-    probe = f"mimkit probe --model {quote(f'{run.folder}/encoder')} --data {data}{columns}{values}\n      "
+    options, data, folder = read_options(run.folder), quote(source.name), quote(str(run.folder))
+    reading = reading_flags(options, "image_column", "label_column")
+    probe = f"mimkit probe --model {quote(f'{run.folder}/encoder')} --data {data}{reading}\n      "
     labeled = any("knn_10" in line for line in run.dir.metrics())
-    image_column = columns.partition(" --label-column")[0]
     run.print(
         f"\nwrote {run.folder}/: curves.png, reconstructions.png, metrics.jsonl, config.yaml, checkpoints/, decoder/\n"
         f"and encoder/, which timm loads after `import mimkit` (without pretrained=True its weights would be random):\n"
         f'    timm.create_model("local-dir:{run.folder}/encoder", pretrained=True)\n'
-        f"next: {probe if labeled else ''}mimkit reconstruct --run {quote(str(run.folder))} --images {data}"
-        f"{image_column}{values}"
+        f"next: {probe if labeled else ''}mimkit reconstruct --run {folder} --images {data}"
+        f"{reading_flags(options, 'image_column')}"
     )
 
 

@@ -77,10 +77,13 @@ def check_name(name: str) -> None:
         return
     if "/" in name:
         near = did_you_mean(place.name, [each.name for each in place.parent.glob("*/")])
-        near = " `accelerate launch recipes/mae_hivit.py` makes it." if name.startswith("runs/") and not near else near
+        if not near and place.parts[:2] == ("runs", "mae_hivit"):
+            near = " `accelerate launch recipes/mae_hivit.py` makes it."
         raise UserError(f"--model {name} does not exist. Pass a folder, or a network's name.{near}")
     if not timm.is_model(architecture):
         near = did_you_mean(architecture, timm.list_models()) or " `mimkit models` lists ours."
+        if architecture.startswith(("hivit_", "hpvit_", "svit_")):
+            near += " If it is a folder that `mimkit convert --out` writes, make it first."
         raise UserError(f"--model {name} is unknown to timm and mimkit.{near}")
     tags = timm.list_pretrained(f"{architecture}.*")
     if "." in name and name not in tags:

@@ -173,7 +173,7 @@ class TrainState:
         if values.get("images") != self.images:
             raise UserError(
                 f"{origin} is from a run on {values.get('images')} images, but --data has {self.images}, in another "
-                "order. Pass the same data, or start a new run from its weights with --init."
+                "order. Pass the same data (before --parts existed, only train), or start a new run with --init."
             )
         try:
             for name, module in self.extra_modules.items():

@@ -1,19 +1,21 @@
 """The directory of a run: which folder it is, its config.yaml, and its metrics.jsonl."""
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mimkit.errors import UserError
+from mimkit.errors import UserError, some
 from mimkit.files import read_json, read_metrics, read_options, replacing_file, resume_flags
 from mimkit.training.checkpoint import STATE, checkpoints
 
 # Options that may differ when a run is resumed
 MAY_CHANGE = {"out", "resume", "workers", "track", "save_every", "keep", "keep_every", "knn_every", "eval_every"}
 MAY_CHANGE |= {"max_bad", "max_spike", "grad_accum_steps", "grad_checkpointing", "compile", "threads"}
+MAY_CHANGE |= {"head_std", "compare_scratch"}  # they matter at the start and at the end only
 
 
 class RunDir:
@@ -55,8 +57,8 @@ class RunDir:
             raise UserError(f"--out {folder} is a file. Choose a folder.")
         if not resume and (folder / "metrics.jsonl").exists():
             raise UserError(
-                f"--out {folder} already holds a run. Pass --resume auto to continue it, alone with its options: "
-                f"{resume_flags(folder)}. Or choose another folder."
+                f"--out {folder} already holds a run. To continue it with its own options, pass "
+                f"{resume_flags(folder)}. Otherwise choose another folder."
             )
         return cls(folder, named, resuming=bool(resume))
 
@@ -82,13 +84,14 @@ class RunDir:
                 f"--data {config.get('data')} holds other images than those that {self.path} was trained on (by their "
                 "number and names). Pass the same images, or start a new run with another --out."
             )
-        may_change = MAY_CHANGE | ({"data"} if trained_on is None or (names and trained_on) else set())
+        same_place = os.path.realpath(str(before.get("data"))) == os.path.realpath(str(config.get("data")))
+        may_change = MAY_CHANGE | ({"data"} if trained_on is None or (names and trained_on) or same_place else set())
         changed = [k for k in config if k in before and before[k] != config[k] and k not in may_change]
         if changed:
-            listed = ", ".join(f"{k}: {before[k]} there, {config[k]} here" for k in changed)
+            listed = some(f"{k}: {before[k]} there, {config[k]} here" for k in changed)
             raise UserError(
-                f"{self.path}/config.yaml has other options than this run ({listed}). Use the same options, or start a "
-                "new run with --out."
+                f"{self.path}/config.yaml has other options than this run ({listed}). Continue it with its own "
+                f"options, {resume_flags(self.path)}, or start a new run with --out."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=self.may_exist)

@@ -26,7 +26,13 @@ class Change(NamedTuple):
 
 
 def scaled(
-    options: dict[str, Any], given: set[str], published: dict[str, Any], width: int, parameters: int, images: int
+    options: dict[str, Any],
+    given: set[str],
+    published: dict[str, Any],
+    width: int,
+    parameters: int,
+    images: int,
+    divisor: int = 1,
 ) -> list[Change]:
     """Return what changes in the options that the user did not set, for a network and a number of images.
 
@@ -37,6 +43,7 @@ def scaled(
         width: channels of the encoder's last stage.
         parameters: number of parameters of the encoder.
         images: number of images.
+        divisor: processes times gradient accumulation steps, by which a batch must be divisible.
     """
     options, changes = dict(options), list[Change]()
     peak = published["blr"] * published["batch_size"] / 256
@@ -60,8 +67,10 @@ def scaled(
         return changes
 
     batch = max(SMALLEST_BATCH, 2 ** int(math.log2(max(1, images / STEPS_PER_EPOCH))))
-    batch = min(options["batch_size"], batch, images)
-    change("batch_size", batch, f"{images:,} images make {images // batch} steps per epoch")
+    batch = math.ceil(min(options["batch_size"], batch, images) / divisor) * divisor
+    batch = batch if batch <= images else max(1, images // divisor) * divisor
+    steps = images // batch
+    change("batch_size", batch, f"{images:,} images make {steps} step{'s' if steps != 1 else ''} per epoch")
     enough = math.ceil(MIN_STEPS / max(1, images // options["batch_size"]))
     epochs = round(options["epochs"] * min(1.0, width / WIDTH) ** 2)
     reason = f"the square of the encoder's width, {width} of {WIDTH}" if epochs >= enough else f"{MIN_STEPS:,} steps"

@@ -5,6 +5,7 @@ from shlex import quote
 from typing import Any, Protocol
 
 from mimkit.data.sources import Source
+from mimkit.files import read_options, reading_flags
 from mimkit.training.plots import curves
 from mimkit.training.run import Run
 
@@ -111,7 +112,8 @@ class Evaluator:
         if run.engine.is_main:
             best = max((line for line in run.dir.metrics() if name in line), key=lambda line: line[name], default=None)
             score = f"{best[name]:.2f} % after {best['step']} steps, " if best else ""
-            places = {"model": quote(f"{run.folder}/best"), "images": quote(self.task.test.name)}
+            reading = reading_flags(read_options(run.folder), "image_column")
+            places = {"model": quote(f"{run.folder}/best"), "images": quote(self.task.test.name) + reading}
             hints = "\n      ".join(f"mimkit {hint.format(**places)}" for hint in self.task.hints)
             run.print(
                 f"\nwrote {run.folder}/: last/ ({last:.2f} %) and best/ ({score}chosen on the validation images),\n"

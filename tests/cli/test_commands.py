@@ -67,6 +67,11 @@ def test_knn_and_probe_take_arguments_of_the_network(name, capsys, monkeypatch, 
     code, out, _ = command(capsys, monkeypatch, name, *argv, "{embed_dim: 16, num_heads: 2}")
     assert code == 0
     assert " %" in out
+    sizes = []
+    monkeypatch.setattr("mimkit.evaluation.features.extract_parts", lambda *given: sizes.append(given[2]) or (1, 2))
+    with pytest.raises(AttributeError):  # there are no features
+        command(capsys, monkeypatch, name, *argv[:4], "--model-args", "{img_size: 64}")
+    assert sizes == [(64, 64)]
     code, _, err = command(capsys, monkeypatch, name, *argv, "{embed_dimension: 16}")
     assert code == 2
     assert "embed_dimension" in err

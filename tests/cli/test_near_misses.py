@@ -24,11 +24,14 @@ from mimkit.errors import UserError
         ("hivit_b.mae", "timm has none for it"),
         ("zzz", "`mimkit models` lists ours"),
         ("{folder}/encodr", "Did you mean encoder?"),
-        ("runs/never_run", "`accelerate launch recipes/mae_hivit.py` makes it"),
+        ("runs/mae_hivit/encoder", "`accelerate launch recipes/mae_hivit.py` makes it"),
+        ("runs/never_run", "does not exist. Pass a folder, or a network's name."),
+        ("hpvit_b_mae", "If it is a folder that `mimkit convert --out` writes, make it first"),
     ],
 )
 def test_an_unknown_model_is_refused_first_with_the_name_to_type(name, hint, tmp_path, monkeypatch):
     (tmp_path / "encoder").mkdir()
+    monkeypatch.chdir(tmp_path)
     name = name.format(folder=tmp_path)
     with pytest.raises(UserError, match=re.escape(f"--model {name} ")) as refused:
         check_model(name)

@@ -49,5 +49,10 @@ def test_tables(tmp_path):
 
 def test_parts_and_streams(folder):
     train, test = hold_out(open_source(str(folder)))
-    assert names_hash(train) != names_hash(open_source(str(folder), streaming=True)) == ""
+    stream = names_hash(open_source(str(folder), streaming=True))
+    assert len({names_hash(train), stream, ""}) == 3
+    moved = shutil.move(folder, folder.with_name("moved"))
+    assert names_hash(open_source(str(moved), streaming=True)) == stream
+    next(moved.rglob("*.png")).unlink()
+    assert names_hash(open_source(str(moved), streaming=True)) != stream
     assert len(names_hash(test)) == 64

@@ -285,3 +285,18 @@ def test_an_option_without_help_is_an_error_of_the_recipe():
 
     with pytest.raises(KeyError, match="width"):
         parse(options=Recipe)
+
+
+def test_a_config_of_a_run_continues_that_run_wherever_it_was_moved(tmp_path):
+    run = tmp_path / "moved"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("out: runs/before\nbatch_size: 4\n")
+    assert parse("--config", run / "config.yaml", "--resume", "auto").out == str(run)
+    assert parse("--config", run / "config.yaml", "--out", "other").out == "other"
+    (run / "checkpoints").rmdir()
+    assert parse("--config", run / "config.yaml").out == "runs/before"
+
+
+def test_arguments_of_the_network_do_not_repeat_options():
+    with pytest.raises(UserError, match="--model-args has img_size, which follows from another option"):
+        parse("--model-args", "{img_size: 32}")

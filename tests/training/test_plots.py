@@ -26,6 +26,17 @@ def test_figures_are_drawn_whatever_backend_is_exported(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"a.png", "a.pdf"}
 
 
+def test_the_user_s_own_figures_keep_the_backend(tmp_path):
+    code = (
+        "import sys, types; sys.modules['mimkit.models'] = types.ModuleType('mimkit.models')\n"
+        "from mimkit.figures import new_figure; new_figure((2, 2))\n"
+        "import matplotlib; print(matplotlib.get_backend())"
+    )
+    environment = os.environ | {"MPLBACKEND": "svg"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "svg\n", done.stderr
+
+
 def test_a_short_window_at_a_checkpoint_is_no_spike():
     """Checkpoints after 63 and 126 steps: windows of 3 and 6 steps, whose noise looked like spikes."""
     lines = [{"step": step, "loss": loss} for step, loss in ((20, 3.0), (40, 2.0), (60, 1.0), (63, 9.0), (80, 1.0))]

@@ -248,7 +248,7 @@ def test_a_second_interrupt_saves_nothing_and_names_the_last_checkpoint(tmp_path
 
 def test_a_resumed_run_is_told_apart_from_a_new_one(tmp_path):
     train(tmp_path)
-    with pytest.raises(UserError, match=r"already holds a run. Pass --resume auto"):
+    with pytest.raises(UserError, match=r"already holds a run. To continue it"):
         train(tmp_path, resume=None)
     with pytest.raises(UserError, match=r"epochs: 12.0 there, 6.0 here"):
         train(tmp_path, epochs=6.0)

@@ -41,7 +41,7 @@ def test_runs_are_numbered_and_the_last_one_is_resumed():
 def test_out_names_the_folder():
     assert RunDir.open("here", "mae", None).path == Path("here")
     started("here")
-    with pytest.raises(UserError, match=r"--out here already holds a run. Pass --resume auto to continue it"):
+    with pytest.raises(UserError, match=r"--out here already holds a run. To continue it with its own options"):
         RunDir.open("here", "mae", None)
     resumed = RunDir.open("here", "mae", "auto")
     assert (str(resumed.path), resumed.resuming) == ("here", True)

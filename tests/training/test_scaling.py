@@ -12,14 +12,14 @@ from mimkit.models.factory import size_of
 from mimkit.training.scaling import scaled
 
 
-def changes(model, images, *argv, recipe=mae, **options):
+def changes(model, images, *argv, recipe=mae, multiple=1, **options):
     """-> the changes for a command line, by name"""
     name = recipe.__name__.rsplit(".")[-1]
     small = {"mae": "mae_hivit_small", "simmim": "simmim_swin_small"}[name]
     argv = ["--model", model, *argv] if model else list(argv)
     parsed = parse_given(recipe.Options, "Train.", name, argv, small)
     encoder = on_meta(timm.create_model, parsed.options.model, num_classes=0, **options)
-    found = scaled(asdict(parsed.options), parsed.given, asdict(parsed.published), *size_of(encoder), images)
+    found = scaled(asdict(parsed.options), parsed.given, asdict(parsed.published), *size_of(encoder), images, multiple)
     return {change.name: change for change in found}
 
 
@@ -97,3 +97,17 @@ def test_presets_stay(argv):
 def test_simmim_has_no_decoder_to_scale():
     found = values("swin_tiny_patch4_window7_224", 10_000, recipe=simmim)
     assert found == pytest.approx({"batch_size": 128, "lr": 8e-4 * (128 / 2048) ** 0.5})
+
+
+def test_abbreviated_flags_and_hyphens_in_a_file_count_as_set(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: hivit_nano\ndecoder-dim: 256\n")
+    for argv in (("hivit_nano", 2392, "--decoder-di", "256"), (None, 2392, "--config", str(tmp_path / "c.yaml"))):
+        assert "decoder_dim" not in changes(*argv)
+        assert "batch_size" in changes(*argv)
+
+
+@pytest.mark.parametrize(
+    ("images", "multiple", "expected"), [(2392, 64, 64), (2392, 24, 48), (20, 8, 16), (20, 32, 32)]
+)
+def test_the_batch_is_divided_among_the_processes(images, multiple, expected):
+    assert values("hivit_nano", images, multiple=multiple)["batch_size"] == expected

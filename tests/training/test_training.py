@@ -233,7 +233,7 @@ def test_a_wrong_network_or_size_is_one_sentence_before_anything_is_written(
 def test_a_run_is_never_overwritten(images, tmp_path, capsys):
     argv = ["--data", images, "--out", tmp_path / "run", *TINY]
     run(mae_hivit, *argv)
-    assert "already holds a run. Pass --resume auto" in fails(capsys, *argv)
+    assert "already holds a run. To continue it" in fails(capsys, *argv)
     assert "batch_size: 8 there, 4 here" in fails(capsys, *argv, "--resume", "auto", "--batch-size", "4")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 17, "lo')  # killed while writing
@@ -533,7 +533,7 @@ def test_a_run_that_is_stopped_before_or_after_its_steps_can_be_queued_again(
     with monkeypatch.context() as patch:
         patch.setattr(mae, where, lambda *_: signal.raise_signal(signal.SIGTERM))
         printed = fails(capsys, *argv, code=75)
-    assert "Stopped by SIGTERM outside of training steps: start it as before" in printed
+    assert "Stopped by SIGTERM outside of training steps: start it again" in printed
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     run(mae_hivit, *argv, "--resume", "auto")
     assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()
