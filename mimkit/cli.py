@@ -109,7 +109,7 @@ def knn(
         img_size: Input size in pixels: 224 or HEIGHTxWIDTH. Default: the model's own.
         images: Number of training images to use. Default: all.
         max_bad: Fraction of images that may be impossible to decode.
-        parts: Parts of the data to use, separated by commas, such as train,unlabeled. Default: train, and val (else
+        parts: Parts of the data to use, separated by commas, such as train,extra. Default: train, and val (else
             test) to evaluate on.
         image_column: Column of the images in tables. Default: the first one with image files.
         value_range: Values of floating-point images that become 0 and 1.
@@ -146,7 +146,7 @@ def probe(
         img_size: Input size in pixels: 224 or HEIGHTxWIDTH. Default: the model's own.
         images: Number of training images to use. Default: all.
         max_bad: Fraction of images that may be impossible to decode.
-        parts: Parts of the data to use, separated by commas, such as train,unlabeled. Default: train, and val (else
+        parts: Parts of the data to use, separated by commas, such as train,extra. Default: train, and val (else
             test) to evaluate on.
         image_column: Column of the images in tables. Default: the first one with image files.
         value_range: Values of floating-point images that become 0 and 1.
@@ -195,6 +195,8 @@ def reconstruct(
         raise UserError(f"--out {out} is no picture: give a name that ends in .png, .pdf, .svg or .jpg.")
     in_chans, *size = config["input_size"]
     (source,) = set_value_range(value_range, open_images(images, parts, image_column=image_column))
+    if source.about:
+        print(source.about)
     batch = load_preview(source, (size[0], size[1]), in_chans, count)
     if not len(batch.images):
         raise UserError(f"--images {images}: none can be decoded, such as {' ('.join(batch.bad[0])}).")

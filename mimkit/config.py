@@ -279,6 +279,8 @@ class HyphenParser(jsonargparse.ArgumentParser):
 
     def _parse_optional(self, arg_string: str) -> Any:
         """Read a flag in the other spelling, --batch_size or --print-config, as the one that was added."""
+        if re.match(r"-[\d.]", arg_string):  # a negative number, or a list that begins with one
+            return None
         flag, rest = re.match(r"([^=.]*)(.*)", arg_string, re.DOTALL).groups()  # type: ignore[union-attr]
         words = flag.removeprefix("--")
         spellings = [f"--{words.replace('_', '-')}", f"--{words.replace('-', '_')}"] if flag != words else []
@@ -311,7 +313,8 @@ class HyphenParser(jsonargparse.ArgumentParser):
                 sentence = f"{flag} {value}: expected {_in_words(flags[flag])}"
         elif unknown := re.match(r"unrecognized arguments: (--[^ =.]+)|Option '([^'.]+)' is not accepted", sentence):
             sentence += "." + did_you_mean("--" + (unknown[1] or unknown[2]).strip("-").replace("_", "-"), flags)
-        self.exit(2, shorten(f"{self.prog}: {sentence.rstrip('.?')}; see --help.") + "\n")
+        end = " See --help." if sentence.endswith("?") else "; see --help."
+        self.exit(2, shorten(f"{self.prog}: {sentence.rstrip('.')}{end}") + "\n")
 
 
 def _in_words(kind: Any) -> str:
@@ -320,7 +323,7 @@ def _in_words(kind: Any) -> str:
         return "true or false"
     kind = getattr(kind, "_typehint", kind)
     alternatives = typing.get_args(kind) if kind not in PLAIN_WORDS else ()
-    return " or ".join(map(_in_words, alternatives)) or PLAIN_WORDS.get(kind, str(kind))
+    return ", or ".join(map(_in_words, alternatives)) or PLAIN_WORDS.get(kind, str(kind))
 
 
 class Switch(jsonargparse.ActionYesNo):

@@ -40,7 +40,8 @@ def to_cell(column: str, row: dict[str, Any]) -> dict[str, Any]:
 def number_classes(name: str, rows: Any, column: str) -> Any:
     """Replace a column of numbers or names by indices of classes, whose names it keeps; -1 stands for no label."""
     values = [_class_of(name, value) for value in rows[column][:]]
-    classes = sorted({value for value in values if value is not None})
+    kinds = {value for value in values if value is not None}
+    classes = sorted(kinds, key=lambda value: (0, int(value), "") if str(value).isdecimal() else (1, 0, str(value)))
     index: dict[Any, int] = {value: i for i, value in enumerate(classes)}
     return set_labels(rows, column, [index.get(value, -1) for value in values], list(map(str, classes)))
 

@@ -110,14 +110,15 @@ def read_tiff(data: bytes, in_chans: int, value_range: ValueRange = UNIT) -> Ten
 
 
 def float_range(data: bytes) -> ValueRange | None:
-    """Return the smallest and the largest value of a floating-point .npy or TIFF file, or None for any other file."""
-    if not data.startswith((NPY, *TIFF)):
-        return None
+    """Return the smallest and the largest value of a file with floating-point values, or None for any other file."""
     import tifffile
 
     with suppress(Exception):  # image libraries raise many kinds of exceptions for damaged files
         if data.startswith(NPY):
             array = np.load(io.BytesIO(data), allow_pickle=False)
+        elif not data.startswith(TIFF):
+            image = open_image(data)
+            array = np.asarray(image) if image.mode == "F" else np.zeros(1, np.uint8)
         else:
             with tifffile.TiffFile(io.BytesIO(data)) as file:
                 array = file.series[0].asarray() if file.series[0].size <= MAX_PIXELS else np.zeros(1, np.uint8)

@@ -21,8 +21,8 @@ from mimkit.data.find import count_images, unused
 from mimkit.data.parts import TEST, TRAIN, VAL, choose_parts, describe, no_columns, wanted_parts
 from mimkit.data.sources import Source
 from mimkit.data.transforms import Size, Transform, checked_size
-from mimkit.data.walk import find_files, first_of, is_utf8
-from mimkit.errors import UserError, tell
+from mimkit.data.walk import find_files, is_utf8
+from mimkit.errors import UserError, some, tell
 
 MARGIN = 1.0  # pixels that a box may exceed its image by: annotation tools round
 Objects = dict[str, Tensor]  # of an image: boxes (n 4) as x1 y1 x2 y2, labels (n) from 1, and perhaps masks (n H W)
@@ -107,7 +107,8 @@ def open_boxes(
     (train, truth), test = (_source(str(root), *split) for split in splits)
     left_out = {name: folders for name, (_, folders) in found.items() if name not in (*training, judge)} | older
     rest: dict[str, Any] = {name: _count(folders) for name, folders in left_out.items()}
-    rest |= unused(root, [folder for _, folders in found.values() for folder in folders])
+    places = [folder for _, folders in found.values() for folder in folders]
+    rest |= unused(root, places) | (unused(root / "images", places) if (root / "images").is_dir() else {})
     evaluated = {judge or f"every fifth of {training[0]}": test[0].length}
     trained = {training[0]: train.length}
     about = describe(("Training images", trained), ("Validation images", evaluated), ("Left out", rest))
@@ -198,7 +199,7 @@ def _read(file: Path, folders: list[Path], masks: bool) -> tuple[dict[str, Any],
     readable = [is_utf8(name) for name in names.values()]
     if not all(readable):
         unreadable = [name for name in names.values() if not is_utf8(name)]
-        tell(f"{file}: left out {first_of(unreadable)}: a name must be UTF-8, rename it.")
+        tell(f"{file}: left out {some(unreadable, 1)}: its name is not UTF-8. Rename it.")
         coco, files = _subset(coco, files, readable)
     return coco, [found for found in files if found]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mimkit.data.decode import EXTENSIONS
 from mimkit.data.parts import OTHER, TEST, TRAIN, UNLABELED, VAL, part_of
-from mimkit.data.read_errors import explain
+from mimkit.data.read_errors import cause_of
 from mimkit.data.tars import count_samples, open_tars
 from mimkit.data.walk import ending_of, find_files, is_leftover
 from mimkit.errors import UserError, did_you_mean
@@ -94,6 +94,14 @@ def unused(root: Path, used: Iterable[Path]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
+def size_of(part: Part) -> int | str:
+    """Return the number of images of a part that is left out, or why it is unknown. It never stops a command."""
+    try:
+        return part.count() or "unknown"
+    except Exception:  # pyarrow, tarfile and the system raise many kinds
+        return "cannot be read"
+
+
 def _count_rows(files: list[str]) -> int:
     """Count the rows of parquet files or the samples of tar files."""
     from pyarrow import parquet
@@ -107,9 +115,9 @@ def _find_image_parts(files: list[str], inside: list[tuple[str, ...]], wanted: s
     """Find the parts of image files, given their paths and the parts of these paths below the root.
 
     Top-level folders named like parts are parts if there are no others, if both a training part and one to evaluate on
-    are there, or if the training folder holds class folders and another does not. Folders such as train2017 are parts
-    if all are named so. Otherwise, and below the parts, top-level folders are classes, provided that all images lie in
-    one.
+    are there, or if the training folder holds class folders and another holds none, or the same ones. Folders such as
+    train2017 are parts if all are named so. Otherwise, and below the parts, top-level folders are classes, provided
+    that all images lie in one.
     """
     tops: dict[str, bool] = {}  # whether all images of a folder lie in folders below it
     for path in inside:
@@ -120,6 +128,8 @@ def _find_image_parts(files: list[str], inside: list[tuple[str, ...]], wanted: s
     nested = any(tops[top] for top in training) and not all(tops.values())
     kinds = {part_of(top) for top in tops}
     alike = "" not in kinds and TRAIN[0] in kinds and len(kinds) > 1  # a class may be named bullet_train
+    inner = {top: {path[1] for path in inside if path[0] == top and len(path) > 2} for top in tops}
+    alike = alike or any(inner[top] & inner[other] for top in training for other in tops if other != top)
     asked = {name.strip().lower() for name in wanted.split(",")} if wanted else {""}
     has_parts = complete or nested or alike or asked <= {top.lower() for top in tops}
     names = [(path[0] if len(path) > 1 else OTHER) if has_parts and tops else TRAIN[0] for path in inside]
@@ -184,8 +194,9 @@ def _from_hub(data: str, fetch: Callable[[], Any]) -> Any:
     try:
         return fetch()
     except Exception as error:  # the hub, the network and the system raise many kinds
-        reason, hint = explain(error)
+        reason, hint = cause_of(error)
         hint = hint or "check the path, or without a network pass 'sample', or files: images, parquet or .tar"
         raise UserError(
             f"--data {data} is no file or folder here, and could not be fetched from the hub ({reason}): {hint}."
+            f"{did_you_mean(data, os.listdir())}"
         ) from error

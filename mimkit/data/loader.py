@@ -148,6 +148,8 @@ def _watched(batches: Any) -> Iterator[Any]:
                 return
             except (ConnectionError, EOFError) as error:
                 raise UserError(WORKER.format("it ended while it handed a batch over")) from error
+            except UserError as error:  # torch puts the traceback of the worker before its text
+                raise UserError(str(error).rpartition("UserError: ")[2]) from error
             yield batch
     finally:
         watchdog.stop()

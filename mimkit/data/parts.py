@@ -21,7 +21,7 @@ def choose_parts(
 
     Args:
         names: names of the parts, in any case. One such as train2017 counts too, unless there is a train.
-        wanted: the parts that the user named. All of them are used, the others are not.
+        wanted: the parts that the user named. The others are not used.
         labeled: returns whether a part has labels, or masks or boxes.
 
     Returns:

@@ -18,7 +18,7 @@ def reading(data: str, files: Sequence[str] = ()) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # pyarrow, tarfile and the system raise many kinds
-        reason, hint = explain(error)
+        reason, hint = cause_of(error)
         if not hint:
             hint = "check that its files are complete"
             if damaged := next(filter(_is_damaged, files), None):
@@ -26,7 +26,7 @@ def reading(data: str, files: Sequence[str] = ()) -> Iterator[None]:
         raise UserError(f"--data {data} cannot be read ({reason}): {hint}.") from error
 
 
-def explain(error: BaseException) -> tuple[str, str]:
+def cause_of(error: BaseException) -> tuple[str, str]:
     """Return the cause of an error of `datasets`, and what to do about it, which is empty if the cause is unknown.
 
     Raises:

@@ -14,7 +14,7 @@ from torchvision.datasets import Cityscapes
 from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.data.decode import EXTENSIONS, open_image
-from mimkit.data.find import count_images, find_parts, folders_in, unused
+from mimkit.data.find import count_images, find_parts, folders_in, size_of, unused
 from mimkit.data.order import evenly_spaced
 from mimkit.data.parts import TEST, TRAIN, choose_parts, describe, no_columns, wanted_parts
 from mimkit.data.sample import read_bytes
@@ -123,6 +123,8 @@ def open_masked(
     Raises:
         UserError: there is no such data set, masks are missing, or the classes cannot be determined.
     """
+    if zero_ignored and 0 in (mask_values or []):
+        raise UserError("--zero-ignored and 0 in --mask-values contradict each other. Omit one of them.")
     root = Path(data).expanduser()
     if (root / "leftImg8bit").is_dir():
         no_columns(data, image_column, label_column)
@@ -153,7 +155,7 @@ def open_masked(
     names = list(folders or found)
     training, judge = choose_parts(names, wanted_parts(data, names, parts), masked)
     if not training:
-        raise UserError(f"--data {data} has the splits {some(names, 6)}: none for training. Name one train.")
+        raise UserError(f"--data {data} has the splits {some(names, 6)}: none for training. Choose by --parts.")
     for name in (*training, *([judge] if judge else [])):
         if opened(name).mask is None:
             raise UserError(
@@ -162,9 +164,7 @@ def open_masked(
             )
     kept = {name: _keep_masked(opened(name)) for name in (*training, *([judge] if judge else []))}
     rest: dict[str, Any] = {
-        name: count_images(folders[name][0]) if folders else found[name].count() or "unknown"
-        for name in names
-        if name not in kept
+        name: count_images(folders[name][0]) if folders else size_of(found[name]) for name in names if name not in kept
     }
     rest |= {f"images of {name} without a mask": n for name in kept if (n := opened(name).length - kept[name].length)}
     if folders:
@@ -249,7 +249,7 @@ def _cityscapes(root: Path, wanted: str | None) -> tuple[Source, Source, Classes
         names = [file.relative_to(images) for file in files]
         of = [masks / n.with_name(n.stem.removesuffix("_leftImg8bit") + "_gtFine_labelIds.png") for n in names]
         if missing := [mask for mask in of if not mask.is_file()]:
-            raise UserError(f"--data {root} lacks {missing[0]} and {len(missing) - 1} more masks: unpack gtFine too.")
+            raise UserError(f"--data {root} lacks the masks {some(missing, 1)}: unpack gtFine too.")
         if not files:
             raise UserError(f"--data {root} has no images in leftImg8bit/{split}/: unpack that archive too.")
         parts[split] = _source(root / split, files, of)
@@ -274,11 +274,10 @@ def _classes(
         names = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
     if count and names and count != len(names):
         raise UserError(f"--classes {count}: {root} names {len(names)} classes; leave --classes out, or fix the file.")
-    if mask_values and len(set(mask_values)) != (len(names) or count or len(mask_values)):
+    wanted = len(names) or count or len(mask_values or [])
+    if mask_values and not wanted == len(mask_values) == len(set(mask_values)):
         listed = ",".join(map(str, mask_values))
-        raise UserError(
-            f"--mask-values {listed} must have one number for each of the {len(names) or count or 'different'} classes."
-        )
+        raise UserError(f"--mask-values {listed} must have one number for each of the {wanted} classes, each another.")
     if not (count or names or mask_values):
         count = _count_classes(parts, first)
     names = names or [str(i) for i in mask_values or range(first, first + (count or 0))]
@@ -327,8 +326,9 @@ def check_masks(train: Source, classes: Classes) -> None:
     numbers = ",".join(map(str, sorted(found))) if len(found) == len(classes.names) else f"A,B,...,{IGNORE}"
     remedy = f" {IGNORE} means 'ignore': if it is a class, pass --mask-values {numbers}."
     if absent:
-        some = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if absent[3:] else "")
-        tell(f"warning: {train.name}: {looked} hold no pixel of class {some}.{remedy if lone else ''}")
+        if not lone and not (len(found) == 2 and IGNORE in found - {*classes.values}):
+            remedy = " Remove it from --classes or classes.txt, or map other numbers by --mask-values."
+        tell(f"warning: {train.name}: {looked} hold no pixel of class {some(absent)}.{remedy}")
     elif 2 * lone > len(sample):
         tell(f"warning: {train.name}: {lone} of {len(sample)} training masks hold only one class and {IGNORE}.{remedy}")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mimkit.data.columns import holds_files, number_classes, set_labels, to_cell
 from mimkit.data.decode import UNIT, ValueRange, float_range
-from mimkit.data.find import Part, find_parts
+from mimkit.data.find import Part, find_parts, size_of
 from mimkit.data.order import evenly_spaced
 from mimkit.data.parts import TRAIN, choose_parts, describe, wanted_parts
 from mimkit.data.read_errors import reading
@@ -26,8 +26,8 @@ LABELS = ("label", "labels", "cls", "class")
 MASKS = ("mask", "masks", "annotation", "annotations", "segmentation", "segmentation_mask", "label", "labels")
 
 
-class NoSplitError(UserError):
-    """The data set does not have the requested split."""
+class NoColumnError(UserError):
+    """A part of a data set does not have the requested column."""
 
 
 @dataclass
@@ -92,14 +92,13 @@ def open_source(
             types and names.
 
     Raises:
-        NoSplitError: the data set has no such split.
         UserError: there is no such data set, or it cannot be read.
     """
     found = find_parts(data)
     training, judge = choose_parts(found)
     names = training if train else [judge] if judge else []
     if not names:
-        raise NoSplitError(
+        raise UserError(
             f"--data {data} has no {'training' if train else 'test'} split. It has the splits {', '.join(found)}: none "
             f"for {'training' if train else 'testing'}."
         )
@@ -128,7 +127,7 @@ def open_all(
     options = streaming, image_column, label_column
     opened = [open_part(data, found, name, *options, labeled=False) for name in names]
     used = {name: source.length for name, source in zip(names, opened, strict=True)}
-    rest = {name: part.count() or "unknown" for name, part in found.items() if name not in used}
+    rest = {name: size_of(part) for name, part in found.items() if name not in used}
     about = describe(("Images", used), ("Left out", rest)) if len(found) > 1 else ""
     return [dataclasses.replace(source, about=about) for source in opened]
 
@@ -179,7 +178,8 @@ def join(sources: list[Source], *kept: str) -> Source:
 def _chain(shards: list[Any]) -> Iterator[dict[str, Any]]:
     """Yield the rows of shards. `datasets` gives each worker some of the list."""
     for shard in shards:
-        yield from shard
+        for row in shard.iter(1):  # in a worker, a plain loop over a `datasets` stream yields only a part of its rows
+            yield {name: cell[0] for name, cell in row.items()}
 
 
 def set_value_range(value_range: ValueRange, *sources: Source) -> list[Source]:
@@ -191,7 +191,7 @@ def set_value_range(value_range: ValueRange, *sources: Source) -> list[Source]:
         UserError: the range is empty.
     """
     low, high = value_range
-    if not low < high:
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(f"--value-range {low:g},{high:g} must be two numbers, of which the second one is larger.")
     for source in sources:
         rows = (
@@ -251,9 +251,10 @@ def _source(
     import datasets
 
     features = rows.features or {}
+    label_column = label_column if labeled or label_column in features else None
     for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
         if column is not None and column not in features:
-            raise UserError(f"{flag} {column}: --data {name} has the columns {some(features, 6)}. Name one.")
+            raise NoColumnError(f"{flag} {column}: --data {name} has the columns {some(features, 6)}. Name one.")
 
     def holds_images(feature: Any) -> bool:
         return isinstance(feature, datasets.Image) or (
@@ -344,6 +345,13 @@ def open_labeled(
     opened = cache(lambda name: open_part(data, found, name, False, image_column, label_column))
 
     def labeled(name: str) -> bool:
+        try:
+            opened(name)
+        except NoColumnError:
+            if name.lower() in TRAIN:
+                raise
+            unlabeled[name] = "without labels"
+            return False
         if (labels_of(opened(name)) >= 0).any():
             return True
         unlabeled[name] = f"{opened(name).length:,}, without labels"
@@ -351,14 +359,18 @@ def open_labeled(
 
     training, judge = choose_parts(found, wanted_parts(data, found, parts), labeled)
     if not training:
-        raise NoSplitError(f"--data {data} has the splits {some(found, 6)}: none for training. Name one train.")
+        raise UserError(f"--data {data} has the splits {some(found, 6)}: none for training. Choose by --parts.")
     for name in (*training, *([judge] if judge else [])):
         if name in training and opened(name).label is None:
-            raise UserError(f"--data {data} has no labels, and this needs them: pass class folders, or a label column.")
+            raise UserError(
+                f"--data {data} has no labels in its part {name}, and this needs them: pass class folders, or a label "
+                "column."
+            )
         if not labeled(name):
             which = "training" if name in training else "test"
             raise UserError(f"--data {data} has a {which} split without labels, and this needs them: add them.")
     names = list(dict.fromkeys(label for name in training for label in class_labels(opened(name))))
+    names = sorted(names) if len(training) > 1 and not all(map(str.isdecimal, names)) else names
     kept = {name: _keep_labeled(_renumber(opened(name), names)) for name in training}
     train = kept[training[0]] if len(training) == 1 else join(list(kept.values()), "label")
     if len(set(train.rows[train.label])) < 2:
@@ -374,7 +386,7 @@ def open_labeled(
         kept[judge] = test = _keep_labeled(_renumber(opened(judge), names))
         evaluated = {judge: test.length}
     missing = {f"images of {name} without a label": opened(name).length - kept[name].length for name in kept}
-    rest = {name: unlabeled.get(name) or part.count() or "unknown" for name, part in found.items() if name not in kept}
+    rest = {name: unlabeled.get(name) or size_of(part) for name, part in found.items() if name not in kept}
     rest |= {name: count for name, count in missing.items() if count}
     counts = {name: kept[name].length for name in training} if judge else {" and ".join(training): train.length}
     about = describe(("Training images", counts), ("Validation images", evaluated), ("Left out", rest))

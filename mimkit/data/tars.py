@@ -13,11 +13,11 @@ from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
 from mimkit.data.decode import EXTENSIONS
-from mimkit.data.walk import first_of, is_leftover, is_utf8
-from mimkit.errors import UserError, tell
+from mimkit.data.walk import is_leftover, is_utf8
+from mimkit.errors import UserError, some, tell
 
 FIRST = 100  # samples in which the fields are looked up
-MAX_PICTURES = 16  # a sample with more images is rather many samples, whose names have dots
+MAX_PICTURES = 16  # more images with one name before the first dot are most likely samples of their own
 AS_TEXT = " as text"
 TEXTS = ("cls", "cls2", "class", "label", "labels", "index", "inx", "id", "txt", "text")
 DOTS = "The name of a sample ends at the first dot"
@@ -75,7 +75,7 @@ def open_tars(data: str, files: list[str], streaming: bool) -> tuple[Any, int]:
             rows = rows.remove_columns(f"{name}{AS_TEXT}")
         else:
             rows = rows.remove_columns(name).rename_column(f"{name}{AS_TEXT}", name)
-    return rows, len(rows)
+    return rows.select_columns([*columns.pictures, *columns.texts]), len(rows)
 
 
 def _find_columns(data: str, files: list[str]) -> Columns:
@@ -102,8 +102,8 @@ def _find_columns(data: str, files: list[str]) -> Columns:
         )
     if len(counts) > 1 and (whole or "image" not in counts):
         tell(
-            f"{data}: a sample, such as {samples[0][0]}, has the images {', '.join(counts)}. One is used: name another "
-            f"by --image-column. {DOTS} in the names of files."
+            f"{data}: a sample, such as {samples[0][0]}, has the images {', '.join(counts)}. The first is used: name "
+            f"another by --image-column. {DOTS} in the names of files."
         )
     texts = [_texts(contents) for _, contents in samples]
     names = {name: None for own in texts for name in own if name not in counts}
@@ -126,11 +126,11 @@ def _select(
             if not any(map(_is_picture, fields)):
                 skipped["a sample without an image"].append(f"{name} in {file}")
             elif not is_utf8(name):
-                skipped["a name must be UTF-8"].append(f"{name} in {file}")
+                skipped["its name is not UTF-8"].append(f"{name} in {file}")
             else:
                 yield file, name, fields
     for why, names in {} if quiet else skipped.items():
-        tell(f"left out {first_of(names)}: {why}.")
+        tell(f"left out {some(names, 1)}: {why}.")
 
 
 def read_rows(
@@ -218,10 +218,14 @@ def _texts(fields: dict[str, bytes]) -> dict[str, str | None]:
         content = fields["json"][:60]
         raise UserError(f"A .json file of a sample is not valid ({error}): {content!r}. Correct it.") from error
     plain = {k: v for k, v in entries.items() if not isinstance(v, list | dict)} if isinstance(entries, dict) else {}
-    values = plain | {field: fields[field].decode(errors="replace").strip() for field in fields if field in TEXTS}
-    return {name: None if value in (None, "") else str(value) for name, value in values.items()}
+    files = {field: fields[field].decode(errors="replace").strip() for field in fields if field in TEXTS}
+    values = files | {
+        name: value for name, value in plain.items() if name not in files
+    }  # the first label column is used
+    whole = {n: int(v) for n, v in values.items() if isinstance(v, float) and v.is_integer()}
+    return {n: None if v in (None, "") or v != v else str(whole.get(n, v)) for n, v in values.items()}
 
 
 def _is_number(text: str | None) -> bool:
-    """Return whether a text is a whole number, or missing."""
-    return text is None or text.removeprefix("-").isdecimal()
+    """Return whether a text is a whole number of 64 bits, or missing."""
+    return text is None or (text.removeprefix("-").isdecimal() and len(text) <= 18)

@@ -7,9 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from mimkit.errors import UserError, tell
+from mimkit.errors import UserError, some, tell
 
 LEFTOVERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
+LEFTOVERS |= {"lost+found", "#recycle"}
 BRACES = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)|([^{}]*,[^{}]*))\}")  # {000..123} or {train,val}
 ANY_FOLDERS = re.compile(r"(?:^|/)\*\*(?:/|$)")
 LITERAL = re.compile(r"[^*?[]*/")  # the folders of a pattern before the first that is a pattern
@@ -66,8 +67,6 @@ def find_files(data: str, endings: Collection[str] | None = None) -> list[str]:
             skipped["name"].append(file)
         elif endings is None or ending_of(file) in endings:
             files.append(file)
-        elif not os.path.exists(file):
-            skipped["dead"].append(file)
         else:
             skipped["ending"].append(file)
     _tell_skipped(data, skipped)
@@ -126,7 +125,9 @@ def _walk(place: str, skipped: dict[str, list[str]], around: tuple[str, ...] = (
     try:
         with os.scandir(place) as entries:
             for entry in entries:
-                if not is_leftover(entry.name):
+                if entry.is_symlink() and not os.path.exists(entry.path):
+                    skipped["dead"].append(entry.path)
+                elif not is_leftover(entry.name):
                     is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
                     (folders if is_folder else files).append(entry.path)
     except OSError as error:
@@ -140,19 +141,14 @@ def _walk(place: str, skipped: dict[str, list[str]], around: tuple[str, ...] = (
 def _tell_skipped(data: str, skipped: dict[str, list[str]]) -> None:
     """Say which files were left out, and why."""
     for why, text in {
-        "name": "left out {}: a name must be UTF-8, rename it",
-        "loop": "did not follow {}: a link back to a folder around it",
-        "dead": "left out {}: a link to nothing",
+        "name": "left out {}: its name is not UTF-8. Rename it",
+        "loop": "did not follow {}: it is a link to a folder that it lies in",
+        "dead": "left out {}: it is a link to a file that does not exist",
     }.items():
         if paths := sorted(set(skipped[why])):
-            tell(f"{text.format(first_of(paths))}.")
+            tell(f"{text.format(some(paths, 1))}.")
     if others := skipped["ending"]:
         counts = Counter(ending_of(file) or "without an ending" for file in others)
         listed = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(8))
         more = f" and {len(counts) - 8} more endings" if len(counts) > 8 else ""
         tell(f"{data}: left out files of other kinds: {listed}{more}.")
-
-
-def first_of(names: list[str]) -> str:
-    """Return the first name, and how many more there are."""
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

@@ -59,8 +59,8 @@ class OnlineKNN:
         if per_class < PER_CLASS and train.length > TRAIN:
             self.run.print(f"kNN has {per_class:.0f} images per class, fewer than {PER_CLASS}: its accuracy is noisy.")
         self.run.print(f"kNN: {train.about}")
-        if test.part != "held-out" and {*test.parts} & {*source.parts}:
-            others = ",".join(part for part in source.parts if part not in test.parts)
+        seen = test.part != "held-out" and bool({*test.parts} & {*source.parts})
+        if seen and (others := ",".join(part for part in source.parts if part not in test.parts)):
             self.run.print(f"The validation images of kNN are pre-trained on too; --parts {others} keeps them apart.")
         self.parts = train, test
 

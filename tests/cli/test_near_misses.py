@@ -62,7 +62,7 @@ def test_known_models_are_accepted(tmp_path):
         (["conver"], "mimkit conver: there is no such command. Did you mean convert?"),
         (["dance"], "mimkit dance: there is no such command. Commands: models, convert,"),
         (["doctor", "mae_hivi"], "mimkit doctor mae_hivi: there is no such recipe. Did you mean mae_hivit?"),
-        (["knn", "--modle", "hivit_nano"], "Did you mean --model; see --help."),
+        (["knn", "--modle", "hivit_nano"], "Did you mean --model? See --help."),
         (
             ["convert", "--from", "vit_b_mae", "--to", "hpvit-b", "--out", "x"],
             "--to hpvit-b is unknown. Did you mean hpvit_b",

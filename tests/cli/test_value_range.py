@@ -57,6 +57,17 @@ def test_ranges_below_zero_and_streams(tmp_path, capsys):
     assert "pass --value-range=-0.13,0.001." in capsys.readouterr().err
 
 
+def test_other_files_with_floats_and_wrong_ranges(tmp_path, capsys):
+    tell.cache_clear()
+    (tmp_path / "a.pfm").write_bytes(b"Pf\n4 4\n-1.0\n" + np.full((4, 4), 3000, np.float32).tobytes())
+    source = open_source(str(tmp_path))
+    set_value_range((0, 1), source)
+    assert "pass --value-range=0,3000." in capsys.readouterr().err
+    for wrong in ((0, float("inf")), (1, 0)):
+        with pytest.raises(UserError, match=r"--value-range .* must be two numbers"):
+            set_value_range(wrong, source)
+
+
 def test_every_way_to_load_images_scales_them(elevation):
     source = open_source(str(elevation / "labeled"))
     (scaled,) = set_value_range((0, 4000), source)

@@ -183,6 +183,8 @@ def test_parts_are_joined(streaming, tmp_path):
     assert sum(len(batch.images) for batch in batches(source, batch_size=4, steps=5)) == 20
     if streaming:
         assert source.rows.num_shards == 3
+        for workers in (2, 3):
+            assert sum(len(batch.images) for batch in batches(source, workers, batch_size=4, steps=5)) == 20
 
 
 def test_splits_of_the_hub(tmp_path, monkeypatch):
@@ -282,3 +284,27 @@ def test_boxes(tmp_path):
 def test_a_source_of_one_part_is_as_before(tmp_path):
     root = str(tree(tmp_path / "set", train__a=3, train__b=3, val__a=2, val__b=2))
     assert (open_source(root).length, open_source(root, train=False).length) == (6, 4)
+
+
+def test_a_part_that_is_left_out_stops_nothing(tmp_path):
+    table(tmp_path / "train.parquet", [0, 1] * 5)
+    table(tmp_path / "val.parquet", [0, 1])
+    (tmp_path / "test.parquet").write_bytes(b"damaged")
+    assert "Left out: test (cannot be read)." in open_labeled(str(tmp_path))[0].about
+    assert "Left out: test (cannot be read), val (2)." in open_images(str(tmp_path), "train").about
+    images = [{"bytes": encoded(picture(i, (12, 12))), "path": None} for i in range(4)]
+    for name, columns in (("train", {"kind": [0, 1, 0, 1]}), ("test", {})):
+        pq.write_table(pa.table({"photo": images, **columns}), tmp_path / f"{name}.parquet")
+    (tmp_path / "val.parquet").unlink()
+    train, test = open_labeled(str(tmp_path), label_column="kind")
+    assert (test.part, "Left out: test (without labels)." in train.about) == ("held-out", True)
+    assert open_images(str(tmp_path), label_column="kind").length == 8
+    with pytest.raises(UserError, match="--label-column sort"):
+        open_labeled(str(tmp_path), label_column="sort")
+
+
+def test_a_folder_beside_train_with_the_same_classes_is_a_part(tmp_path):
+    root = str(tree(tmp_path / "set", train__a=5, train__b=5, extra__a=3, extra__b=2))
+    train, _ = open_labeled(root)
+    assert train.rows.features["label"].names == ["a", "b"]
+    assert "Left out: extra (5)." in train.about

@@ -169,3 +169,8 @@ def test_names_of_classes_reach_the_predictions(tmp_path, capsys, monkeypatch):
         assert f"unlabeled (3). {'Left out: train (2).' if parts else ''}".strip() in said
         assert len(list(csv.DictReader(out.open()))) == count
     assert {row["label"] for row in rows} <= {"1000000", "1000001"}
+
+
+def test_numbers_as_text_are_in_the_order_of_numbers(tmp_path):
+    write(tmp_path / "train.parquet", [str(i) for i in range(12)] * 2, count=24)
+    assert class_labels(open_labeled(str(tmp_path))[0]) == [str(i) for i in range(12)]

@@ -124,7 +124,7 @@ def test_dots_in_names_are_told(tmp_path, capsys):
     views = [(f"{i}.{view}.png", PNG) for i in range(3) for view in ("left", "right")]
     source = open_source(write(tmp_path / "d.tar", *views))
     assert (source.length, source.image) == (3, "left")
-    assert "has the images left, right. One is used: name another by --image-column." in capsys.readouterr().err
+    assert "has the images left, right. The first is used: name another by --image-column." in capsys.readouterr().err
 
 
 def test_sample_with_two_images(tmp_path, capsys):
@@ -147,7 +147,7 @@ def test_leftovers_and_other_files_are_no_rows(tmp_path, capsys):
     assert source.length == 2
     err = capsys.readouterr().err
     assert f"left out README in {tmp_path}/a.tar: a sample without an image." in err
-    assert f"left out caf\\xe9 in {tmp_path}/a.tar: a name must be UTF-8." in err
+    assert f"left out caf\\xe9 in {tmp_path}/a.tar: its name is not UTF-8." in err
 
 
 def test_samples_without_a_field(tmp_path):
@@ -172,3 +172,18 @@ def test_damaged_tar_files_are_named(tmp_path):
 def test_file_that_changed_is_read_anew(tmp_path):
     assert open_source(write(tmp_path / "a.tar", ("a.png", PNG))).length == 1
     assert open_source(write(tmp_path / "a.tar", ("a.png", PNG), ("b.png", PNG))).length == 2
+
+
+def test_entries_of_json_are_read_as_tables_are(tmp_path):
+    """Whole floats are numbers, NaN is no label, large numbers are text, and a .cls file comes before a json entry."""
+    image = encoded(picture())
+    rows = [{"label": 1.0, "hash": 2**70}, {"label": 0.0, "hash": 1}, {"label": float("nan"), "hash": 2}]
+    members = [(f"{i}.{end}", content) for i, row in enumerate(rows)
+               for end, content in (("jpg", image), ("json", json.dumps(row).encode()))]  # fmt: skip
+    write(tmp_path / "a.tar", *members)
+    assert open_source(str(tmp_path / "a.tar")).rows["label"] == [1, 0, -1]
+    caption = ("json", b'{"label": "a caption"}')
+    members = [(f"{i}.{end}", content) for i in range(4)
+               for end, content in (("jpg", image), ("cls", str(i % 2).encode()), caption)]  # fmt: skip
+    write(tmp_path / "b.tar", *members)
+    assert open_source(str(tmp_path / "b.tar")).rows["cls"] == [0, 1, 0, 1]

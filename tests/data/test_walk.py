@@ -77,7 +77,7 @@ def test_a_loop_is_followed_once_and_told(kind, tmp_path, capsys):
     (folder / "above").symlink_to(tmp_path)  # a folder around the whole set
     assert count(kind, tmp_path / "set") == 6
     err = capsys.readouterr().err
-    assert f"did not follow {folder}/above and 1 more: a link back to a folder around it.\n" in err
+    assert f"did not follow {folder}/above and 1 more: it is a link to a folder that it lies in.\n" in err
     assert count(kind, tmp_path / "set") == 6
     assert capsys.readouterr().err == ""  # told once
 
@@ -99,7 +99,7 @@ def test_names_that_are_not_utf8_are_left_out_by_name(kind, tmp_path, capsys):
     annotate(kind, tmp_path / "set")
     assert count(kind, tmp_path / "set") == 6
     err = capsys.readouterr().err
-    assert f"left out {folder}/caf\\xe9.png: a name must be UTF-8, rename it.\n" in err
+    assert f"left out {folder}/caf\\xe9.png: its name is not UTF-8. Rename it.\n" in err
 
 
 def test_class_folder_that_links_to_another_keeps_its_name(folder):
@@ -143,7 +143,7 @@ def test_endings_are_those_of_images_and_others_are_counted(tmp_path, capsys):
 def test_link_to_nothing_is_told(folder, capsys):
     (folder / "bird").symlink_to("/nowhere/bird")
     assert open_source(str(folder)).length == 12
-    assert capsys.readouterr().err == f"mimkit: left out {folder}/bird: a link to nothing.\n"
+    assert capsys.readouterr().err == f"mimkit: left out {folder}/bird: it is a link to a file that does not exist.\n"
 
 
 def test_folder_that_cannot_be_read_ends_in_a_sentence(folder, monkeypatch):

@@ -534,7 +534,7 @@ def test_wrong_model_is_one_sentence(made, tmp_path, capsys, folder):
     for argv, message in [
         (["--model", made / "nowhere", *data], "nowhere"),
         (["--model", tmp_path, *data], "holds no config.json"),
-        (["--model", "runs/mae_nothing", *data], "accelerate launch recipes/mae_hivit.py"),
+        (["--model", "runs/mae_nothing", *data], "runs/mae_nothing does not exist. Pass a folder"),
         (["--model", "hivit_x", *data], "--model hivit_x is unknown"),
         (["--model", made / "vit", "--model-args", "{num_classes: 3}", *data], "num_classes, which follows"),
         (["--model", "dla46_c", "--grad-checkpointing", "--dry-run", *data], "timm does not support it for a DLA"),

@@ -321,6 +321,10 @@ def test_numbers_with_gaps_are_refused_or_mapped(tmp_path):
         open_masked(folder)
     with pytest.raises(UserError, match=r"--mask-values 7,8,9 must have one number for each of the 2 classes"):
         open_masked(folder, classes=2, mask_values=[7, 8, 9])
+    with pytest.raises(UserError, match=r"--mask-values 7,7,1000 must have one number for each of the 3 classes"):
+        open_masked(folder, mask_values=[7, 7, 1000])
+    with pytest.raises(UserError, match="--zero-ignored and 0 in --mask-values contradict each other"):
+        open_masked(folder, zero_ignored=True, mask_values=[0, 7])
     with pytest.raises(UserError, match="Class 70000: masks hold numbers up to 65535"):
         open_masked(folder, mask_values=[7, 70000])
     train, _, classes = open_masked(folder, mask_values=[7, 1000])
@@ -339,7 +343,7 @@ def test_masks_are_compared_with_the_classes(data, capsys):
     (data / "classes.txt").write_text("".join(f"name {i}\n" for i in range(8)))
     open_masked(str(data))
     assert "16 of 16 training masks" in (said := capsys.readouterr().err)
-    assert said.endswith("hold no pixel of class name 3, name 4, name 5 and 2 more.\n")
+    assert "hold no pixel of class name 3, name 4, name 5 and 2 more. Remove it from --classes or classes.txt" in said
     for file in sorted((data / "train" / "masks").iterdir())[:9]:  # most masks, but not all
         Image.fromarray(np.where(np.array(Image.open(file)) > 0, 255, 0).astype(np.uint8)).save(file)
     (data / "classes.txt").unlink()

@@ -63,6 +63,7 @@ def test_values_have_types_and_ranges(capsys):
     assert parse("--img-size", "64").img_size == 64
     assert parse("--model-args", "{embed_dim: 16}").model_args == {"embed_dim": 16}
     assert parse("--model-args.embed_dim", "16").model_args == {"embed_dim": 16}
+    assert parse("--value-range", "-30,50").value_range == parse("--value-range=-30,50").value_range == (-30, 50)
     assert parse("--workers", "null", "--clip-grad", "null").workers is None
     for flag, value in [
         ("epochs", "0"),
@@ -86,8 +87,8 @@ def test_values_have_types_and_ranges(capsys):
         ("--epochs", "0", "a number above 0 and below 1e9"),
         ("--epochs", "many", "a number above 0 and below 1e9"),
         ("--batch-size", "2.5", "a whole number of at least 1"),
-        ("--workers", "-1", "a whole number of at least 0 or null"),
-        ("--mean", "x", "a list of numbers, such as [0.5,0.25] or null"),
+        ("--workers", "-1", "a whole number of at least 0, or null"),
+        ("--mean", "x", "a list of numbers, such as [0.5,0.25], or null"),
         ("--betas", "[1, 2, 3]", "two numbers, such as [0.1,0.9]"),
         ("--model-args", "5", "names with values, such as {name: 3}"),
         ("--compile", "maybe", "true or false"),
@@ -146,7 +147,7 @@ def test_options_are_understood_with_hyphens_and_with_underscores(tmp_path, caps
 def test_a_wrong_command_line_is_one_sentence(argv, message, capsys):
     line = refused(capsys, *argv)
     assert message in line
-    assert line.endswith("; see --help.")
+    assert line.endswith(("; see --help.", "? See --help."))
 
 
 @pytest.mark.parametrize("content", ["batch_sizes: 4\n", "epochs: many\n", "- a\n", "text", "{", "a: b: c"])
