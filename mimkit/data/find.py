@@ -94,7 +94,7 @@ def unused(root: Path, used: Iterable[Path]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def size_of(part: Part) -> int | str:
+def images_in(part: Part) -> int | str:
     """Return the number of images of a part that is left out, or why it is unknown. It never stops a command."""
     try:
         return part.count() or "unknown"

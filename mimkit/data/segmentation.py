@@ -14,7 +14,7 @@ from torchvision.datasets import Cityscapes
 from torchvision.transforms import InterpolationMode, v2
 
 from mimkit.data.decode import EXTENSIONS, open_image
-from mimkit.data.find import count_images, find_parts, folders_in, size_of, unused
+from mimkit.data.find import count_images, find_parts, folders_in, images_in, unused
 from mimkit.data.order import evenly_spaced
 from mimkit.data.parts import TEST, TRAIN, choose_parts, describe, no_columns, wanted_parts
 from mimkit.data.sample import read_bytes
@@ -164,7 +164,9 @@ def open_masked(
             )
     kept = {name: _keep_masked(opened(name)) for name in (*training, *([judge] if judge else []))}
     rest: dict[str, Any] = {
-        name: count_images(folders[name][0]) if folders else size_of(found[name]) for name in names if name not in kept
+        name: count_images(folders[name][0]) if folders else images_in(found[name])
+        for name in names
+        if name not in kept
     }
     rest |= {f"images of {name} without a mask": n for name in kept if (n := opened(name).length - kept[name].length)}
     if folders:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mimkit.data.columns import holds_files, number_classes, set_labels, to_cell
 from mimkit.data.decode import UNIT, ValueRange, float_range
-from mimkit.data.find import Part, find_parts, size_of
+from mimkit.data.find import Part, find_parts, images_in
 from mimkit.data.order import evenly_spaced
 from mimkit.data.parts import TRAIN, choose_parts, describe, wanted_parts
 from mimkit.data.read_errors import reading
@@ -127,7 +127,7 @@ def open_all(
     options = streaming, image_column, label_column
     opened = [open_part(data, found, name, *options, labeled=False) for name in names]
     used = {name: source.length for name, source in zip(names, opened, strict=True)}
-    rest = {name: size_of(part) for name, part in found.items() if name not in used}
+    rest = {name: images_in(part) for name, part in found.items() if name not in used}
     about = describe(("Images", used), ("Left out", rest)) if len(found) > 1 else ""
     return [dataclasses.replace(source, about=about) for source in opened]
 
@@ -386,7 +386,7 @@ def open_labeled(
         kept[judge] = test = _keep_labeled(_renumber(opened(judge), names))
         evaluated = {judge: test.length}
     missing = {f"images of {name} without a label": opened(name).length - kept[name].length for name in kept}
-    rest = {name: unlabeled.get(name) or size_of(part) for name, part in found.items() if name not in kept}
+    rest = {name: unlabeled.get(name) or images_in(part) for name, part in found.items() if name not in kept}
     rest |= {name: count for name, count in missing.items() if count}
     counts = {name: kept[name].length for name in training} if judge else {" and ".join(training): train.length}
     about = describe(("Training images", counts), ("Validation images", evaluated), ("Left out", rest))
