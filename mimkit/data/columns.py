@@ -41,9 +41,14 @@ def number_classes(name: str, rows: Any, column: str) -> Any:
     """Replace a column of numbers or names by indices of classes, whose names it keeps; -1 stands for no label."""
     values = [_class_of(name, value) for value in rows[column][:]]
     kinds = {value for value in values if value is not None}
-    classes = sorted(kinds, key=lambda value: (0, int(value), "") if str(value).isdecimal() else (1, 0, str(value)))
+    classes = sorted(kinds, key=class_order)
     index: dict[Any, int] = {value: i for i, value in enumerate(classes)}
     return set_labels(rows, column, [index.get(value, -1) for value in values], list(map(str, classes)))
+
+
+def class_order(value: Any) -> tuple[int, int, str]:
+    """Return the sort key of a class: numbers in their order, also as text, and then names."""
+    return (0, int(value), "") if str(value).isdecimal() else (1, 0, str(value))
 
 
 def _class_of(name: str, value: Any) -> int | str | None:

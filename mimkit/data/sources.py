@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mimkit.data.columns import holds_files, number_classes, set_labels, to_cell
+from mimkit.data.columns import class_order, holds_files, number_classes, set_labels, to_cell
 from mimkit.data.decode import UNIT, ValueRange, float_range
 from mimkit.data.find import Part, find_parts, images_in
 from mimkit.data.order import evenly_spaced
@@ -370,7 +370,8 @@ def open_labeled(
             which = "training" if name in training else "test"
             raise UserError(f"--data {data} has a {which} split without labels, and this needs them: add them.")
     names = list(dict.fromkeys(label for name in training for label in class_labels(opened(name))))
-    names = sorted(names) if len(training) > 1 and not all(map(str.isdecimal, names)) else names
+    if any(class_labels(opened(name)) != names for name in training):
+        names.sort(key=class_order)
     kept = {name: _keep_labeled(_renumber(opened(name), names)) for name in training}
     train = kept[training[0]] if len(training) == 1 else join(list(kept.values()), "label")
     if len(set(train.rows[train.label])) < 2:

@@ -308,3 +308,10 @@ def test_a_folder_beside_train_with_the_same_classes_is_a_part(tmp_path):
     train, _ = open_labeled(root)
     assert train.rows.features["label"].names == ["a", "b"]
     assert "Left out: extra (5)." in train.about
+
+
+def test_classes_of_several_parts_are_in_one_order(tmp_path):
+    root = str(tree(tmp_path / "set", train__a=3, train__c=3, more__b=3, val__a=1))
+    train, test = open_labeled(root, "train,more,val")
+    assert train.rows.features["label"].names == test.rows.features["label"].names == ["a", "b", "c"]
+    assert np.bincount(train.rows["label"]).tolist() == [3, 3, 3]
