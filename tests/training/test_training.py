@@ -191,7 +191,7 @@ def test_wrong_options_are_one_sentence(images, tmp_path, capsys):
         ([*data, *TINY, "--epochs", "0.1"], "--epochs 0.1 with 4 steps per epoch is less than one step"),
         ([*data, "--epochs", "0"], "epochs"),
         ([*data, "--grad-accum-steps", "0"], "--grad-accum-steps 0: expected a whole number of at least 1"),
-        ([*data, "--patch-size", "-1"], "patch_size"),
+        ([*data, "--patch-size", "-1"], "--patch-size -1: expected a whole number of at least 1"),
         ([*data, *TINY, "--decoder-heads", "7"], "is not divisible by 7 heads"),
         ([*data, "--epochs", "many"], "epochs"),
         ([*data, "--track", "nothing"], "--track nothing is not installed"),
