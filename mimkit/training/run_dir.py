@@ -90,8 +90,8 @@ class RunDir:
         if changed:
             listed = some(f"{k}: {before[k]} there, {config[k]} here" for k in changed)
             raise UserError(
-                f"{self.path}/config.yaml has other options than this run ({listed}). Continue it with its own "
-                f"options, {resume_flags(self.path)}, or start a new run with --out."
+                f"{self.path} has other options than this run ({listed}). Pass {resume_flags(self.path)} alone to "
+                "continue it, or another --out."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=self.may_exist)
