@@ -1,6 +1,7 @@
 """Find the parts of a data set: among files and folders, or on the Hugging Face hub."""
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -120,15 +121,17 @@ def _find_image_parts(files: list[str], inside: list[tuple[str, ...]], wanted: s
     that all images lie in one.
     """
     tops: dict[str, bool] = {}  # whether all images of a folder lie in folders below it
+    inner: dict[str, set[str]] = defaultdict(set)  # the names of these folders
     for path in inside:
         if len(path) > 1:
             tops[path[0]] = tops.get(path[0], True) and len(path) > 2
+        if len(path) > 2:
+            inner[path[0]].add(path[1])
     training, others = ({top for top in tops if top.lower() in names} for names in (TRAIN, (*VAL, *TEST, *UNLABELED)))
     complete = training | others == tops.keys() or (training and any(top.lower() not in UNLABELED for top in others))
     nested = any(tops[top] for top in training) and not all(tops.values())
     kinds = {part_of(top) for top in tops}
     alike = "" not in kinds and TRAIN[0] in kinds and len(kinds) > 1  # a class may be named bullet_train
-    inner = {top: {path[1] for path in inside if path[0] == top and len(path) > 2} for top in tops}
     alike = alike or any(inner[top] & inner[other] for top in training for other in tops if other != top)
     asked = {name.strip().lower() for name in wanted.split(",")} if wanted else {""}
     has_parts = complete or nested or alike or asked <= {top.lower() for top in tops}
